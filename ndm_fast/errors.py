@@ -1,0 +1,9 @@
+"""Errors a user can mend; the command line prints them as one line and exits with code 2."""
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line: what is wrong, then what to do about it."""
+
+
+class StoppedError(Exception):
+    """A run was interrupted and its state saved; the message says how to go on."""
