@@ -88,7 +88,13 @@ _LLAMA_LIKE = _Family(
 )
 # Gemma normalises each branch before adding it, so what is added is the output of these norms.
 _GEMMA = _Family(
-    blocks=("model.language_model.layers", "language_model.layers", "model.layers", "layers"),
+    blocks=(
+        "model.language_model.layers",
+        "language_model.model.layers",
+        "language_model.layers",
+        "model.layers",
+        "layers",
+    ),
     mid=("pre_feedforward_layernorm", "input"),
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
@@ -232,8 +238,9 @@ def _parse(name: str) -> tuple[int, str] | None:
 
 def _resolve_path(model: nn.Module, path: str) -> Site:
     modules = {name for name, _ in model.named_modules() if name}
-    prefix = getattr(model, "base_model_prefix", "") or ""
-    spellings = (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}."))
+    # `base_model_prefix` is where a head keeps the model; Gemma-3 names another place than it uses.
+    prefixes = (getattr(model, "base_model_prefix", "model"), "model")
+    spellings = [path, *(s for p in prefixes for s in (f"{p}.{path}", path.removeprefix(f"{p}.")))]
     found = next((spelling for spelling in spellings if spelling in modules), None)
     if found is None:
         near = difflib.get_close_matches(path, list_sites(model), n=2) + _near_paths(model, path)

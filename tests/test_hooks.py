@@ -77,16 +77,15 @@ def output(model: nn.Module, **kwargs: object) -> Tensor:
     return result.logits if hasattr(result, "logits") else result.last_hidden_state
 
 
+def tensor(result: Tensor | tuple) -> Tensor:
+    """What a block returns: a tensor in transformers 5, a tuple that starts with it in 4."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def read(model: nn.Module, *names: str) -> list[Tensor]:
     with collect_activations(model, names) as captured:
         model(TOKENS)
     return [captured[name] for name in names]
-
-
-def parts(model: nn.Module, index: int) -> tuple[Tensor, ...]:
-    """(pre, attn_out, mlp_out, post) of one block."""
-    names = [f"blocks.{index}.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
-    return tuple(read(model, *names))
 
 
 def close(a: Tensor, b: Tensor) -> None:
@@ -98,7 +97,7 @@ def close(a: Tensor, b: Tensor) -> None:
 def test_the_residual_stream_adds_up(family: str, headed: bool) -> None:
     model = build(family, headed)
     for i in range(number_of_blocks(model)):
-        pre, attn, mlp, post = parts(model, i)
+        pre, attn, mlp, post = read(model, f"x{i}.pre", f"a{i}", f"m{i}", f"x{i}.post")
         assert min(t.std() for t in (pre, attn, mlp, post)) > 1e-2
         assert pre.shape == (2, 9, 32)
         if family in PARALLEL:
@@ -125,8 +124,6 @@ def test_all_sites_in_one_pass_agree_with_hidden_states(family: str) -> None:
         assert torch.equal(captured[f"blocks.{i}.hook_resid_pre"], states[i])
         if i + 1 < blocks:
             assert torch.equal(captured[f"blocks.{i}.hook_resid_post"], states[i + 1])
-            post, pre = read(model, f"x{i}.post", f"x{i + 1}.pre")
-            assert torch.equal(post, pre)
     last = captured[f"blocks.{blocks - 1}.hook_resid_post"]
     assert torch.equal(last, states[blocks]) == (family == "bert")  # the others apply a final norm
 
@@ -201,11 +198,22 @@ def test_replacing_between_blocks_is_running_on_from_the_new_stream(family: str)
     # By hand: call the last block itself on the new stream, with the arguments the model gives it.
     arguments: list[tuple[tuple, dict]] = []
     handle = block.register_forward_pre_hook(lambda _, a, k: arguments.append((a, k)), with_kwargs=True)
-    model(TOKENS, use_cache=False)
+    model(TOKENS, **({} if family == "bert" else {"use_cache": False}))
     handle.remove()
     ((_, *rest), kwargs) = arguments[0]
     result = block(new, *rest, **kwargs)
-    close(result[0] if isinstance(result, tuple) else result, after[2])
+    close(tensor(result), after[2])
+
+
+def second_half(family: str, block: nn.Module, mid: Tensor) -> Tensor:
+    """What a block makes of its resid_mid, by hand."""
+    if family == "bert":
+        return block.output(block.intermediate(mid), mid)
+    if family == "gpt2":
+        return mid + block.mlp(block.ln_2(mid))
+    if family.startswith("gemma"):
+        return mid + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(mid)))
+    return mid + block.mlp(block.post_attention_layernorm(mid))
 
 
 @pytest.mark.parametrize("family", WITH_MID)
@@ -213,18 +221,10 @@ def test_replacing_mid_reaches_the_mlp_and_the_skip_connection(family: str) -> N
     model = build(family)
     new = 5 * torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3))
     block = model.get_submodule(resolve_site(model, "x1.post").module)
-    by_hand = {
-        "gpt2": lambda h: h + block.mlp(block.ln_2(h)),
-        "neox_sequential": lambda h: h + block.mlp(block.post_attention_layernorm(h)),
-        "bert": lambda h: block.output(block.intermediate(h), h),
-    }
-    gemma = lambda h: h + block.post_feedforward_layernorm(block.mlp(block.pre_feedforward_layernorm(h)))  # noqa: E731
-    llama = lambda h: h + block.mlp(block.post_attention_layernorm(h))  # noqa: E731
-    expected = by_hand.get(family, gemma if family.startswith("gemma") else llama)(new)
     with replace_activations(model, {"x1.mid": lambda h: new}):
         mid, post = read(model, "x1.mid", "x1.post")
     assert torch.equal(mid, new)
-    close(post, expected)
+    close(post, second_half(family, block, new))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -286,33 +286,27 @@ def test_nested_replacements_of_attention_and_mid_and_the_same_site_twice() -> N
 def test_captured_tensors_survive_later_replacements() -> None:
     model = build("gpt2")
     names = list_sites(model)
-    clean = dict(zip(names, read(model, *names), strict=True))
-    with (
-        replace_activations(model, {"x2.pre": lambda h: h.zero_()}),
-        collect_activations(model, names) as captured,
-    ):
-        model(TOKENS)
-    for name in names[: names.index("blocks.2.hook_resid_pre")]:
-        assert torch.equal(captured[name], clean[name]), name
+    clean = read(model, *names)
+    with replace_activations(model, {"x2.pre": lambda h: h.zero_()}):
+        captured = read(model, *names)
+    before = names.index("blocks.2.hook_resid_pre")
+    assert all(map(torch.equal, captured[:before], clean[:before]))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "neox_sequential", "bert"])  # RMSNorms compute in fp32
 @pytest.mark.parametrize("site", ["x1.pre", "x1.mid", "x1.post"])
 def test_gradients_flow_through_a_replacement(family: str, site: str) -> None:
     model = build(family)
-    shift = torch.zeros(32, requires_grad=True)
-    with replace_activations(model, {site: lambda h: h * 2 + shift * h**2}):
-        loss = output(model).logsumexp(-1).sum()
-    loss.backward()
-    # Against a central difference along the gradient itself.
-    assert shift.grad is not None
-    direction = shift.grad / shift.grad.norm()
-    values = []
-    for sign in (1, -1):
-        moved = (sign * 1e-3 * direction).detach()
-        with replace_activations(model, {site: lambda h, moved=moved: h * 2 + moved * h**2}):
-            values.append(output(model).double().logsumexp(-1).sum())
-    assert (values[0] - values[1]).item() / 2e-3 == pytest.approx(shift.grad.norm().item(), rel=0.05)
+
+    def loss(shift: Tensor) -> Tensor:
+        with replace_activations(model, {site: lambda h: h * 2 + shift * h**2}):
+            return output(model).logsumexp(-1).sum()
+
+    model.double()
+    try:
+        assert torch.autograd.gradcheck(loss, torch.zeros(32, requires_grad=True).double(), fast_mode=True)
+    finally:
+        model.float()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -359,7 +353,9 @@ def test_keyword_only_calls_tuples_and_model_outputs() -> None:
 def test_a_stopped_pass_frees_its_tensors_without_the_garbage_collector() -> None:
     model = build("gpt2")
     alive: list[weakref.ref[Tensor]] = []
-    handle = model.transformer.h[0].register_forward_hook(lambda m, a, out: alive.append(weakref.ref(out)))
+    handle = model.transformer.h[0].register_forward_hook(
+        lambda m, a, out: alive.append(weakref.ref(tensor(out)))
+    )
     gc.collect()
     gc.disable()
     try:
