@@ -190,8 +190,9 @@ def ksg_counts(
     """[P, 2, Q] int64: keys strictly closer than ``radius`` ([P, Q]) in each subspace of each pair."""
     scaled = scaled_distances(queries, keys, rotation, widths, variances)
     counts = [
-        torch.stack([(scaled[side] < limit[:, None]).sum(1) for side in pair])
-        for pair, limit in zip(pairs.tolist(), radius.double(), strict=True)
+        # In the radius's dtype: rounding keeps order, so the key that set the radius is never below it.
+        torch.stack([(scaled[side].to(radius.dtype) < limit[:, None]).sum(1) for side in pair])
+        for pair, limit in zip(pairs.tolist(), radius, strict=True)
     ]
     return torch.stack(counts)
 

@@ -1,0 +1,1 @@
+"""Do the subspaces carry the model's variables?"""

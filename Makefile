@@ -1,0 +1,30 @@
+# `make demo` and `make test` are all a new machine needs: Python >= 3.10, make, a C++ compiler.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.PHONY: demo test lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/ndm-fast train --preset demo --out $(DEMO) --resume
+	$(BIN)/ndm-fast evaluate purity $(DEMO) --baseline identity
+	$(BIN)/ndm-fast report $(DEMO)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info ndm_fast/_C*.so

@@ -1,0 +1,233 @@
+"""The command ``ndm-fast``: train, evaluate, report, toy, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ndm_fast.config import GROUPS, RunConfig, from_flat
+from ndm_fast.errors import InputError, StoppedError
+from ndm_fast.presets import PRESETS, preset
+from ndm_fast.version import __version__
+
+_EXIT_INPUT, _EXIT_STOPPED = 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for bad input, 130 where it was interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"ndm-fast: {error}", file=sys.stderr)
+        return _EXIT_INPUT
+    except StoppedError as stopped:
+        print(f"ndm-fast: {stopped}", file=sys.stderr)
+        return _EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("ndm-fast: interrupted before the next checkpoint; what was saved before is whole", file=sys.stderr)
+        return _EXIT_STOPPED
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ndm-fast", description="Find the interpretable subspaces of a transformer's activations."
+    )
+    parser.add_argument("--version", action="version", version=f"ndm-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_report(commands)
+    _add_toy(commands)
+    doctor = commands.add_parser("doctor", help="what is installed, which backend runs, and why")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser(
+        "train",
+        help="learn a partition of a model's activations",
+        description="Learn a partition. Settings: defaults, then --preset, then --config, then flags.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.add_argument("--out", required=True, help="folder of the run")
+    train.add_argument("--preset", choices=sorted(PRESETS), default=None, help="settings to start from")
+    train.add_argument("--config", default=None, help="YAML or JSON file with settings")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    for name, cls in GROUPS.items():
+        group = train.add_argument_group(f"{name} settings")
+        for field in dataclasses.fields(cls):
+            _add_setting(group, field)
+    train.set_defaults(run=_train)
+
+
+_TYPES = {"int": int, "float": float, "str": str}
+
+
+def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    annotation = str(field.type).removesuffix(" | None")
+    shown = f"{field.metadata['help']} (default: {_shown(field.default)})"
+    common: dict[str, Any] = {"dest": f"set_{field.name}", "default": argparse.SUPPRESS, "help": shown}
+    if annotation == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif annotation.startswith("tuple["):
+        item = annotation.removeprefix("tuple[").split(",")[0]
+        group.add_argument(flag, nargs="+", type=_TYPES[item], metavar=item.upper(), **common)
+    else:
+        group.add_argument(flag, type=_TYPES[annotation], metavar=annotation.upper(), **common)
+
+
+def _shown(default: Any) -> str:
+    if default in (None, "", ()):
+        return "none"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _settings(options: argparse.Namespace) -> RunConfig:
+    """Settings in their order: defaults, preset, file, flags; a run that is resumed comes first of all."""
+    from ndm_fast.run import RunFolder
+
+    values: dict[str, Any] = {}
+    folder = RunFolder(options.out)
+    if options.resume and folder.config_file.exists():
+        values |= folder.config().flat()
+    if options.preset:
+        values |= preset(options.preset)
+    if options.config:
+        values |= _read_settings(Path(options.config))
+    values |= {name.removeprefix("set_"): v for name, v in vars(options).items() if name.startswith("set_")}
+    return from_flat(values)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read --config {path} ({str(error).splitlines()[0]}): give a YAML or JSON file") from None
+    if not isinstance(values, dict):
+        raise InputError(f"--config {path} holds no settings: write one `name: value` per line")
+    return values
+
+
+def _train(options: argparse.Namespace) -> None:
+    from ndm_fast.report.table import text_table
+    from ndm_fast.run import train_run
+
+    config = _settings(options)
+    _check_device(options.device)
+    for folder in train_run(
+        config, options.out, resume=options.resume, device=options.device, show_progress=not options.quiet
+    ):
+        result = folder.result()
+        columns = zip(result["widths"], result["variance_share"], result["heldout_distance"], strict=True)
+        rows = [
+            {"subspace": s, "width": width, "variance_share": share, "heldout_distance": distance}
+            for s, (width, share, distance) in enumerate(columns)
+        ]
+        print(f"\n{config.harvest.model} {folder.partition().source['site']}, {result['steps']} steps")
+        print(text_table(rows))
+        print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: take cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda, but torch sees no GPU: use --device cpu or install a CUDA build of torch")
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
+    purity = kinds.add_parser("purity", help="what a query shares with its nearest neighbour in each subspace")
+    purity.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    purity.add_argument("--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca")
+    purity.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    purity.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    purity.set_defaults(run=_purity)
+
+
+def _purity(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.purity import run_purity
+    from ndm_fast.report.table import text_table
+
+    _check_device(options.device)
+    tables = run_purity(options.folder, options.baseline, device=options.device)
+    if options.json:
+        print(json.dumps(tables, indent=2))
+        return
+    for name, rows in tables.items():
+        print(f"\n{name}: share of queries whose nearest neighbour has the same ...")
+        print(text_table(rows))
+
+
+def _add_report(commands: Any) -> None:
+    report = commands.add_parser("report", help="draw the figures of a run")
+    report.add_argument("folder", metavar="RUN", help="folder of a run")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from ndm_fast.report.figures import draw_run
+    from ndm_fast.run import RunFolder
+
+    for path in draw_run(RunFolder(options.folder)):
+        print(path)
+
+
+def _add_toy(commands: Any) -> None:
+    toy = commands.add_parser("toy", help="train the paper's toy model of superposition and take it apart")
+    toy.add_argument("--groups", default="20,20", help="features in each group, for instance 20,20")
+    toy.add_argument("--dim", type=int, default=12, help="width of the hidden layer")
+    toy.add_argument("--seed", type=int, default=0, help="seed of model, data and escapes")
+    toy.add_argument("--out", default=None, help="folder for result.json and the figure; default: runs/toy")
+    toy.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    toy.set_defaults(run=_toy)
+
+
+def _toy(options: argparse.Namespace) -> None:
+    from ndm_fast.report.table import text_table
+    from ndm_fast.toy import run_toy
+
+    try:
+        groups = [int(size) for size in options.groups.split(",")]
+    except ValueError:
+        raise InputError(f"--groups {options.groups!r} is no list of sizes: write for instance 20,20") from None
+    result = run_toy(groups, options.dim, seed=options.seed, out=Path(options.out or "runs/toy"))
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(text_table(result["groups"]))
+    print(f"subspaces {result['widths']}; figure in {result['figure']}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from ndm_fast.backends import describe
+    from ndm_fast.run import provenance
+
+    about = provenance()
+    for package, number in about["versions"].items():
+        print(f"{package:14} {number}")
+    for name in ("commit", "machine", "threads", "gpu"):
+        print(f"{name:14} {about[name] if about[name] is not None else 'none'}")
+    for line in describe():
+        print(line)

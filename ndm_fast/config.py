@@ -1,0 +1,188 @@
+"""What a run can be told: one field, one line of meaning and unit.
+
+Every field is a flag of ``ndm-fast train`` and a key of ``--config``; names are unique over the groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ndm_fast.errors import InputError
+
+METRICS = ("euclidean", "cosine")
+ROTATIONS = ("lie", "exp")
+STARTS = ("identity", "random", "pca")
+SCHEDULES = ("constant", "linear")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _described(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class HarvestConfig:
+    """From text to activations."""
+
+    model: str = _described("", "Hugging Face model name, local folder, or 'minilm' for the embedded one")
+    site: tuple[str, ...] = _described((), "sites to train, e.g. blocks.9.hook_resid_mid, x9.mid")
+    data: str = _described("", "file, folder or glob of text, HF dataset, or 'docstrings' for Python's own")
+    text_field: str = _described("text", "field of a record that holds the text (jsonl, parquet, datasets)")
+    context_length: int | None = _described(None, "tokens in a packed row; default: the model's own limit")
+    rows_per_batch: int = _described(16, "packed rows in one forward pass")
+    dtype: str = _described("float32", f"dtype the model runs in: {', '.join(DTYPES)}")
+    bos: bool = _described(False, "start every row with the tokenizer's BOS token")
+    repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")
+    max_norm_ratio: float | None = _described(None, "drop rows whose norm exceeds this many median norms")
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, DTYPES)
+        _positive("rows_per_batch", self.rows_per_batch)
+        if self.context_length is not None and self.context_length < 4:
+            raise InputError(f"context_length is {self.context_length}: give at least 4 tokens")
+        if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
+            raise InputError(f"max_norm_ratio is {self.max_norm_ratio}: give a ratio above 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: objective, rotation, schedule, data per step."""
+
+    unit_size: int = _described(32, "width of each subspace at the start")
+    initial_widths: tuple[int, ...] | None = _described(None, "widths at the start, instead of unit_size")
+    metric: str = _described("euclidean", f"distance inside a subspace: {', '.join(METRICS)}")
+    rotation: str = _described("lie", f"optimiser on SO(d): {', '.join(ROTATIONS)}")
+    start: str = _described("identity", f"first rotation: {', '.join(STARTS)}")
+    queries: int = _described(128, "queries in one step")
+    keys: int = _described(16384, "keys that each query is compared with")
+    search_every: int = _described(16, "steps that share one search; 1 searches every step")
+    max_steps: int = _described(2000, "steps at which training ends, merged or not")
+    lr: float = _described(3e-3, "peak learning rate, radians per step and coordinate pair")
+    betas: tuple[float, float] = _described((0.9, 0.999), "decay of Adam's first and second moment")
+    grad_clip: float = _described(100.0, "largest norm of the gradient; longer ones are scaled down")
+    schedule: str = _described("linear", "lr after each merge: constant, or linear decay to the next check")
+    warmup_steps: int = _described(20, "steps over which lr rises from 0 after a start or a merge")
+    pool_rows: int = _described(131072, "activations held at once; queries leave, then the pool is refilled")
+    pool_dtype: str = _described("float32", f"dtype of the stored activations: {', '.join(DTYPES)}")
+    heldout_queries: int = _described(2048, "held-out queries, never trained on")
+    heldout_keys: int = _described(16384, "held-out keys, never trained on")
+    precision: str = _described("fp32", "proposal pass of the search: fp32 or bf16")
+    escape_tries: int = _described(0, "random re-initialisations of a pair before the first merge")
+    escape_steps: int = _described(200, "steps after which a re-initialisation is kept or undone")
+    log_every: int = _described(20, "steps between lines of training loss in the log")
+    eval_every: int = _described(100, "steps between held-out evaluations")
+    checkpoint_every: int = _described(200, "steps between checkpoints")
+    seed: int = _described(0, "seed of data order, random starts and escapes")
+
+    def __post_init__(self) -> None:
+        _one_of("metric", self.metric, METRICS)
+        _one_of("rotation", self.rotation, ROTATIONS)
+        _one_of("start", self.start, STARTS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("pool_dtype", self.pool_dtype, DTYPES)
+        _one_of("precision", self.precision, ("fp32", "bf16"))
+        for name in _POSITIVE:
+            _positive(name, getattr(self, name))
+        if self.warmup_steps < 0 or self.escape_tries < 0:
+            raise InputError("warmup_steps and escape_tries count something: give 0 or more")
+        if self.pool_rows < self.keys + self.queries * self.search_every:
+            raise InputError(
+                f"pool_rows is {self.pool_rows}, fewer than keys + queries * search_every = "
+                f"{self.keys + self.queries * self.search_every}: raise pool_rows or lower keys"
+            )
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        """Widths of the subspaces at the start, for activations of this width."""
+        if self.initial_widths is not None:
+            if sum(self.initial_widths) != width or min(self.initial_widths) < 1:
+                raise InputError(
+                    f"initial_widths {list(self.initial_widths)} sum to {sum(self.initial_widths)}, but the "
+                    f"activations are {width} wide: give positive widths that sum to {width}"
+                )
+            return tuple(sorted(self.initial_widths, reverse=True))
+        if width % self.unit_size:
+            divisors = [n for n in range(1, width + 1) if width % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.unit_size))[:3]
+            raise InputError(
+                f"unit_size {self.unit_size} does not divide the width {width}: "
+                f"take one of {', '.join(map(str, sorted(near)))}, or give initial_widths"
+            )
+        return (self.unit_size,) * (width // self.unit_size)
+
+
+_POSITIVE = (
+    "unit_size queries keys search_every max_steps lr grad_clip pool_rows heldout_queries heldout_keys "
+    "escape_steps log_every eval_every checkpoint_every"
+).split()
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """When subspaces merge, and which."""
+
+    merge_threshold: float = _described(0.04, "merge pairs with MI / (p_a + p_b) above this, nats per width")
+    merge_start: int | None = _described(None, "step of the first check; default: never")
+    merge_interval: int = _described(200, "steps between checks")
+    target_subspaces: int | None = _described(None, "stop merging at this many subspaces")
+    mi_queries: int = _described(128, "queries of the mutual-information estimate")
+    mi_keys: int = _described(16384, "keys of the mutual-information estimate")
+
+    def __post_init__(self) -> None:
+        for name in ("merge_interval", "mi_queries", "mi_keys"):
+            _positive(name, getattr(self, name))
+        if self.merge_start is not None:
+            _positive("merge_start", self.merge_start)
+        if self.target_subspaces is not None:
+            _positive("target_subspaces", self.target_subspaces)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run needs, in three groups."""
+
+    harvest: HarvestConfig = field(default_factory=HarvestConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    merge: MergeConfig = field(default_factory=MergeConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """All fields of all groups by name, as plain JSON values."""
+        values: dict[str, Any] = {}
+        for group in dataclasses.fields(self):
+            values.update(dataclasses.asdict(getattr(self, group.name)))
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+
+GROUPS: dict[str, type] = {"harvest": HarvestConfig, "train": TrainConfig, "merge": MergeConfig}
+
+
+def from_flat(values: Mapping[str, Any]) -> RunConfig:
+    """A ``RunConfig`` from field values by name; fields left out keep their defaults.
+
+    Raises:
+        InputError: a name is no field, or a value is not allowed.
+    """
+    groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
+    owners = {f.name: group for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in owners:
+            raise InputError(f"unknown setting {name!r}: the settings are {', '.join(sorted(owners))}")
+        groups[owners[name]][name] = tuple(value) if isinstance(value, list) else value
+    if isinstance(groups["harvest"].get("site"), str):
+        groups["harvest"]["site"] = (groups["harvest"]["site"],)
+    try:
+        return RunConfig(**{group: GROUPS[group](**chosen) for group, chosen in groups.items()})
+    except TypeError as error:
+        raise InputError(f"a setting has the wrong type ({error}): see `ndm-fast train --help`") from None
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is {value!r}: take one of {', '.join(allowed)}")
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise InputError(f"{name} is {value}: give a number above 0")

@@ -1,0 +1,65 @@
+"""Mutual information between subspaces: the nearest-neighbour estimate of Kraskov et al. with k = 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ndm_fast import ops
+
+
+def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[int]) -> Tensor:
+    """[S] fp64 total variance in each subspace, from [N, d] activations."""
+    activations = activations.double()
+    centred = activations - activations.mean(0)
+    covariance = centred.T @ centred / max(1, len(centred) - 1)
+    by_column = ((covariance @ rotation.double()) * rotation.double()).sum(0)
+    return torch.stack([part.sum() for part in by_column.split(list(widths))]).clamp_min(0)
+
+
+def mutual_information(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    *,
+    pairs: Sequence[tuple[int, int]] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """[S, S] fp64 mutual information in nats, symmetric, diagonal 0.
+
+    ``MI = psi(1) + psi(N) - mean(psi(n_a + 1) + psi(n_b + 1))``, N keys and the query itself, counts as in
+    ``ops.ksg_counts`` (Kraskov, Stögbauer & Grassberger 2004, algorithm 1). Distances in a subspace are
+    divided by the square root of its total variance over the keys.
+
+    Args:
+        queries: [Q, d], none of them among the keys.
+        keys: [K, d].
+        rotation, widths: the partition.
+        pairs: pairs to estimate; default all. Others stay 0.
+    """
+    chosen = list(combinations(range(len(widths)), 2)) if pairs is None else list(pairs)
+    result = torch.zeros(len(widths), len(widths), dtype=torch.float64)
+    if not chosen:
+        return result
+    arguments = (
+        queries,
+        keys,
+        rotation,
+        widths,
+        subspace_variances(keys, rotation, widths).float(),
+        torch.tensor(chosen, device=queries.device),
+    )
+    radius = ops.ksg_radius(*arguments, backend=backend)
+    counts = ops.ksg_counts(*arguments, radius, backend=backend).double()
+    total = torch.tensor(len(keys) + 1, dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64)
+    estimates = (
+        torch.digamma(one) + torch.digamma(total) - torch.digamma(counts + 1).sum(1).mean(1).cpu()
+    )
+    for (a, b), estimate in zip(chosen, estimates, strict=True):
+        result[a, b] = result[b, a] = estimate
+    return result

@@ -1,0 +1,190 @@
+"""SubspacePartition: an orthogonal rotation and the widths of the subspaces it uncovers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ndm_fast.errors import InputError
+
+ORTHOGONALITY_TOLERANCE = 1e-4
+"""Largest ``|RᵀR - I|`` accepted from outside; our own rotations stay within 1e-5."""
+
+WEIGHTS_NAME = "partition.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def orthogonality_error(rotation: Tensor) -> float:
+    """Largest absolute entry of ``RᵀR - I`` in float64, for a [d, d] rotation."""
+    product = rotation.double().T @ rotation.double()
+    product.diagonal().sub_(1)
+    return float(product.abs().max())
+
+
+class SubspacePartition(
+    nn.Module,
+    ModelHubMixin,
+    library_name="ndm-fast",
+    tags=["interpretability", "ndm", "subspaces"],
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2508.01916",
+):
+    """An orthogonal rotation of activations, and contiguous subspaces of the rotated coordinates.
+
+    Args:
+        rotation: [d, d] orthogonal; activations ``h`` ([..., d], rows) rotate as ``h @ rotation``.
+        widths: widths of the S subspaces, in the order of the columns; they sum to d.
+        source: where it came from (model, site, ...), plain JSON values, saved with it.
+
+    Raises:
+        InputError: the matrix is not square, not finite, not orthogonal, or does not fit the widths.
+    """
+
+    rotation: Tensor
+
+    def __init__(self, rotation: Tensor, widths: Sequence[int], source: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        widths = tuple(int(width) for width in widths)
+        _check(rotation, widths)
+        self.register_buffer("rotation", rotation.detach().clone().float())
+        self.widths = widths
+        self.source = dict(source or {})
+
+    @property
+    def width(self) -> int:
+        """Width d of the activations."""
+        return self.rotation.shape[0]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First column of each subspace."""
+        return tuple(sum(self.widths[:s]) for s in range(len(self.widths)))
+
+    def __len__(self) -> int:
+        return len(self.widths)
+
+    def extra_repr(self) -> str:
+        return f"width={self.width}, widths={list(self.widths)}"
+
+    def basis(self, subspace: int) -> Tensor:
+        """[d, p_s] orthonormal columns that span a subspace."""
+        if not 0 <= subspace < len(self):
+            raise InputError(f"subspace {subspace} does not exist: there are {len(self)}, counted from 0")
+        start = self.offsets[subspace]
+        return self.rotation[:, start : start + self.widths[subspace]]
+
+    def rotate(self, activations: Tensor) -> Tensor:
+        """[..., d] activations in rotated coordinates."""
+        self._check_width(activations)
+        return activations @ self.rotation.to(activations.dtype)
+
+    def unrotate(self, coordinates: Tensor) -> Tensor:
+        """[..., d] activations from rotated coordinates; the inverse of :meth:`rotate`."""
+        self._check_width(coordinates)
+        return coordinates @ self.rotation.T.to(coordinates.dtype)
+
+    def split(self, activations: Tensor) -> tuple[Tensor, ...]:
+        """Coordinates in every subspace: S tensors of [..., p_s]."""
+        return self.rotate(activations).split(list(self.widths), dim=-1)
+
+    def project(self, activations: Tensor, subspace: int) -> Tensor:
+        """[..., d] the part of the activations that lies in one subspace; the parts sum to the whole."""
+        self._check_width(activations)
+        basis = self.basis(subspace).to(activations.dtype)
+        return activations @ basis @ basis.T
+
+    def merge(self, pairs: Iterable[tuple[int, int]]) -> SubspacePartition:
+        """A partition in which each pair is one subspace, columns re-ordered so that widths descend.
+
+        Args:
+            pairs: disjoint pairs of subspaces.
+        """
+        groups = {s: [s] for s in range(len(self))}
+        for a, b in pairs:
+            if a == b or a not in groups or b not in groups:
+                raise InputError(f"pair ({a}, {b}) cannot merge: give disjoint pairs of the {len(self)} subspaces")
+            groups[min(a, b)] = sorted(groups.pop(a) + groups.pop(b))
+        ordered = sorted(groups.values(), key=lambda group: (-sum(self.widths[s] for s in group), group[0]))
+        columns = torch.cat([self.basis(s) for group in ordered for s in group], dim=1)
+        return SubspacePartition(columns, [sum(self.widths[s] for s in group) for group in ordered], self.source)
+
+    def orthogonality_error(self) -> float:
+        """Largest absolute entry of ``RᵀR - I``."""
+        return orthogonality_error(self.rotation)
+
+    def _check_width(self, activations: Tensor) -> None:
+        if activations.shape[-1] != self.width:
+            raise InputError(
+                f"activations are {activations.shape[-1]} wide, the partition is for {self.width}: "
+                "take activations of the site it was trained on"
+            )
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_file({"rotation": self.rotation.contiguous()}, save_directory / WEIGHTS_NAME)
+        config = {"widths": list(self.widths), "width": self.width, "source": self.source}
+        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **_: Any,
+    ) -> SubspacePartition:
+        def find(name: str) -> Path:
+            local = Path(model_id) / name
+            if Path(model_id).is_dir():
+                if not local.is_file():
+                    raise InputError(f"{local} is missing: {model_id} is not a saved partition")
+                return local
+            try:
+                return Path(
+                    hf_hub_download(
+                        model_id,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        token=token,
+                    )
+                )
+            except EntryNotFoundError:
+                raise InputError(f"{model_id} holds no {name}: it is not a saved partition") from None
+
+        try:
+            config = json.loads(find(CONFIG_NAME).read_text())
+            rotation = load_file(find(WEIGHTS_NAME))["rotation"]
+            return cls(rotation, config["widths"], config.get("source"))
+        except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+            raise InputError(f"the partition in {model_id} is damaged ({error}): save or download it again") from None
+
+
+def _check(rotation: Tensor, widths: tuple[int, ...]) -> None:
+    if rotation.ndim != 2 or rotation.shape[0] != rotation.shape[1]:
+        raise InputError(f"the rotation has shape {list(rotation.shape)}: give a square [d, d] matrix")
+    if not widths or min(widths) < 1 or sum(widths) != rotation.shape[0]:
+        raise InputError(
+            f"widths {list(widths)} sum to {sum(widths)}, the rotation is {rotation.shape[0]} wide: "
+            "give positive widths that sum to it"
+        )
+    error = orthogonality_error(rotation)
+    if not error <= ORTHOGONALITY_TOLERANCE:
+        raise InputError(
+            f"the rotation is not orthogonal: |RᵀR - I| reaches {error:.2g}, allowed is {ORTHOGONALITY_TOLERANCE:g}; "
+            "orthogonalise it (for instance U Vᵀ of its SVD) or check that it was loaded whole"
+        )

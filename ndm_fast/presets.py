@@ -1,0 +1,70 @@
+"""Settings by name: the published ones for parity, and fast ones for small models.
+
+The published values are those of the authors' released logs (Huang & Hahn 2025; design section 1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ndm_fast.errors import InputError
+
+_PUBLISHED: dict[str, Any] = {
+    "rotation": "exp",
+    "search_every": 1,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "lr": 3e-4,
+    "queries": 128,
+    "keys": 25 * 16384,
+    "pool_rows": 4_194_304,
+    "pool_dtype": "float16",
+    "eval_every": 1000,
+    "checkpoint_every": 2000,
+    "mi_keys": 25 * 16384,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        **_PUBLISHED,
+        "model": "gpt2",
+        "data": "JeanKaddour/minipile",
+        "unit_size": 32,
+        "merge_threshold": 0.04,
+        "merge_start": 20_000,
+        "merge_interval": 8_000,
+        "max_steps": 100_000,
+    },
+    "qwen2.5-1.5b": {
+        **_PUBLISHED,
+        "model": "Qwen/Qwen2.5-1.5B",
+        "site": ["blocks.11.hook_resid_mid"],
+        "data": "JeanKaddour/minipile",
+        "dtype": "bfloat16",
+        "unit_size": 64,
+        "merge_threshold": 0.02,
+        "merge_start": 20_000,
+        "merge_interval": 8_000,
+        "max_steps": 100_000,
+    },
+    "gemma-2-2b": {
+        **_PUBLISHED,
+        "model": "google/gemma-2-2b",
+        "site": ["blocks.9.hook_resid_mid"],
+        "data": "JeanKaddour/minipile",
+        "dtype": "bfloat16",
+        "unit_size": 72,
+        "merge_threshold": 0.01,
+        "merge_start": 10_000,
+        "merge_interval": 4_000,
+        "max_steps": 150_000,
+    },
+    "small": {},
+}
+
+
+def preset(name: str) -> dict[str, Any]:
+    """Settings of a preset by name, ready for ``config.from_flat``."""
+    if name not in PRESETS:
+        raise InputError(f"unknown preset {name!r}: take one of {', '.join(PRESETS)}")
+    return dict(PRESETS[name])

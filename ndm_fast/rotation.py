@@ -1,0 +1,170 @@
+"""Optimisers on SO(d): the rotation moves by Adam, and stays orthogonal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+EPSILON = 1e-8
+"""Adam's guard against a zero second moment."""
+
+
+class Rotation(Protocol):
+    """A [d, d] orthogonal matrix that a gradient moves."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The current rotation, [d, d] fp32; not to be written to."""
+        ...
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that :meth:`load_state_dict` needs to go on identically."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a ``state_dict``."""
+        ...
+
+
+class LieRotation:
+    """Adam on the Lie algebra with a local retraction (design section 5).
+
+    With ``A = R'G - G'R`` (skew): Adam moments on A, ``U = -lr m/(sqrt(v) + eps)`` (skew),
+    ``R <- R (I + U + U^2/2)``, then one Newton-Schulz step ``R <- R (3I - R'R)/2``. Five products of d^3,
+    no solve. Moments live in the moving frame.
+
+    Args:
+        start: [d, d] orthogonal.
+        betas: decay of the first and the second moment.
+    """
+
+    def __init__(self, start: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        self._matrix = start.detach().clone().float()
+        self._first = torch.zeros_like(self._matrix)
+        self._second = torch.zeros_like(self._matrix)
+        self._steps = 0
+        self._betas = betas
+
+    @property
+    def matrix(self) -> Tensor:
+        """The current rotation, [d, d]."""
+        return self._matrix
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        self._steps += 1
+        rotated = self._matrix.T @ gradient
+        tangent = rotated - rotated.T
+        fast, slow = self._betas
+        self._first.lerp_(tangent, 1 - fast)
+        self._second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
+        debias = math.sqrt(1 - slow**self._steps)
+        denominator = self._second.sqrt().add_(EPSILON * debias)
+        update = (self._first / denominator).mul_(-lr * debias / (1 - fast**self._steps))
+        self._retract(update)
+
+    def _retract(self, update: Tensor) -> None:
+        moved = torch.addmm(update, update, update, alpha=0.5)
+        moved = torch.addmm(self._matrix, self._matrix, moved)
+        self._matrix = torch.addmm(moved, moved, moved.T @ moved, beta=1.5, alpha=-0.5)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Matrix, moments and step count."""
+        return {
+            "matrix": self._matrix,
+            "first": self._first,
+            "second": self._second,
+            "steps": torch.tensor(self._steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a ``state_dict``."""
+        device = self._matrix.device
+        self._matrix, self._first, self._second = (
+            state[name].clone().to(device) for name in ("matrix", "first", "second")
+        )
+        self._steps = int(state["steps"])
+
+
+class ExpRotation:
+    """The published scheme: Adam on the parameters of a matrix exponential from a fixed base point.
+
+    ``torch.nn.utils.parametrizations.orthogonal`` with ``matrix_exp``: ``R = B exp(X - X')``.
+
+    Args:
+        start: [d, d] orthogonal, the base point.
+        betas: decay of Adam's first and second moment.
+    """
+
+    def __init__(self, start: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        width = start.shape[0]
+        self._layer = nn.utils.parametrizations.orthogonal(
+            nn.Linear(width, width, bias=False, device=start.device), orthogonal_map="matrix_exp"
+        )
+        with torch.no_grad():
+            self._layer.weight = start.detach().float()
+        self._adam = torch.optim.Adam(self._layer.parameters(), betas=betas, eps=EPSILON)
+        self._current = self._layer.weight
+
+    @property
+    def matrix(self) -> Tensor:
+        """The current rotation, [d, d]."""
+        return self._current.detach()
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        self._adam.zero_grad(set_to_none=True)
+        self._current.backward(gradient)
+        self._adam.step()
+        self._current = self._layer.weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Base point, parameters, moments and step count."""
+        state = {f"layer.{name}": value for name, value in self._layer.state_dict().items()}
+        for moments in self._adam.state_dict()["state"].values():
+            state.update({f"adam.{name}": torch.as_tensor(value) for name, value in moments.items()})
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a ``state_dict``."""
+        layer = {name.removeprefix("layer."): v for name, v in state.items() if name.startswith("layer.")}
+        self._layer.load_state_dict(layer)
+        moments = {name.removeprefix("adam."): v.clone() for name, v in state.items() if name.startswith("adam.")}
+        adam = self._adam.state_dict()
+        self._adam.load_state_dict({**adam, "state": {0: moments} if moments else {}})
+        self._current = self._layer.weight
+
+
+ROTATIONS: dict[str, Any] = {"lie": LieRotation, "exp": ExpRotation}
+
+
+def make_rotation(kind: str, start: Tensor, betas: tuple[float, float]) -> Rotation:
+    """The optimiser by name, ``"lie"`` or ``"exp"``, starting from an orthogonal matrix."""
+    return ROTATIONS[kind](start, betas)
+
+
+def random_rotation(width: int, generator: torch.Generator) -> Tensor:
+    """[d, d] fp32 rotation, uniform on SO(d): QR of a Gaussian matrix with the signs of R's diagonal."""
+    gaussian = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    q = q * r.diagonal().sign()
+    if torch.linalg.det(q) < 0:
+        q[:, 0] = -q[:, 0]
+    return q.float()
+
+
+def principal_components(activations: Tensor) -> Tensor:
+    """[d, d] fp32 principal directions of [N, d] activations, variance descending."""
+    centred = activations.double() - activations.double().mean(0)
+    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    return directions.float().contiguous()

@@ -1,0 +1,321 @@
+"""The loop of NDM, and nothing else: it takes a stream of activations and knows of no model or file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndm_fast import ops
+from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.escape import Escape
+from ndm_fast.merge import choose_pairs, merge_scores
+from ndm_fast.mutual_information import mutual_information, subspace_variances
+from ndm_fast.objective import loss_and_gradient, loss_weights
+from ndm_fast.partition import SubspacePartition, orthogonality_error
+from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
+from ndm_fast.rotation import make_rotation, principal_components, random_rotation
+from ndm_fast.schedule import Schedule
+
+
+class Observer:
+    """What a trainer tells while it runs; override what is of interest."""
+
+    def event(self, record: dict[str, Any]) -> None:
+        """A line for the log: plain JSON values, ``record["event"]`` says of what kind."""
+
+    def progress(self, trainer: Trainer) -> None:
+        """Some steps were taken."""
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        """A good moment to save ``trainer.state_dict()``."""
+
+    def stop_requested(self) -> bool:
+        """Whether to stop now; the trainer calls :meth:`checkpoint` first."""
+        return False
+
+
+class Trainer:
+    """Learns a subspace partition of a stream of activations.
+
+    Args:
+        stream: numbered batches of [n, d] activations, see ``ndm_fast.pool.Stream``.
+        train, merge: settings.
+        device: where pool and rotation live.
+        source: what to note in the partition (model, site ...).
+        state: tensors and plain values of :meth:`state_dict`, to go on from.
+
+    Raises:
+        InputError: the settings do not fit the activations, or the stream is too short.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        train: TrainConfig,
+        merge: MergeConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        source: dict[str, Any] | None = None,
+        state: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+    ) -> None:
+        self.config = train
+        self.merge_config = merge or MergeConfig()
+        self.schedule = Schedule(train, self.merge_config)
+        self.device = torch.device(device)
+        self.step = 0
+        self.finished = False
+        self.train_loss = self.heldout_loss = float("nan")
+        self._source = source
+        tensors, values = state or ({}, {})
+        self._hold_out(stream)
+        self.widths = train.widths(self._heldout.shape[1])
+        self.pool = ActivationPool(
+            stream,
+            min(train.pool_rows, train.max_steps * train.queries + train.keys),
+            train.keys,
+            dtype=getattr(torch, train.pool_dtype),
+            device=device,
+            seed=train.seed,
+            first_batch=self._heldout_batches,
+            state=values.get("pool"),
+        )
+        self._heldout = (self._heldout.to(self.device) * self.scale).to(getattr(torch, train.pool_dtype))
+        self._escape = Escape(train.seed)
+        self._losses: list[Tensor] = []
+        if state:
+            self._load(tensors, values)
+        else:
+            self._reset_rotation(self._first_rotation())
+
+    @property
+    def scale(self) -> float:
+        """Stored activations, and distances between them, over the true ones."""
+        assert self.pool.scale is not None
+        return self.pool.scale
+
+    @property
+    def partition(self) -> SubspacePartition:
+        """The partition as it is now."""
+        return SubspacePartition(self.rotation.matrix, self.widths, self._source)
+
+    def run(self, observer: Observer | None = None) -> SubspacePartition:
+        """Train until no pair merges any more, or ``max_steps``.
+
+        Stops early, with ``finished`` false, where the observer asks for it.
+        """
+        observer = observer or Observer()
+        if self.step == 0:
+            self._evaluate(observer)
+        while not self.finished:
+            first, end = self.schedule.phase(self.step)
+            if self.step == first and not self._begin_phase(observer):
+                break
+            before = self.step
+            self._train_block(min(self.config.search_every, end - self.step), observer)
+            observer.progress(self)
+            if self._crossed(before, self.config.eval_every) or self.step == end:
+                self._evaluate(observer, stale_gap=self.config.search_every > 1)
+            if observer.stop_requested():
+                break
+            if self._crossed(before, self.config.checkpoint_every):
+                observer.checkpoint(self)
+        observer.checkpoint(self)
+        return self.partition
+
+    def _begin_phase(self, observer: Observer) -> bool:
+        """What is due between two phases; whether training goes on."""
+        if self.step and self.schedule.is_escape(self.step):
+            self._try_escape(observer)
+        if self.step >= self.config.max_steps:
+            self.finished = True
+        elif self.step and self.schedule.is_merge_check(self.step):
+            self.finished = not self._merge(observer)
+        return not self.finished
+
+    def _train_block(self, steps: int, observer: Observer) -> None:
+        """One search, then ``steps`` optimiser steps on its neighbours.
+
+        Neighbours up to ``steps`` old can only be farther than the true ones: the loss is majorised.
+        """
+        size = self.config.queries
+        queries, keys = self.pool.take(steps * size), self.pool.next_keys()
+        index = self._search(queries, keys).index
+        weights = self._loss_weights()
+        for batch in range(steps):
+            rows = slice(batch * size, (batch + 1) * size)
+            objective = loss_and_gradient(
+                queries[rows], keys, index[:, rows], self.rotation.matrix, self.widths, self.config.metric
+            )
+            gradient = clipped(objective.gradient, self.config.grad_clip * self.scale)
+            rate = self.schedule.learning_rate(self.step)
+            self.rotation.step(gradient, rate)
+            self._losses.append(weights @ objective.by_subspace)
+            self.step += 1
+            if self.step % self.config.log_every == 0:
+                self.train_loss = self._take_mean_loss()
+                observer.event({"event": "train", "step": self.step, "loss": self.train_loss, "lr": rate})
+        self._last = queries[-size:], keys, index[:, -size:]
+
+    def _search(self, queries: Tensor, keys: Tensor) -> ops.Neighbors:
+        return ops.nearest_neighbors(
+            queries,
+            keys,
+            self.rotation.matrix,
+            self.widths,
+            metric=self.config.metric,
+            precision=self.config.precision,
+            check_finite=False,  # the pool has looked
+        )
+
+    def _evaluate(self, observer: Observer, stale_gap: bool = False) -> Tensor:
+        """[S] held-out mean distance per subspace."""
+        distance = self.heldout_distance()
+        self.heldout_loss = self._weighted(distance)
+        record = {
+            "event": "evaluate",
+            "step": self.step,
+            "heldout_loss": self.heldout_loss,
+            "by_subspace": distance.tolist(),
+            "widths": list(self.widths),
+            "orthogonality_error": orthogonality_error(self.rotation.matrix),
+        }
+        if stale_gap:
+            record["stale_neighbour_gap"] = self._stale_gap()
+        observer.event(record)
+        return distance
+
+    def heldout_distance(self) -> Tensor:
+        """[S] mean distance of the held-out queries to their neighbours among the held-out keys."""
+        cut = self.config.heldout_queries
+        return self._search(self._heldout[:cut], self._heldout[cut:]).distance.mean(1) / self._unit
+
+    def heldout_variances(self) -> Tensor:
+        """[S] fp64 variance of the held-out activations in each subspace."""
+        return subspace_variances(self._heldout, self.rotation.matrix, self.widths) / self.scale**2
+
+    def _stale_gap(self) -> float:
+        """How much farther than the true neighbours the last batch's are, relative to the loss."""
+        queries, keys, index = self._last
+        matrix, widths, metric = self.rotation.matrix, self.widths, self.config.metric
+        stale = loss_and_gradient(queries, keys, index, matrix, widths, metric).by_subspace
+        fresh = self._search(queries, keys).distance.mean(1)
+        return self._weighted(stale) / max(self._weighted(fresh), torch.finfo(torch.float32).tiny) - 1
+
+    def _merge(self, observer: Observer) -> bool:
+        """Merge the pairs that share much information; whether there were any."""
+        information = self._information()
+        scores = merge_scores(information, self.widths)
+        pairs = choose_pairs(
+            scores, self.merge_config.merge_threshold, target_subspaces=self.merge_config.target_subspaces
+        )
+        before = self.widths
+        if pairs:
+            merged = self.partition.merge(pairs)
+            self.widths = merged.widths
+            self._reset_rotation(merged.rotation)
+        observer.event(
+            {
+                "event": "merge",
+                "step": self.step,
+                "mutual_information": information.tolist(),
+                "pairs": pairs,
+                "widths_before": list(before),
+                "widths": list(self.widths),
+            }
+        )
+        return bool(pairs)
+
+    def _try_escape(self, observer: Observer) -> None:
+        """Keep or undo the last re-initialisation of a pair, then begin another one."""
+        if self._escape.pending:
+            matrix, self.heldout_loss, verdict = self._escape.judge(self.rotation.matrix, self.heldout_loss)
+            observer.event({"event": "escape", "step": self.step, **verdict})
+            self._reset_rotation(matrix)
+        if self._escape.tried < self.config.escape_tries:
+            losses = self._evaluate(observer)
+            self._reset_rotation(
+                self._escape.propose(
+                    self.rotation.matrix, self.widths, self.heldout_loss, losses, self._information()
+                )
+            )
+
+    def _information(self) -> Tensor:
+        """[S, S] mutual information between subspaces, held-out queries against keys of the pool."""
+        queries = self._heldout[: min(self.merge_config.mi_queries, self.config.heldout_queries)]
+        keys = self.pool.peek_keys()[: self.merge_config.mi_keys]
+        return mutual_information(queries, keys, self.rotation.matrix, self.widths)
+
+    def _hold_out(self, stream: Stream) -> None:
+        """The first rows of the stream, shuffled, never trained on."""
+        rows, self._heldout_batches = take_rows(
+            stream.batches(), self.config.heldout_queries + self.config.heldout_keys
+        )
+        self._heldout = rows[torch.randperm(len(rows), generator=seeded(self.config.seed, 0))]
+
+    def _first_rotation(self) -> Tensor:
+        width = sum(self.widths)
+        if self.config.start == "random":
+            return random_rotation(width, seeded(self.config.seed, 3)).to(self.device)
+        if self.config.start == "pca":
+            return principal_components(self._heldout)
+        return torch.eye(width, device=self.device)
+
+    def _reset_rotation(self, matrix: Tensor) -> None:
+        self.rotation = make_rotation(self.config.rotation, matrix, self.config.betas)
+
+    def _weighted(self, by_subspace: Tensor) -> float:
+        """The loss from means per subspace."""
+        return float(self._loss_weights() @ by_subspace)
+
+    def _loss_weights(self) -> Tensor:
+        return loss_weights(self.widths, self.config.metric, self.device)
+
+    @property
+    def _unit(self) -> float:
+        """Stored distances over true ones; a cosine has no scale."""
+        return 1.0 if self.config.metric == "cosine" else self.scale
+
+    def _take_mean_loss(self) -> float:
+        mean = float(torch.stack(self._losses).mean()) / self._unit
+        self._losses.clear()
+        return mean
+
+    def _crossed(self, before: int, every: int) -> bool:
+        return before // every != self.step // every
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and plain JSON values from which training goes on identically."""
+        escape_tensors, escape_values = self._escape.state_dict()
+        tensors = {f"rotation.{name}": value for name, value in self.rotation.state_dict().items()}
+        tensors |= {f"escape.{name}": value for name, value in escape_tensors.items()}
+        values = {
+            "step": self.step,
+            "finished": self.finished,
+            "widths": list(self.widths),
+            "train_loss": self.train_loss,
+            "heldout_loss": self.heldout_loss,
+            "losses": [float(loss) for loss in self._losses],
+            "pool": self.pool.state_dict(),
+            "escape": escape_values,
+        }
+        return tensors, values
+
+    def _load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.step, self.finished = values["step"], values["finished"]
+        self.widths = tuple(values["widths"])
+        self.train_loss, self.heldout_loss = values["train_loss"], values["heldout_loss"]
+        self._losses = [torch.tensor(loss, device=self.device) for loss in values["losses"]]
+        self._reset_rotation(torch.eye(sum(self.widths), device=self.device))
+        self.rotation.load_state_dict(part("rotation."))
+        self._escape.load_state_dict(part("escape."), values["escape"])
+
+
+def clipped(gradient: Tensor, largest: float) -> Tensor:
+    """The gradient, scaled down where its norm is above ``largest``; no host sync."""
+    norm = torch.linalg.vector_norm(gradient)
+    return gradient * (largest / norm.clamp_min(largest))
