@@ -19,8 +19,8 @@ class Objective(NamedTuple):
 
 
 def loss_weights(widths: Sequence[int], metric: str, device: torch.device | str = "cpu") -> Tensor:
-    """[S] weights that turn means per subspace into the loss: equal, or by width for ``cosine``."""
-    shares = torch.tensor(widths, dtype=torch.float32, device=device)
+    """[S] fp64 weights that turn means per subspace into the loss: equal, or by width for ``cosine``."""
+    shares = torch.tensor(widths, dtype=torch.float64, device=device)
     return shares / shares.sum() if metric == "cosine" else torch.full_like(shares, 1 / len(widths))
 
 

@@ -267,10 +267,10 @@ class Trainer:
 
     def _weighted(self, by_subspace: Tensor) -> float:
         """The loss from means per subspace."""
-        return float(self._loss_weights() @ by_subspace)
+        return float(self._loss_weights() @ by_subspace.float())
 
     def _loss_weights(self) -> Tensor:
-        return loss_weights(self.widths, self.config.metric, self.device)
+        return loss_weights(self.widths, self.config.metric, self.device).float()
 
     @property
     def _unit(self) -> float:
