@@ -1,0 +1,45 @@
+// Which instruction set to use.
+#include <string>
+
+#include "driver.h"
+
+namespace ndm {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+}
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+const Kernels* check(const Kernels* kernels, bool cpu_has, const std::string& name, std::string* why) {
+  if (!kernels) *why = "this build holds no " + name + " code";
+  else if (!cpu_has) *why = "this CPU has no " + name;
+  return kernels && cpu_has ? kernels : nullptr;
+}
+
+}  // namespace
+
+const Kernels* choose_kernels(const std::string& name, std::string* why) {
+  std::string ignored;
+  if (!why) why = &ignored;
+  if (name == "avx512") return check(avx512_kernels(), has_avx512(), name, why);
+  if (name == "avx2") return check(avx2_kernels(), has_avx2(), name, why);
+  if (name == "portable") return portable_kernels();
+  if (!name.empty()) {
+    *why = "unknown name, take avx512, avx2 or portable";
+    return nullptr;
+  }
+  for (const char* candidate : {"avx512", "avx2"})
+    if (const Kernels* kernels = choose_kernels(candidate, why)) return kernels;
+  return portable_kernels();
+}
+
+}  // namespace ndm

@@ -1,0 +1,184 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace ndm {
+namespace {
+
+constexpr int64_t kMinimaBytes = 16 << 20;   // group minima of one round
+constexpr int64_t kStateBytes = 4 << 20;     // per thread, KSG
+constexpr int64_t kRerankBlock = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory on a 64-byte boundary, so that vectors do not straddle cache lines.
+template <class T>
+class Aligned {
+ public:
+  explicit Aligned(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(T) + 64]) {}
+  T* get() {
+    auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+int64_t widest(const int64_t* offsets, int64_t subspaces) {
+  int64_t p = 0;
+  for (int64_t s = 0; s < subspaces; ++s) p = std::max(p, offsets[s + 1] - offsets[s]);
+  return p;
+}
+
+// Floats that sweep_tile and rerank need for one thread (layouts are written there).
+int64_t search_scratch_floats(const Search& a) {
+  const int64_t p = widest(a.offsets, a.subspaces);
+  int64_t packed = 0;
+  for (int64_t s = 0; s < a.subspaces; ++s) {
+    const int64_t width = a.offsets[s + 1] - a.offsets[s];
+    packed = std::max(packed, pack_size(width) * width);
+  }
+  const int64_t sweep = kMaxPack + 8 * a.width + 16 + packed;
+  const int64_t rerank = 2 * (4 * a.width + 12 * p) + a.width;
+  return ceil_div(std::max(sweep, rerank), 16) * 16;
+}
+
+// Enough tiles to find the nearest key again quickly, few enough that the minima stay small.
+int64_t tile_size(int64_t keys) {
+  int64_t tile = kMaxPack / 2;
+  while (keys > 256 * tile) tile *= 2;
+  return tile;
+}
+
+}  // namespace
+
+void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
+  a.tile = tile_size(a.keys);
+  a.tiles = ceil_div(a.keys, a.tile);
+  a.padded = ceil_div(a.queries, kernels.query_block) * kernels.query_block;
+  const int64_t per_subspace = a.tiles * a.padded * kGroups;
+  const int64_t at_once = std::clamp<int64_t>(kMinimaBytes / (per_subspace * 4), 1, a.subspaces);
+  Aligned<float> packed_queries(a.padded * a.width), query_norm(a.subspaces * a.padded);
+  Aligned<float> minima(at_once * per_subspace);
+  Aligned<float> group_norm(a.subspaces * a.tiles * kGroups), group_error(a.subspaces * a.tiles * kGroups);
+  Aligned<uint8_t> irregular(a.subspaces * a.tiles);
+  const int64_t each = search_scratch_floats(a);
+  Aligned<float> scratch(each * threads);
+  a.packed_queries = packed_queries.get();
+  a.query_norm = query_norm.get();
+  a.minima = minima.get();
+  a.group_norm = group_norm.get();
+  a.group_error = group_error.get();
+  a.irregular = irregular.get();
+  float* scratch_start = scratch.get();
+
+  // Dynamic shares: the other core may be busy with something else.
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int) {
+    for (int64_t s; (s = next.fetch_add(1)) < a.subspaces;) kernels.pack_queries(a, s);
+  });
+  for (a.first = 0; a.first < a.subspaces; a.first = a.last) {
+    a.last = std::min(a.first + at_once, a.subspaces);
+    next = 0;
+    parallel(threads, [&](int thread) {
+      for (int64_t tile; (tile = next.fetch_add(1)) < a.tiles;) kernels.sweep(a, tile, scratch_start + each * thread);
+    });
+    next = 0;
+    const int64_t blocks = ceil_div(a.queries, kRerankBlock);
+    parallel(threads, [&](int thread) {
+      for (int64_t item; (item = next.fetch_add(1)) < blocks * (a.last - a.first);) {
+        const int64_t q = item % blocks * kRerankBlock;
+        kernels.rerank(a, a.first + item / blocks, q, std::min(q + kRerankBlock, a.queries),
+                       scratch_start + each * thread);
+      }
+    });
+  }
+}
+
+namespace {
+
+int64_t ksg_scratch_floats(const Ksg& a, const Kernels& kernels) {
+  const int64_t tile = kernels.ksg_tile;
+  return ceil_div(a.width * tile + kernels.ksg_query_block * a.subspaces * tile + 8 * widest(a.offsets, a.subspaces),
+                  16) * 16;
+}
+
+// Runs the tile pass over all keys for as many queries at once as the state allows; `finish` gets the
+// states of all threads for queries first .. last.
+template <class T, class Finish>
+void ksg_passes(Ksg a, const Kernels& kernels, int threads, T initial, Finish finish) {
+  const int block = kernels.ksg_query_block;
+  int64_t at_once = std::max<int64_t>(kStateBytes / (a.pairs * 32), 1);
+  at_once = std::min(ceil_div(at_once, block) * block, ceil_div(a.queries, block) * block);
+  const int64_t each_state = at_once * a.pairs * 8, each_scratch = ksg_scratch_floats(a, kernels);
+  Aligned<T> state(each_state * threads);
+  Aligned<float> scratch(each_scratch * threads), packed(at_once * a.width);
+  a.packed_queries = packed.get();
+  T* states = state.get();
+  float* scratches = scratch.get();
+  const int64_t tiles = ceil_div(a.keys, kernels.ksg_tile);
+  for (a.first = 0; a.first < a.queries; a.first = a.last) {
+    a.last = std::min(a.first + at_once, a.queries);
+    kernels.ksg_pack_queries(a);
+    std::atomic<int64_t> next{0};
+    parallel(threads, [&](int thread) {
+      T* mine = states + each_state * thread;
+      std::fill(mine, mine + each_state, initial);
+      for (int64_t tile; (tile = next.fetch_add(1)) < tiles;)
+        kernels.ksg_tile_pass(a, tile, scratches + each_scratch * thread, mine);
+    });
+    for (int64_t q = a.first; q < a.last; ++q)
+      for (int64_t pair = 0; pair < a.pairs; ++pair)
+        finish(q, pair, states + ((q - a.first) * a.pairs + pair) * 8, each_state);
+  }
+}
+
+// Least x with sqrt(x) >= radius in fp32: distance < radius is then the same as squared distance < x.
+float squared_limit(float radius) {
+  if (!(radius > 0)) return radius;  // 0: nothing is below it; NaN stays
+  float x = radius * radius;
+  if (!(x <= std::numeric_limits<float>::max())) return x;
+  while (std::sqrt(x) < radius) x = std::nextafter(x, std::numeric_limits<float>::infinity());
+  for (float below; x > 0 && std::sqrt(below = std::nextafter(x, 0.0f)) >= radius;) x = below;
+  return x;
+}
+
+}  // namespace
+
+void ksg_radius(Ksg a, const Kernels& kernels, int threads, float* radius) {
+  a.limit = nullptr;
+  ksg_passes<float>(a, kernels, threads, std::numeric_limits<float>::infinity(),
+                    [&](int64_t q, int64_t pair, const float* lanes, int64_t stride) {
+                      float least = lanes[0];
+                      for (int t = 0; t < threads; ++t)
+                        for (int i = 0; i < 8; ++i) least = std::min(least, lanes[t * stride + i]);
+                      radius[pair * a.queries + q] = std::sqrt(least);
+                    });
+}
+
+void ksg_counts(Ksg a, const Kernels& kernels, int threads, const float* radius, int64_t* counts) {
+  std::vector<float> limit(static_cast<size_t>(a.queries * a.pairs));
+  for (int64_t pair = 0; pair < a.pairs; ++pair)
+    for (int64_t q = 0; q < a.queries; ++q)
+      limit[static_cast<size_t>(q * a.pairs + pair)] = squared_limit(radius[pair * a.queries + q]);
+  a.limit = limit.data();
+  ksg_passes<int32_t>(a, kernels, threads, 0, [&](int64_t q, int64_t pair, const int32_t* lanes, int64_t stride) {
+    for (int side = 0; side < 2; ++side) {
+      int64_t total = 0;
+      for (int t = 0; t < threads; ++t)
+        for (int i = 0; i < 4; ++i) total += lanes[t * stride + 4 * side + i];
+      counts[(2 * pair + side) * a.queries + q] = total;
+    }
+  });
+}
+
+}  // namespace ndm

@@ -1,0 +1,22 @@
+// Runs the kernels of one instruction set over threads; owns all scratch memory.
+#pragma once
+
+#include <string>
+
+#include "types.h"
+
+namespace ndm {
+
+// Fills `distance` and `index`. Arguments are already checked.
+void nearest_neighbors(Search search, const Kernels& kernels, int threads);
+
+// `radius` [P, Q], not squared.
+void ksg_radius(Ksg ksg, const Kernels& kernels, int threads, float* radius);
+
+// `counts` [P, 2, Q]: keys with distance < radius, which is [P, Q].
+void ksg_counts(Ksg ksg, const Kernels& kernels, int threads, const float* radius, int64_t* counts);
+
+// Fastest set that this CPU runs, or null with `why` filled if the named one cannot run.
+const Kernels* choose_kernels(const std::string& name, std::string* why);
+
+}  // namespace ndm

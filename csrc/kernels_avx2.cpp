@@ -1,0 +1,29 @@
+// Kernels for AVX2 + FMA + F16C. Compiled with those flags on x86-64 only; never called elsewhere.
+#include "types.h"
+
+#if defined(__AVX2__) && defined(__FMA__)
+
+#include "vector_avx2.h"
+
+#include "ksg_kernel.h"
+#include "search_rerank.h"
+
+namespace ndm {
+
+// 6 x 2 accumulators + 2 keys + 1 query: 15 of 16 registers.
+const Kernels* avx2_kernels() {
+  static const Kernels kernels = {"avx2",   6,        16,
+                                  pack_queries<6>,    sweep_tile<Vec8, 6>,  rerank,
+                                  6,        kKsgTile, ksg_pack_queries<6>, ksg_tile_pass<6>};
+  return &kernels;
+}
+
+}  // namespace ndm
+
+#else
+
+namespace ndm {
+const Kernels* avx2_kernels() { return nullptr; }
+}  // namespace ndm
+
+#endif

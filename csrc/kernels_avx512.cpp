@@ -1,0 +1,30 @@
+// Kernels for AVX-512 F/BW/VL. Compiled with those flags where the compiler has them.
+// The eight-lane parts (KSG pairs, re-rank) are the AVX2 code under this file's flags.
+#include "types.h"
+
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+
+#include "vector_avx512.h"
+
+#include "ksg_kernel.h"
+#include "search_rerank.h"
+
+namespace ndm {
+
+// 12 x 2 accumulators + 2 keys + 1 query: 27 of 32 registers.
+const Kernels* avx512_kernels() {
+  static const Kernels kernels = {"avx512", 12,       32,
+                                  pack_queries<12>,   sweep_tile<Vec16, 12>, rerank,
+                                  6,        kKsgTile, ksg_pack_queries<6>,  ksg_tile_pass<6>};
+  return &kernels;
+}
+
+}  // namespace ndm
+
+#else
+
+namespace ndm {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace ndm
+
+#endif

@@ -1,0 +1,25 @@
+// Kernels for any target: GCC/clang vector extensions, no instruction set beyond the platform's own.
+#include "types.h"
+
+#include "vector_portable.h"
+
+#include "ksg_kernel.h"
+#include "search_rerank.h"
+
+namespace ndm {
+
+// A lane group is two registers here: 2 x 4 accumulators of 16 on SSE2, 4 x 4 of 32 on NEON.
+#if defined(__aarch64__)
+constexpr int kBlock = 4;
+#else
+constexpr int kBlock = 2;
+#endif
+
+const Kernels* portable_kernels() {
+  static const Kernels kernels = {"portable", kBlock,   16,
+                                  pack_queries<kBlock>, sweep_tile<Vec8, kBlock>, rerank,
+                                  kBlock,     kKsgTile, ksg_pack_queries<kBlock>, ksg_tile_pass<kBlock>};
+  return &kernels;
+}
+
+}  // namespace ndm

@@ -1,0 +1,143 @@
+// Tile pass of ksg_radius and ksg_counts.
+//
+// Formula   D_s(q, k)^2 = sum_j (q_j - k_j)^2 over the columns of s, rows scaled by 1 / sqrt(variance) before;
+//           radius^2 = min_k max(D_a^2, D_b^2); count = #{k : D^2 < limit}.
+// Layout    64 keys of all subspaces transposed to panels [p][16]; D^2 of a query block as [query][S][64].
+// Mapping   per query block and tile the S rows of D^2 once (direct differences: nothing cancels, and the
+//           subtraction runs beside the FMA), then every pair reads two rows of 256 bytes from the
+//           first-level cache. Both passes run the same code, so `<` is strict where it has to be.
+//           Squares are compared: no square root per element.
+// Limit     radius: 2 min/max per (pair, query, key), 8 lanes at once; counts: 2 compares + 2 subtractions.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "types.h"
+
+namespace ndm {
+namespace {
+
+constexpr int kKsgTile = 64;
+constexpr int kKsgPanel = 16;
+
+// One subspace of one tile, scaled and transposed to panels. Rows past the end are 0.
+inline void ksg_pack_keys(const Ksg& a, int64_t s, int64_t start, float* packed, float* buffer) {
+  const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column;
+  const Vec8 scale = Vec8::set1(a.scale[s]);
+  for (int at = 0; at < kKsgTile; at += 8) {
+    float* panel = packed + (at / kKsgPanel) * kKsgPanel * p + at % kKsgPanel;
+    const float* from = a.rotated_keys + (start + at) * a.width + column;
+    int64_t stride = a.width;
+    if (start + at + 8 > a.keys) {
+      for (int i = 0; i < 8; ++i)
+        for (int64_t j = 0; j < p; ++j) buffer[i * p + j] = start + at + i < a.keys ? from[i * stride + j] : 0.0f;
+      from = buffer;
+      stride = p;
+    }
+    int64_t j = 0;
+    for (; j + 8 <= p; j += 8) transpose_8x8(from + j, stride, panel + j * kKsgPanel, kKsgPanel);
+    for (; j < p; ++j)
+      for (int i = 0; i < 8; ++i) panel[j * kKsgPanel + i] = from[i * stride + j];
+    for (j = 0; j < p; ++j) {
+      float* lanes = panel + j * kKsgPanel;
+      Vec8::fma(Vec8::load(lanes), scale, Vec8::set1(0)).store(lanes);
+    }
+  }
+}
+
+// D^2 of Block queries to the keys of a packed subspace: out[m * stride + key].
+template <int Block>
+void ksg_distances(const float* packed, int64_t p, const float* queries, float* out, int64_t stride) {
+  for (int at = 0; at < kKsgTile; at += kKsgPanel) {
+    const float* key = packed + at * p;
+    const float* query = queries;
+    Vec8 sum0[Block], sum1[Block];
+    for (int m = 0; m < Block; ++m) sum0[m] = sum1[m] = Vec8::set1(0);
+    for (int64_t j = 0; j < p; ++j) {
+      const Vec8 key0 = Vec8::load(key), key1 = Vec8::load(key + 8);
+      for (int m = 0; m < Block; ++m) {
+        const Vec8 x = Vec8::set1(query[m]);
+        const Vec8 difference0 = x - key0, difference1 = x - key1;
+        sum0[m] = Vec8::fma(difference0, difference0, sum0[m]);
+        sum1[m] = Vec8::fma(difference1, difference1, sum1[m]);
+      }
+      key += kKsgPanel;
+      query += Block;
+    }
+    for (int m = 0; m < Block; ++m) {
+      sum0[m].store(out + m * stride + at);
+      sum1[m].store(out + m * stride + at + 8);
+    }
+  }
+}
+
+// rows: [S][64] squared distances of one query; state: [P][8].
+inline void ksg_pairs_radius(const Ksg& a, const float* rows, float* state) {
+  for (int64_t pair = 0; pair < a.pairs; ++pair, state += 8) {
+    const float* x = rows + a.pair[2 * pair] * kKsgTile;
+    const float* y = rows + a.pair[2 * pair + 1] * kKsgTile;
+    Vec8 least = Vec8::load(state), other = Vec8::max(Vec8::load(x), Vec8::load(y));
+    for (int i = 8; i < kKsgTile; i += 16) {
+      least = Vec8::min(least, Vec8::max(Vec8::load(x + i), Vec8::load(y + i)));
+      if (i + 8 < kKsgTile) other = Vec8::min(other, Vec8::max(Vec8::load(x + i + 8), Vec8::load(y + i + 8)));
+    }
+    Vec8::min(least, other).store(state);
+  }
+}
+
+inline void ksg_pairs_counts(const Ksg& a, const float* rows, const float* limits, int32_t* state) {
+  for (int64_t pair = 0; pair < a.pairs; ++pair, state += 8) {
+    const float* x = rows + a.pair[2 * pair] * kKsgTile;
+    const float* y = rows + a.pair[2 * pair + 1] * kKsgTile;
+    const Vec8 limit = Vec8::set1(limits[pair]);
+    Count below_x = Count::zero(), below_y = Count::zero();
+    for (int i = 0; i < kKsgTile; i += 8) {
+      below_x.add_less(Vec8::load(x + i), limit);
+      below_y.add_less(Vec8::load(y + i), limit);
+    }
+    Count::accumulate(below_x, below_y, state);
+  }
+}
+
+template <int Block>
+void ksg_tile_pass(const Ksg& a, int64_t tile, float* scratch, void* state) {
+  float* packed = scratch;                              // [d][64]
+  float* rows = packed + a.width * kKsgTile;            // [Block][S][64]
+  float* buffer = rows + Block * a.subspaces * kKsgTile;  // [8][p]
+  const int64_t start = tile * kKsgTile, stride = a.subspaces * kKsgTile;
+  const int valid = static_cast<int>(a.keys - start < kKsgTile ? a.keys - start : kKsgTile);
+  for (int64_t s = 0; s < a.subspaces; ++s) ksg_pack_keys(a, s, start, packed + a.offsets[s] * kKsgTile, buffer);
+  for (int64_t q = a.first; q < a.last; q += Block) {
+    for (int64_t s = 0; s < a.subspaces; ++s) {
+      const int64_t p = a.offsets[s + 1] - a.offsets[s];
+      const float* queries = a.packed_queries + (q - a.first) * a.width + a.offsets[s] * Block;
+      ksg_distances<Block>(packed + a.offsets[s] * kKsgTile, p, queries, rows + s * kKsgTile, stride);
+      for (int m = 0; m < Block; ++m)
+        for (int i = valid; i < kKsgTile; ++i)
+          rows[m * stride + s * kKsgTile + i] = std::numeric_limits<float>::infinity();
+    }
+    for (int m = 0; m < Block && q + m < a.last; ++m) {
+      const int64_t at = (q + m - a.first) * a.pairs * 8;
+      if (a.limit) {
+        ksg_pairs_counts(a, rows + m * stride, a.limit + (q + m) * a.pairs, static_cast<int32_t*>(state) + at);
+      } else {
+        ksg_pairs_radius(a, rows + m * stride, static_cast<float*>(state) + at);
+      }
+    }
+  }
+}
+
+// Queries first .. last as [block][d][query], scaled; 0 past the end.
+template <int Block>
+void ksg_pack_queries(const Ksg& a) {
+  for (int64_t q = a.first; q < (a.last - a.first + Block - 1) / Block * Block + a.first; ++q) {
+    float* out = a.packed_queries + ((q - a.first) / Block) * Block * a.width + (q - a.first) % Block;
+    for (int64_t s = 0; s < a.subspaces; ++s)
+      for (int64_t j = a.offsets[s]; j < a.offsets[s + 1]; ++j)
+        out[j * Block] = q < a.last ? a.scale[s] * a.rotated_queries[q * a.width + j] : 0.0f;
+  }
+}
+
+}  // namespace
+}  // namespace ndm

@@ -1,0 +1,365 @@
+// Exact pass of nearest_neighbors: from group minima to the nearest key and its distance.
+//
+// Every computed quantity carries a bound, so that no key that could be nearest is missed:
+//   score     |computed - true for the rounded rows| <= alpha (|q||k| + |k|^2), alpha = (p + 5) 2^-24
+//             (any order of summation; Higham 2002, section 3.1);
+//   rows      a row in the sweep is off by e_q or e_k in norm, so a distance by e_q + e_k at most. In raw
+//             form the bound of the fp32 rotation is 2 sqrt(d) 2^-24 |h| (see cpu.py).
+// Steps for a query in a subspace, with U an upper bound of the least distance:
+//   1 the group with the least score gives a first U, from fp64 distances of its keys;
+//   2 every group that can hold a key within U is read again; normally none is;
+//   3 rotated form: the fp64 distance decides. Raw form: keys within U of the rotated copy are measured
+//     from the raw rows in fp64, four at a time.
+// Limit: fp64 product of Q x d x p per subspace in raw form; memory latency of 8-16 rows otherwise.
+#pragma once
+
+#include "search_sweep.h"
+
+namespace ndm {
+namespace {
+
+typedef double Double4 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int Int8 __attribute__((vector_size(32)));
+
+constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
+constexpr int kPending = 64;
+
+inline Double4 to_double(const float* p) {
+  Float4 x;
+  std::memcpy(&x, p, 16);
+  return __builtin_convertvector(x, Double4);
+}
+inline double sum(Double4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+
+struct Best {
+  double squared = std::numeric_limits<double>::infinity();
+  int64_t index = -1;
+};
+
+// Lowest index wins among values that differ by rounding only.
+inline void improve(Best& best, double squared, int64_t index) {
+  const double tolerance = 1e-14 * best.squared;
+  if (best.index < 0 || squared < best.squared - tolerance ||
+      (squared <= best.squared + tolerance && index < best.index) || (squared != squared && best.squared == best.squared))
+    best = {squared, index};
+}
+
+// One query in one subspace.
+struct Query {
+  const double* row;      // [p] rotated, fp64
+  double norm;            // of that row
+  double sweep_norm2;     // |q|^2 as the scores mean it: squared distance = 2 score + this
+  double sweep_error;     // e_q between the packed query and the true one
+  double error;           // e_q between `row` and the true one: 0 in rotated form
+  double upper;           // U
+  Best best;
+};
+
+struct Pending {
+  int64_t key;
+  int query;
+  double lower;
+};
+
+struct Rerank {
+  const Search& a;
+  int64_t s, column, p;
+  int64_t first;          // first query of the block
+  Query query[kRerankQueries];
+  Pending pending[kPending];
+  int waiting = 0;
+  double* doubles;        // scratch: [4 d] rows, [4 p] projections, [8 p] query rows
+  float* row;             // scratch: [d]
+
+  Rerank(const Search& search, int64_t subspace, int64_t first_query, float* scratch)
+      : a(search), s(subspace), column(search.offsets[subspace]), p(search.offsets[subspace + 1] - column),
+        first(first_query), doubles(reinterpret_cast<double*>(scratch)),
+        row(scratch + 2 * (4 * search.width + 12 * p)) {}
+
+  bool raw() const { return a.exact_queries == nullptr; }
+
+  const float* key_row(int64_t key) {
+    if (a.rotated_keys.type == Type::float32)
+      return reinterpret_cast<const float*>(row_address(a.rotated_keys, key, column));
+    read_row(a.rotated_keys, key, column, p, row);
+    return row;
+  }
+
+  void start_query(int i) {
+    Query& q = query[i];
+    if (raw()) {
+      double* copy = doubles + 4 * a.width + 4 * p + i * p;
+      for (int64_t j = 0; j < p; ++j) copy[j] = a.rotated_queries[(first + i) * a.width + column + j];
+      q.row = copy;
+    } else {
+      q.row = a.exact_queries + (first + i) * a.width + column;
+    }
+    double norm2 = 0;
+    for (int64_t j = 0; j < p; ++j) norm2 += q.row[j] * q.row[j];
+    q.norm = std::sqrt(norm2);
+    const float packed = a.query_norm[s * a.padded + first + i];
+    const float given = a.query_error ? a.query_error[first + i] : 0.0f;
+    q.sweep_norm2 = a.cosine ? 2.0 : static_cast<double>(packed) * packed;
+    q.error = a.cosine && raw() ? unit_error(given, packed, p) : given;
+    q.sweep_error = a.cosine ? unit_error(given, packed, p) : given + 2 * kUnit * packed;
+    if (a.cosine && q.norm > 0 && packed < 1e-15f) q.sweep_error = 2;
+    q.upper = std::numeric_limits<double>::infinity();
+    q.best = Best();
+  }
+
+  // Squared distance to a row of the rotated keys, fp64; for cosine 2 - 2 cos. `norm` is the key's.
+  double squared_to(const Query& q, int64_t key, double* norm) {
+    const float* k = key_row(key);
+    Double4 s0 = {0, 0, 0, 0}, s1 = {0, 0, 0, 0};
+    double rest0 = 0, rest1 = 0;
+    int64_t j = 0;
+    for (; j + 4 <= p; j += 4) {
+      Double4 x, y = to_double(k + j);
+      std::memcpy(&x, q.row + j, 32);
+      if (a.cosine) {
+        s0 += x * y;
+        s1 += y * y;
+      } else {
+        s0 += (x - y) * (x - y);
+      }
+    }
+    for (; j < p; ++j) {
+      const double x = q.row[j], y = k[j];
+      rest0 += a.cosine ? x * y : (x - y) * (x - y);
+      rest1 += y * y;
+    }
+    const double total = sum(s0) + rest0;
+    if (!a.cosine) return total;
+    *norm = std::sqrt(sum(s1) + rest1);
+    return chord(total, q.norm, *norm);
+  }
+
+  // 2 - 2 cos: the squared distance of the unit vectors. A zero vector has cosine 0.
+  static double chord(double dot, double norm_q, double norm_k) {
+    const double scale = norm_q * norm_k;
+    const double cosine = scale == 0 ? 0 : dot / scale;
+    return cosine > 1 ? 0 : 2 - 2 * cosine;
+  }
+
+  void consider(int i, int64_t key) {
+    Query& q = query[i];
+    double norm = 0;
+    const double squared = squared_to(q, key, &norm);
+    if (!raw()) {
+      improve(q.best, squared, key);
+      q.upper = std::sqrt(q.best.squared);
+      return;
+    }
+    double error = q.error + a.key_error[key];
+    if (a.cosine) error = q.error + unit_error(a.key_error[key], static_cast<float>(norm), p);
+    const double distance = std::sqrt(squared);
+    if (distance + error < q.upper) q.upper = distance + error;
+    // Written so that NaN passes: it has to reach the result.
+    if (distance - error > q.upper * (1 + 1e-14)) return;
+    if (waiting == kPending) resolve();
+    pending[waiting++] = {key, i, distance - error};
+  }
+
+  void consider_group(int i, int64_t tile, int group) {
+    const int64_t stop = (tile + 1) * a.tile < a.keys ? (tile + 1) * a.tile : a.keys;
+    for (int64_t key = tile * a.tile + group; key < stop; key += kGroups)
+      __builtin_prefetch(row_address(a.rotated_keys, key, column));
+    for (int64_t key = tile * a.tile + group; key < stop; key += kGroups) consider(i, key);
+  }
+
+  // [4][d] rows in `doubles` (interleaved: [d][4]) times the subspace's columns of R -> [p][4].
+  void project() {
+    const double* rows = doubles;
+    double* out = doubles + 4 * a.width;
+    const int64_t d = a.width;
+    int64_t c = 0;
+    for (; c + 8 <= p; c += 8) project_columns<8>(rows, c, out, d);
+    for (; c < p; ++c) project_columns<1>(rows, c, out, d);
+  }
+
+  template <int Columns>
+  void project_columns(const double* rows, int64_t c, double* out, int64_t d) {
+    const float* basis = a.rotation + column + c;
+    Double4 sums[Columns];
+    for (int j = 0; j < Columns; ++j) sums[j] = Double4{0, 0, 0, 0};
+    for (int64_t i = 0; i < d; ++i) {
+      Double4 x;
+      std::memcpy(&x, rows + 4 * i, 32);
+      for (int j = 0; j < Columns; ++j) {
+        const double r = basis[i * d + j];
+        sums[j] += x * Double4{r, r, r, r};
+      }
+    }
+    std::memcpy(out + 4 * c, sums, sizeof sums);
+  }
+
+  void load_row(const Rows& from, int64_t index, int slot, double factor, bool add) {
+    read_row(from, index, 0, a.width, row);
+    double* rows = doubles + slot;
+    for (int64_t j = 0; j < a.width; ++j) rows[4 * j] = (add ? rows[4 * j] : 0.0) + factor * row[j];
+  }
+
+  bool same_as_best(const Pending& x) {
+    const Best& best = query[x.query].best;
+    if (best.index < 0 || x.key < best.index) return false;
+    const size_t bytes = static_cast<size_t>(a.width * element_size(a.raw_keys.type));
+    return std::memcmp(row_address(a.raw_keys, x.key, 0), row_address(a.raw_keys, best.index, 0), bytes) == 0;
+  }
+
+  // Measures the waiting keys from the raw rows.
+  void resolve() {
+    const int at_once = a.cosine ? 2 : 4;
+    const int total = waiting;
+    waiting = 0;
+    for (int begin = 0; begin < total;) {
+      Pending batch[4];
+      int size = 0;
+      for (; begin < total && size < at_once; ++begin) {
+        const Pending& x = pending[begin];
+        // Copies of the best row (padding and first tokens come in thousands) cannot win.
+        if (x.lower > query[x.query].upper * (1 + 1e-14) || same_as_best(x)) continue;
+        batch[size++] = x;
+      }
+      if (size) measure(batch, size);
+    }
+  }
+
+  void measure(const Pending* batch, int size) {
+    for (int64_t j = 0; j < 4 * a.width; ++j) doubles[j] = 0;
+    for (int b = 0; b < size; ++b) {
+      const int64_t q = first + batch[b].query;
+      if (a.cosine) {
+        load_row(a.raw_queries, q, 2 * b, 1, false);
+        load_row(a.raw_keys, batch[b].key, 2 * b + 1, 1, false);
+      } else {
+        load_row(a.raw_queries, q, b, 1, false);
+        load_row(a.raw_keys, batch[b].key, b, -1, true);
+      }
+    }
+    project();
+    const double* out = doubles + 4 * a.width;
+    for (int b = 0; b < size; ++b) {
+      double first_sum = 0, dot = 0, second_sum = 0;
+      for (int64_t j = 0; j < p; ++j) {
+        const double x = out[4 * j + (a.cosine ? 2 * b : b)], y = a.cosine ? out[4 * j + 2 * b + 1] : 0;
+        first_sum += x * x;
+        dot += x * y;
+        second_sum += y * y;
+      }
+      Query& q = query[batch[b].query];
+      improve(q.best, a.cosine ? chord(dot, std::sqrt(first_sum), std::sqrt(second_sum)) : first_sum, batch[b].key);
+      const double distance = std::sqrt(q.best.squared);
+      if (distance < q.upper) q.upper = distance;
+    }
+  }
+
+  void write(int i) {
+    const Best& best = query[i].best;
+    const int64_t at = s * a.queries + first + i;
+    a.distance[at] = static_cast<float>(a.cosine ? best.squared / 2 : std::sqrt(best.squared));
+    a.index[at] = best.index;
+  }
+};
+
+// Tile and group of the least score of each query of the block.
+inline void least_groups(const float* minima, int64_t tiles, int64_t padded, int count, int64_t* tile, int* group) {
+  float least[kRerankQueries][kGroups];
+  int at[kRerankQueries][kGroups];
+  for (int i = 0; i < count; ++i)
+    for (int g = 0; g < kGroups; ++g) {
+      least[i][g] = minima[i * kGroups + g];
+      at[i][g] = 0;
+    }
+  for (int64_t t = 1; t < tiles; ++t) {
+    const float* now = minima + t * padded * kGroups;
+    for (int i = 0; i < count; ++i)
+      for (int g = 0; g < kGroups; ++g) {
+        const float x = now[i * kGroups + g];
+        const bool less = x < least[i][g];
+        least[i][g] = less ? x : least[i][g];
+        at[i][g] = less ? static_cast<int>(t) : at[i][g];
+      }
+  }
+  for (int i = 0; i < count; ++i) {
+    group[i] = 0;
+    for (int g = 1; g < kGroups; ++g)
+      if (least[i][g] < least[i][group[i]]) group[i] = g;
+    tile[i] = at[i][group[i]];
+  }
+}
+
+struct Threshold {
+  float alpha_norm;  // alpha |q|
+  float alpha;
+  float reach;       // U + e_q
+  float score;       // largest score of a key within reach, without e_k
+};
+
+inline Threshold threshold(const Query& q, float alpha, bool cosine) {
+  const double norm = cosine ? 1.0 : std::sqrt(q.sweep_norm2);
+  const double reach = q.upper + q.sweep_error;
+  const double score = (reach * reach - q.sweep_norm2) / 2;
+  // The test itself is done in fp32: a few units of what enters it, and what underflows.
+  const double slack = 4 * kUnit * (reach * reach + q.sweep_norm2) + 1e-35;
+  return {static_cast<float>(alpha * norm * (1 + 1e-6)), alpha, static_cast<float>(reach * (1 + 1e-6)),
+          static_cast<float>(score + slack)};
+}
+
+// Bit g is set where group g may hold a key within reach: score - its error <= ((U + e_q + e_k)^2 - |q|^2) / 2.
+inline int groups_within(const Threshold& t, const float* minima, const float* norms, const float* errors) {
+  int bits = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    const float n = norms[g], e = errors[g];
+    const float lower = minima[g] - n * (t.alpha_norm + t.alpha * n) - e * (t.reach + e);
+    bits |= static_cast<int>(lower <= t.score) << g;
+  }
+  return bits;
+}
+
+inline bool is_irregular(const Search& a, int64_t s, const Query& q) {
+  uint8_t any = 0;
+  for (int64_t t = 0; t < a.tiles; ++t) any |= a.irregular[s * a.tiles + t];
+  return any || !(q.sweep_norm2 <= std::numeric_limits<float>::max());
+}
+
+void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scratch) {
+  Rerank work(a, s, first, scratch);
+  const int count = static_cast<int>(last - first);
+  const float* minima = a.minima + ((s - a.first) * a.tiles * a.padded + first) * kGroups;
+  const float alpha = static_cast<float>(work.p + 5) * kUnit;
+  int64_t tile[kRerankQueries];
+  int group[kRerankQueries];
+  least_groups(minima, a.tiles, a.padded, count, tile, group);
+  Threshold limit[kRerankQueries];
+  for (int i = 0; i < count; ++i) {
+    work.start_query(i);
+    if (is_irregular(a, s, work.query[i])) {  // no bound holds: look at every key
+      for (int64_t key = 0; key < a.keys; ++key) work.consider(i, key);
+      limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
+      continue;
+    }
+    if (a.cosine && work.query[i].norm == 0 && work.query[i].error == 0) {  // cosine 0 with every key
+      work.consider(i, 0);
+      limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
+      continue;
+    }
+    work.consider_group(i, tile[i], group[i]);
+    limit[i] = threshold(work.query[i], alpha, a.cosine);
+  }
+  for (int64_t t = 0; t < a.tiles; ++t) {
+    const float* norms = a.group_norm + (s * a.tiles + t) * kGroups;
+    const float* errors = a.group_error + (s * a.tiles + t) * kGroups;
+    for (int i = 0; i < count; ++i) {
+      int bits = groups_within(limit[i], minima + (t * a.padded + i) * kGroups, norms, errors);
+      if (t == tile[i]) bits &= ~(1 << group[i]);
+      for (; bits; bits &= bits - 1) work.consider_group(i, t, __builtin_ctz(static_cast<unsigned>(bits)));
+    }
+  }
+  work.resolve();
+  for (int i = 0; i < count; ++i) work.write(i);
+}
+
+}  // namespace
+}  // namespace ndm

@@ -1,0 +1,99 @@
+// Plain data passed between the driver and the kernels. No torch, no Python, no allocation.
+//
+// Glossary: Q queries, K keys, d width, S subspaces, p width of one subspace, o its first column.
+#pragma once
+
+#include <cstdint>
+
+namespace ndm {
+
+enum class Type : int { float32 = 0, float16 = 1, bfloat16 = 2 };
+
+// Row-major matrix whose rows may be strided; columns are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  Type type = Type::float32;
+  int64_t stride = 0;  // elements from one row to the next
+};
+
+// Lanes of the stored minima: group g of a tile holds its keys with (index mod 8) = g, on every ISA.
+constexpr int kGroups = 8;
+// Largest number of keys packed at once (bounds stack buffers).
+constexpr int kMaxPack = 256;
+
+// One call of nearest_neighbors. Two forms of input:
+//   rotated: `rotated_keys` are the caller's, `exact_queries` are the rotated queries in fp64;
+//   raw:     `rotated_keys` are our fp32 copy, and the exact distance comes from raw rows and `rotation`.
+struct Search {
+  int64_t queries = 0, keys = 0, width = 0, subspaces = 0;
+  const int64_t* offsets = nullptr;  // [S + 1]
+  bool cosine = false;
+  bool bf16 = false;  // propose with AVX512-BF16
+
+  Rows rotated_keys;
+  const float* center = nullptr;           // [d] subtracted from rotated_keys, or null
+  const float* rotated_queries = nullptr;  // [Q, d] with the same centre subtracted
+  const double* exact_queries = nullptr;   // [Q, d] rotated form only, nothing subtracted
+
+  Rows raw_queries, raw_keys;            // raw form only
+  const float* rotation = nullptr;       // [d, d] raw form only
+  const float* query_error = nullptr;    // [Q] bound on |rounding error of a rotated row|, raw form only
+  const float* key_error = nullptr;      // [K]
+
+  float* distance = nullptr;  // [S, Q]
+  int64_t* index = nullptr;   // [S, Q]
+
+  // Scratch, owned by the driver.
+  int64_t first = 0, last = 0;           // subspaces of this round
+  int64_t tile = 0, tiles = 0;           // keys per stored minimum x 8, number of such tiles
+  int64_t padded = 0;                    // queries rounded up to whole query blocks
+  float* packed_queries = nullptr;       // subspace s at padded * offsets[s]: [block][p][query], negated
+  float* query_norm = nullptr;           // [S, padded]
+  float* minima = nullptr;               // [last - first, tiles, padded, 8] least score of the group
+  float* group_norm = nullptr;           // [S, tiles, 8] largest norm in the group
+  float* group_error = nullptr;          // [S, tiles, 8] largest error bound in the group
+  uint8_t* irregular = nullptr;          // [S, tiles] a norm is NaN or Inf: bounds do not hold
+};
+
+// One call of ksg_radius or ksg_counts, over already rotated and centred fp32 rows.
+struct Ksg {
+  int64_t queries = 0, keys = 0, width = 0, subspaces = 0, pairs = 0;
+  const int64_t* offsets = nullptr;        // [S + 1]
+  const float* scale = nullptr;            // [S] 1 / sqrt(variance), 0 where there is none
+  const float* rotated_queries = nullptr;  // [Q, d]
+  const float* rotated_keys = nullptr;     // [K, d]
+  const int64_t* pair = nullptr;           // [P, 2]
+  const float* limit = nullptr;            // [Q, P] squared threshold; null: the radius is wanted
+
+  // Scratch, owned by the driver.
+  int64_t first = 0, last = 0;        // queries of this round
+  float* packed_queries = nullptr;    // [block][d][query], scaled
+};
+
+// What one instruction set offers. `threads` share a call through the item index alone.
+struct Kernels {
+  const char* name;
+  int query_block;  // queries per micro-kernel call
+  int panel;        // keys per micro-kernel call
+  void (*pack_queries)(const Search&, int64_t subspace);
+  void (*sweep)(const Search&, int64_t tile, float* scratch);
+  void (*rerank)(const Search&, int64_t subspace, int64_t first_query, int64_t last_query, float* scratch);
+  int ksg_query_block;
+  int ksg_tile;  // keys handled per item
+  void (*ksg_pack_queries)(const Ksg&);
+  // `state`: [last - first, P, 8]; floats (least squared radius per lane) or int32 (4 + 4 counts).
+  void (*ksg_tile_pass)(const Ksg&, int64_t tile, float* scratch, void* state);
+};
+
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();    // null where not compiled
+const Kernels* avx512_kernels();  // null where not compiled
+
+// Keys packed at once for a subspace of width p: about 3/4 of a 32 KB first-level cache.
+inline int pack_size(int64_t p) {
+  int size = 32;
+  while (size < 128 && 2 * size * p <= 6144) size *= 2;
+  return size;
+}
+
+}  // namespace ndm

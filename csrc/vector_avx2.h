@@ -1,0 +1,59 @@
+// Eight fp32 lanes in AVX2 + FMA intrinsics.
+#pragma once
+
+#include <immintrin.h>
+
+namespace ndm {
+namespace {
+
+struct Vec8 {
+  static constexpr int lanes = 8;
+  __m256 v;
+
+  static Vec8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static Vec8 set1(float x) { return {_mm256_set1_ps(x)}; }
+  void store(float* p) const { _mm256_storeu_ps(p, v); }
+  friend Vec8 operator-(Vec8 a, Vec8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  static Vec8 fma(Vec8 a, Vec8 b, Vec8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+  static Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  void store_groups(float* p) const { store(p); }
+};
+
+// Integer lanes: how often a < limit held, per lane.
+struct Count {
+  __m256i v;
+  static Count zero() { return {_mm256_setzero_si256()}; }
+  void add_less(Vec8 a, Vec8 limit) {
+    v = _mm256_sub_epi32(v, _mm256_castps_si256(_mm256_cmp_ps(a.v, limit.v, _CMP_LT_OQ)));
+  }
+  // state[0..3] += a folded to 4 lanes, state[4..7] += b folded to 4 lanes.
+  static void accumulate(Count a, Count b, int* state) {
+    __m256i low = _mm256_permute2x128_si256(a.v, b.v, 0x20);
+    __m256i high = _mm256_permute2x128_si256(a.v, b.v, 0x31);
+    __m256i* at = reinterpret_cast<__m256i*>(state);
+    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_add_epi32(low, high)));
+  }
+};
+
+inline void transpose_8x8(const float* from, long from_stride, float* to, long to_stride) {
+  __m256 row[8], t[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * from_stride);
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    row[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    row[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xEE);
+    row[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    row[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xEE);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * to_stride, _mm256_permute2f128_ps(row[i], row[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * to_stride, _mm256_permute2f128_ps(row[i], row[i + 4], 0x31));
+  }
+}
+
+}  // namespace
+}  // namespace ndm

@@ -1,0 +1,29 @@
+// Sixteen fp32 lanes in AVX-512F intrinsics; the eight-lane parts come from vector_avx2.h.
+#pragma once
+
+#include "vector_avx2.h"
+
+namespace ndm {
+namespace {
+
+struct Vec16 {
+  static constexpr int lanes = 16;
+  __m512 v;
+
+  static Vec16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec16 set1(float x) { return {_mm512_set1_ps(x)}; }
+  void store(float* p) const { _mm512_storeu_ps(p, v); }
+  friend Vec16 operator-(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static Vec16 min(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+  static Vec16 max(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  // Lanes l and l + 8 are both group l: keys are grouped by index mod 8 on every ISA.
+  void store_groups(float* p) const {
+    __m256 low = _mm512_castps512_ps256(v);
+    __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    _mm256_storeu_ps(p, _mm256_min_ps(low, high));
+  }
+};
+
+}  // namespace
+}  // namespace ndm

@@ -1,0 +1,63 @@
+// Eight fp32 lanes in GCC/clang vector extensions: SSE2, NEON or plain code, as the target has it.
+#pragma once
+
+#include <cstring>
+
+namespace ndm {
+namespace {
+
+struct Vec {
+  static constexpr int lanes = 8;
+  typedef float Half __attribute__((vector_size(16)));
+  Half low, high;
+
+  static Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v.low, p, 16);
+    std::memcpy(&v.high, p + 4, 16);
+    return v;
+  }
+  static Vec set1(float x) { return {Half{x, x, x, x}, Half{x, x, x, x}}; }
+  void store(float* p) const {
+    std::memcpy(p, &low, 16);
+    std::memcpy(p + 4, &high, 16);
+  }
+  friend Vec operator-(Vec a, Vec b) { return {a.low - b.low, a.high - b.high}; }
+  static Vec fma(Vec a, Vec b, Vec c) { return {a.low * b.low + c.low, a.high * b.high + c.high}; }
+  static Vec min(Vec a, Vec b) {
+    return {a.low < b.low ? a.low : b.low, a.high < b.high ? a.high : b.high};
+  }
+  static Vec max(Vec a, Vec b) {
+    return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
+  }
+  void store_groups(float* p) const { store(p); }
+};
+
+// Integer lanes: how often a < limit held, per lane.
+struct Count {
+  typedef int Half __attribute__((vector_size(16)));
+  Half low, high;
+  static Count zero() { return {Half{0, 0, 0, 0}, Half{0, 0, 0, 0}}; }
+  void add_less(Vec a, Vec limit) {
+    low -= a.low < limit.low;
+    high -= a.high < limit.high;
+  }
+  // state[0..3] += a folded to 4 lanes, state[4..7] += b folded to 4 lanes.
+  static void accumulate(Count a, Count b, int* state) {
+    Half sums[2];
+    std::memcpy(sums, state, 32);
+    sums[0] += a.low + a.high;
+    sums[1] += b.low + b.high;
+    std::memcpy(state, sums, 32);
+  }
+};
+
+inline void transpose_8x8(const float* from, long from_stride, float* to, long to_stride) {
+  for (int i = 0; i < 8; ++i)
+    for (int j = 0; j < 8; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+}
+
+using Vec8 = Vec;
+
+}  // namespace
+}  // namespace ndm

@@ -1,0 +1,357 @@
+"""Compiled CPU ops: checks addresses, rotates through BLAS, and calls ``ndm_fast._C``.
+
+The extension takes raw addresses and knows nothing of torch, so device, dtype, shape and stride are checked
+here before one is handed out. Shapes and names as in ``ndm_fast.reference``, which says what each op means;
+``docs/kernels.md`` says how they are made fast.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ndm_fast.reference import Neighbors
+
+# After torch, so that the extension finds torch's OpenMP runtime and brings in none of its own.
+_C: ModuleType | None
+try:
+    from ndm_fast import _C  # type: ignore[attr-defined, no-redef, unused-ignore]
+
+    _OBSTACLE: str | None = None
+except ImportError as error:
+    _C = None
+    _OBSTACLE = f"ndm_fast._C is not built ({error}): install with a C++17 compiler at hand"
+
+ISA_VARIABLE = "NDM_FAST_CPU_ISA"
+"""Environment variable that forces an instruction set: avx512, avx2 or portable."""
+
+_UNIT = 2.0**-24
+"""Unit roundoff of fp32."""
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_ROTATE_ELEMENTS = 1 << 21
+"""Elements of a block of rows rotated at once; 8 MB in fp32."""
+_QUERY_ELEMENTS = 1 << 21
+"""Elements of a block of queries searched at once; it exists in fp32, packed fp32 and fp64: 32 MB."""
+_NO_ROWS = (0, 0, 0)
+
+
+def available() -> bool:
+    """Whether the extension can be imported."""
+    return _C is not None
+
+
+def why_unavailable() -> str | None:
+    """Why the extension cannot be used, or None where it can."""
+    return _OBSTACLE
+
+
+def isa() -> str:
+    """Instruction set in use: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+
+    The fastest that the CPU has, or the one named by ``NDM_FAST_CPU_ISA``.
+
+    Raises:
+        ValueError: the extension is missing, the name is unknown, or the CPU cannot run it.
+    """
+    wanted = os.environ.get(ISA_VARIABLE, "")
+    try:
+        return _extension().isa(wanted)
+    except ValueError as error:
+        raise ValueError(f"{ISA_VARIABLE}={wanted!r} cannot be used: {error}") from None
+
+
+def nearest_neighbors(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    *,
+    metric: str = "euclidean",
+    precision: str = "fp32",
+    keys_rotated: bool = False,
+) -> Neighbors:
+    """Nearest key of every query inside every subspace, exact (see ``docs/kernels.md`` for the bounds).
+
+    Args:
+        queries: [Q, d] fp32, fp16 or bf16, on the CPU.
+        keys: [K, d] likewise, or ``keys @ rotation`` where ``keys_rotated``. Rows may be strided.
+        rotation: [d, d] fp32, orthogonal.
+        widths: S widths that sum to d.
+        metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
+        precision: only ``"fp32"``; the proposal pass in bf16 needs AVX512-BF16.
+        keys_rotated: the keys are rotated already.
+
+    Returns:
+        ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a row
+        gives NaN distances.
+
+    Raises:
+        ValueError: one line that names the argument.
+    """
+    extension = _extension()
+    offsets = _check_rows(queries, keys, rotation, widths)
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
+    if precision != "fp32":
+        raise ValueError(f"precision is {precision!r}: this CPU path has only fp32")
+    queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
+    cosine = metric == "cosine"
+    distance = torch.empty(len(widths), len(queries))
+    index = torch.empty(len(widths), len(queries), dtype=torch.int64)
+    prepared = (
+        _PreparedKeys(keys, _mean(keys, cosine), None)
+        if keys_rotated
+        else _rotate_keys(keys, rotation, _mean(keys, cosine))
+    )
+    for rows in _query_blocks(queries):
+        part = queries[rows]
+        found = Neighbors(torch.empty(len(widths), len(part)), torch.empty(len(widths), len(part), dtype=torch.int64))
+        search = _search_rotated if keys_rotated else _search_raw
+        search(extension, part, keys, rotation, offsets, cosine, prepared, found)
+        if len(part) == len(queries):
+            return found
+        distance[:, rows], index[:, rows] = found
+    return Neighbors(distance, index)
+
+
+def ksg_radius(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+) -> Tensor:
+    """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
+
+    Args:
+        queries, keys, rotation, widths: as for :func:`nearest_neighbors`; the keys are not rotated.
+        variances: [S] total variance of each subspace; where it is 0, so are the distances.
+        pairs: [P, 2] int64 numbers of subspaces.
+
+    Raises:
+        ValueError: one line that names the argument.
+    """
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
+    radius = torch.empty(len(pairs), len(queries))
+    _extension().ksg_radius(*arguments.values, radius.data_ptr())
+    return radius
+
+
+def ksg_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+    radius: Tensor,
+) -> Tensor:
+    """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
+
+    Arguments as for :func:`ksg_radius`, whose result is the radius: both compute the same distances bit for
+    bit, so the key that sets a radius is never below it.
+    """
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
+    return _ksg_counts(arguments, radius, len(pairs), len(queries))
+
+
+def ksg_radius_and_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """:func:`ksg_radius` and :func:`ksg_counts` at that radius; rotates the keys once instead of twice."""
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
+    radius = torch.empty(len(pairs), len(queries))
+    _extension().ksg_radius(*arguments.values, radius.data_ptr())
+    return radius, _ksg_counts(arguments, radius, len(pairs), len(queries))
+
+
+class _PreparedKeys(NamedTuple):
+    rotated: Tensor
+    """[K, d] rotated keys: ours, fp32 and centred, or the caller's as they are."""
+    origin: Tensor | None
+    """[d] fp32: raw form, what was subtracted before the rotation; rotated form, what is to be subtracted."""
+    error: Tensor | None
+    """[K] fp32 bound on the norm of the rotation's rounding error; None in rotated form."""
+
+
+def _extension() -> ModuleType:
+    if _C is None:
+        raise ValueError(_OBSTACLE)
+    return _C
+
+
+def _check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int]) -> list[int]:
+    """Offsets of the subspaces, [S + 1]; everything whose neglect would read outside of memory is checked."""
+    if not widths or min(widths) < 1:
+        raise ValueError(f"widths {list(widths)} are empty or hold one below 1: give positive widths")
+    width = sum(widths)
+    for name, tensor in (("queries", queries), ("keys", keys), ("rotation", rotation)):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}: move it to the CPU")
+        if tensor.layout != torch.strided or tensor.ndim != 2 or tensor.shape[1] != width:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}: give dense rows of width {width}")
+        if tensor.dtype not in _TYPES:
+            raise ValueError(f"{name} has dtype {tensor.dtype}: give float32, float16 or bfloat16")
+    if rotation.dtype != torch.float32 or rotation.shape[0] != width:
+        raise ValueError(f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 [{width}, {width}]")
+    if len(keys) == 0:
+        raise ValueError("keys has no rows: give at least one")
+    offsets = [0]
+    for one in widths:
+        offsets.append(offsets[-1] + one)
+    return offsets
+
+
+def _unit_columns(rows: Tensor) -> Tensor:
+    """The same rows with neighbouring columns next to each other; rows may stay strided."""
+    rows = rows.detach()
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride(0)
+
+
+def _query_blocks(queries: Tensor) -> list[slice]:
+    """Even blocks of queries, few enough that their copies stay small."""
+    blocks = max(1, math.ceil(queries.numel() / _QUERY_ELEMENTS))
+    size = max(1, math.ceil(len(queries) / blocks))
+    return [slice(start, start + size) for start in range(0, len(queries), size)]
+
+
+def _mean(keys: Tensor, cosine: bool) -> Tensor | None:
+    """Any common offset leaves euclidean distances alone; the mean makes the numbers, and their errors, small."""
+    return None if cosine else keys.mean(0, dtype=torch.float32)
+
+
+def _rotation_error(rows: Tensor) -> Tensor:
+    """[N] bound on the norm, inside any subspace, of the error of ``rows @ rotation`` in fp32.
+
+    Each of d additions is off by 2^-24 of a partial sum whose norm is at most that of the row; the errors
+    have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. Measured
+    errors are 10 to 30 times smaller (docs/kernels.md).
+    """
+    norm = torch.linalg.vector_norm(rows, dim=1)
+    return norm.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
+
+
+def _rotate(rows: Tensor, rotation: Tensor, origin: Tensor | None, out: Tensor) -> Tensor:
+    """Writes ``(rows - origin) @ rotation`` to ``out`` block by block; returns the error bounds [N]."""
+    error = torch.empty(len(rows))
+    size = max(64, _ROTATE_ELEMENTS // rows.shape[1])
+    for start in range(0, len(rows), size):
+        block = rows[start : start + size].float()
+        if origin is not None:
+            block = block - origin
+        torch.mm(block, rotation, out=out[start : start + size])
+        error[start : start + size] = _rotation_error(block)
+    return error
+
+
+def _rotate_keys(keys: Tensor, rotation: Tensor, origin: Tensor | None) -> _PreparedKeys:
+    rotated = torch.empty(keys.shape)
+    return _PreparedKeys(rotated, origin, _rotate(keys, rotation, origin, rotated))
+
+
+def _search_raw(
+    extension: ModuleType,
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    offsets: list[int],
+    cosine: bool,
+    prepared: _PreparedKeys,
+    found: Neighbors,
+) -> None:
+    rotated = torch.empty(queries.shape)
+    query_error = _rotate(queries, rotation, prepared.origin, rotated)
+    assert prepared.error is not None
+    extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
+        *(_rows(prepared.rotated), 0, rotated.data_ptr(), 0),
+        *(_rows(queries), _rows(keys), rotation.data_ptr()),
+        *(query_error.data_ptr(), prepared.error.data_ptr()),
+        *(found.distance.data_ptr(), found.index.data_ptr()),
+    )
+
+
+def _search_rotated(
+    extension: ModuleType,
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    offsets: list[int],
+    cosine: bool,
+    prepared: _PreparedKeys,
+    found: Neighbors,
+) -> None:
+    exact = torch.empty(queries.shape, dtype=torch.float64)
+    doubles = queries.double()
+    for start in range(0, rotation.shape[1], 256):  # a double copy of the whole rotation would be large
+        exact[:, start : start + 256] = doubles @ rotation[:, start : start + 256].double()
+    origin = prepared.origin
+    rotated = (exact if origin is None else exact - origin).float()
+    extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
+        *(_rows(keys), 0 if origin is None else origin.data_ptr(), rotated.data_ptr(), exact.data_ptr()),
+        *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
+        *(found.distance.data_ptr(), found.index.data_ptr()),
+    )
+
+
+class _KsgArguments(NamedTuple):
+    values: tuple[object, ...]
+    """What both extension calls begin with."""
+    kept: tuple[Tensor, ...]
+    """Tensors whose addresses are among the values."""
+
+
+def _ksg_arguments(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+) -> _KsgArguments:
+    offsets = _check_rows(queries, keys, rotation, widths)
+    _extension()
+    if variances.shape != (len(widths),) or variances.device.type != "cpu":
+        raise ValueError(f"variances has shape {list(variances.shape)}: give [{len(widths)}] on the CPU")
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64 or pairs.device.type != "cpu":
+        raise ValueError(f"pairs is {pairs.dtype} {list(pairs.shape)}: give int64 [P, 2] on the CPU")
+    if len(pairs) and (int(pairs.min()) < 0 or int(pairs.max()) >= len(widths)):
+        raise ValueError(f"pairs name subspaces outside 0 … {len(widths) - 1}: give numbers of subspaces")
+    rotation, pairs = rotation.detach().contiguous(), pairs.contiguous()
+    positive = variances.detach().double().clamp_min(0)
+    scale = torch.where(positive > 0, positive.rsqrt(), 0).float()
+    origin = _mean(keys, False)
+    rotated_queries, rotated_keys = torch.empty(queries.shape), torch.empty(keys.shape)
+    _rotate(queries.detach(), rotation, origin, rotated_queries)
+    _rotate(keys.detach(), rotation, origin, rotated_keys)
+    values = (
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, scale.data_ptr()),
+        *(rotated_queries.data_ptr(), rotated_keys.data_ptr(), len(pairs), pairs.data_ptr()),
+    )
+    return _KsgArguments(values, (scale, rotated_queries, rotated_keys, pairs))
+
+
+def _ksg_counts(arguments: _KsgArguments, radius: Tensor, pairs: int, queries: int) -> Tensor:
+    if radius.shape != (pairs, queries) or radius.device.type != "cpu" or not radius.is_floating_point():
+        raise ValueError(f"radius is {radius.dtype} {list(radius.shape)}: give float32 [{pairs}, {queries}]")
+    radius = radius.detach().float().contiguous()
+    counts = torch.empty(pairs, 2, queries, dtype=torch.int64)
+    _extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
+    return counts
