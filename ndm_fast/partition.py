@@ -30,6 +30,18 @@ def orthogonality_error(rotation: Tensor) -> float:
     return float(product.abs().max())
 
 
+def merged_order(widths: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+    """The old subspaces that make up each new one after disjoint ``pairs`` merge, in order of falling width."""
+    groups = {s: [s] for s in range(len(widths))}
+    for a, b in pairs:
+        if a == b or a not in groups or b not in groups:
+            raise InputError(
+                f"pair ({a}, {b}) cannot merge: give disjoint pairs of the {len(widths)} subspaces"
+            )
+        groups[min(a, b)] = sorted(groups.pop(a) + groups.pop(b))
+    return sorted(groups.values(), key=lambda group: (-sum(widths[s] for s in group), group[0]))
+
+
 class SubspacePartition(
     nn.Module,
     ModelHubMixin,
@@ -108,12 +120,7 @@ class SubspacePartition(
         Args:
             pairs: disjoint pairs of subspaces.
         """
-        groups = {s: [s] for s in range(len(self))}
-        for a, b in pairs:
-            if a == b or a not in groups or b not in groups:
-                raise InputError(f"pair ({a}, {b}) cannot merge: give disjoint pairs of the {len(self)} subspaces")
-            groups[min(a, b)] = sorted(groups.pop(a) + groups.pop(b))
-        ordered = sorted(groups.values(), key=lambda group: (-sum(self.widths[s] for s in group), group[0]))
+        ordered = merged_order(self.widths, pairs)
         columns = torch.cat([self.basis(s) for group in ordered for s in group], dim=1)
         return SubspacePartition(columns, [sum(self.widths[s] for s in group) for group in ordered], self.source)
 
