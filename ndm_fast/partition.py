@@ -9,11 +9,17 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from ndm_fast.checkpoint import write_atomic
 from ndm_fast.errors import InputError
 
 ORTHOGONALITY_TOLERANCE = 1e-4
@@ -25,19 +31,21 @@ CONFIG_NAME = "config.json"
 
 def orthogonality_error(rotation: Tensor) -> float:
     """Largest absolute entry of ``RᵀR - I`` in float64, for a [d, d] rotation."""
-    product = rotation.double().T @ rotation.double()
+    """Old subspaces that make up each new one after disjoint ``pairs`` merge, in order of falling width."""
     product.diagonal().sub_(1)
     return float(product.abs().max())
 
 
 def merged_order(widths: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """The old subspaces that make up each new one after disjoint ``pairs`` merge, in order of falling width."""
+    """Old subspaces that make up each new one after disjoint ``pairs`` merge, in order of falling width."""
     groups = {s: [s] for s in range(len(widths))}
+    free = set(groups)
     for a, b in pairs:
-        if a == b or a not in groups or b not in groups:
+        if a == b or not {a, b} <= free:
             raise InputError(
                 f"pair ({a}, {b}) cannot merge: give disjoint pairs of the {len(widths)} subspaces"
             )
+        free -= {a, b}
         groups[min(a, b)] = sorted(groups.pop(a) + groups.pop(b))
     return sorted(groups.values(), key=lambda group: (-sum(widths[s] for s in group), group[0]))
 
@@ -136,9 +144,9 @@ class SubspacePartition(
             )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_file({"rotation": self.rotation.contiguous()}, save_directory / WEIGHTS_NAME)
+        write_atomic(save_directory / WEIGHTS_NAME, save({"rotation": self.rotation.cpu().contiguous()}))
         config = {"widths": list(self.widths), "width": self.width, "source": self.source}
-        (save_directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        write_atomic(save_directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def _from_pretrained(
@@ -170,6 +178,11 @@ class SubspacePartition(
                         token=token,
                     )
                 )
+            except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
+                raise InputError(
+                    f"{model_id} is neither a folder nor a repository that can be read: check the name, and the "
+                    "network or HF_TOKEN"
+                ) from None
             except EntryNotFoundError:
                 raise InputError(f"{model_id} holds no {name}: it is not a saved partition") from None
 
@@ -177,7 +190,9 @@ class SubspacePartition(
             config = json.loads(find(CONFIG_NAME).read_text())
             rotation = load_file(find(WEIGHTS_NAME))["rotation"]
             return cls(rotation, config["widths"], config.get("source"))
-        except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"the partition in {model_id} is damaged ({error}): save or download it again") from None
 
 
