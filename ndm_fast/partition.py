@@ -31,7 +31,7 @@ CONFIG_NAME = "config.json"
 
 def orthogonality_error(rotation: Tensor) -> float:
     """Largest absolute entry of ``RᵀR - I`` in float64, for a [d, d] rotation."""
-    """Old subspaces that make up each new one after disjoint ``pairs`` merge, in order of falling width."""
+    product = rotation.double().T @ rotation.double()
     product.diagonal().sub_(1)
     return float(product.abs().max())
 
