@@ -1,5 +1,46 @@
-"""Neighbor distance minimization, fast: the interpretable subspaces of a transformer's activations."""
+"""Neighbor distance minimization, fast: the interpretable subspaces of a transformer's activations.
 
+    from ndm_fast import SubspacePartition, Trainer, nearest_neighbors
+
+See the README for a first run, ``ndm_fast.reference`` for the glossary.
+"""
+
+from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, TrainConfig
+from ndm_fast.errors import InputError
+from ndm_fast.harvest import ActivationStream, load_model
+from ndm_fast.hooks import collect_activations, replace_activations
+from ndm_fast.mutual_information import mutual_information
+from ndm_fast.ops import ksg_counts, ksg_radius, nearest_neighbors
+from ndm_fast.partition import SubspacePartition
+from ndm_fast.pool import ActivationPool, TensorStream
+from ndm_fast.reference import Neighbors
+from ndm_fast.run import RunFolder, train_run
+from ndm_fast.text import open_documents
+from ndm_fast.trainer import Observer, Trainer
 from ndm_fast.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "ActivationPool",
+    "ActivationStream",
+    "HarvestConfig",
+    "InputError",
+    "MergeConfig",
+    "Neighbors",
+    "Observer",
+    "RunConfig",
+    "RunFolder",
+    "SubspacePartition",
+    "TensorStream",
+    "TrainConfig",
+    "Trainer",
+    "__version__",
+    "collect_activations",
+    "ksg_counts",
+    "ksg_radius",
+    "load_model",
+    "mutual_information",
+    "nearest_neighbors",
+    "open_documents",
+    "replace_activations",
+    "train_run",
+]

@@ -60,6 +60,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_steps": 150_000,
     },
     "small": {},
+    "demo": {
+        "model": "minilm",
+        "site": ["blocks.3.hook_resid_post"],
+        "data": "docstrings",
+        "context_length": 128,
+        "max_steps": 1600,
+        "lr": 1e-2,
+        "merge_start": 1000,
+        "merge_interval": 150,
+        "merge_threshold": 0.045,
+        "pool_rows": 262_144,
+    },
 }
 
 
