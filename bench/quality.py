@@ -54,7 +54,9 @@ def settings(steps: int, rotation: str, search_every: int) -> TrainConfig:
 
 def main() -> None:
     """Train every mode, print and write the table; fails where a mode is more than 0.5 % off."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality.json"))
     options = parser.parse_args()

@@ -44,7 +44,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 def unwritable(path: Path, error: OSError) -> InputError:
     """The error for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return InputError(f"no space left for {path}: free some and go on with --resume; what was saved before is whole")
+        return InputError(
+            f"no space left for {path}: free some and go on with --resume; what was saved before is whole"
+        )
     return InputError(f"cannot write {path} ({error.strerror}): check that the folder exists and is yours")
 
 
@@ -70,6 +72,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state = json.loads(header["state"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
+    if header.get("format") != str(_FORMAT):
+        raise InputError(f"the checkpoint {path} has format {header.get('format')}, not {_FORMAT}: {remedy}")
     if header.get("sha256") != _digest(tensors, state):
         raise InputError(f"the checkpoint {path} is damaged (its checksum does not match): {remedy}")
     return tensors, state
@@ -78,6 +82,6 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _digest(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ndm_fast.config import GROUPS, RunConfig, from_flat
 from ndm_fast.errors import InputError, StoppedError
@@ -21,25 +21,35 @@ _EXIT_INPUT, _EXIT_STOPPED = 2, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for bad input, 130 where it was interrupted."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         options.run(options)
     except InputError as error:
-        print(f"ndm-fast: {error}", file=sys.stderr)
+        print(f"ndm-fast: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever it quotes
         return _EXIT_INPUT
     except StoppedError as stopped:
         print(f"ndm-fast: {stopped}", file=sys.stderr)
         return _EXIT_STOPPED
     except KeyboardInterrupt:
-        print("ndm-fast: interrupted before the next checkpoint; what was saved before is whole", file=sys.stderr)
+        print(
+            "ndm-fast: interrupted before the next checkpoint; what was saved before is whole",
+            file=sys.stderr,
+        )
         return _EXIT_STOPPED
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports bad arguments as every other bad input: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}: see `{self.prog} --help`")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ndm-fast", description="Find the interpretable subspaces of a transformer's activations."
     )
     parser.add_argument("--version", action="version", version=f"ndm-fast {__version__}")
@@ -118,7 +128,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read --config {path} ({str(error).splitlines()[0]}): give a YAML or JSON file") from None
+        raise InputError(
+            f"cannot read --config {path} ({str(error).splitlines()[0]}): give a YAML or JSON file"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"--config {path} holds no settings: write one `name: value` per line")
     return values
@@ -150,15 +162,24 @@ def _check_device(name: str) -> None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}: take cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name!r}: take cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but torch sees no GPU: use --device cpu or install a CUDA build of torch")
+        raise InputError(
+            f"--device {name}, but torch sees no GPU: use --device cpu or install a CUDA build of torch"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"--device {name}, but torch sees {count} GPU(s): they count from cuda:0")
 
 
 def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
-    purity = kinds.add_parser("purity", help="what a query shares with its nearest neighbour in each subspace")
+    purity = kinds.add_parser(
+        "purity", help="what a query shares with its nearest neighbour in each subspace"
+    )
     purity.add_argument("folder", metavar="RUN", help="folder of a finished run")
     purity.add_argument("--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca")
     purity.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -211,7 +232,9 @@ def _toy(options: argparse.Namespace) -> None:
     try:
         groups = [int(size) for size in options.groups.split(",")]
     except ValueError:
-        raise InputError(f"--groups {options.groups!r} is no list of sizes: write for instance 20,20") from None
+        raise InputError(
+            f"--groups {options.groups!r} is no list of sizes: write for instance 20,20"
+        ) from None
     result = run_toy(groups, options.dim, seed=options.seed, out=Path(options.out or "runs/toy"))
     if options.json:
         print(json.dumps(result, indent=2))

@@ -6,7 +6,9 @@ Every field is a flag of ``ndm-fast train`` and a key of ``--config``; names are
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +80,8 @@ class TrainConfig:
     seed: int = _described(0, "seed of data order, random starts and escapes")
 
     def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are {list(self.betas)}: give two numbers from 0 to below 1")
         _one_of("metric", self.metric, METRICS)
         _one_of("rotation", self.rotation, ROTATIONS)
         _one_of("start", self.start, STARTS)
@@ -113,10 +117,22 @@ class TrainConfig:
         return (self.unit_size,) * (width // self.unit_size)
 
 
-_POSITIVE = (
-    "unit_size queries keys search_every max_steps lr grad_clip pool_rows heldout_queries heldout_keys "
-    "escape_steps log_every eval_every checkpoint_every"
-).split()
+_POSITIVE = [
+    "unit_size",
+    "queries",
+    "keys",
+    "search_every",
+    "max_steps",
+    "lr",
+    "grad_clip",
+    "pool_rows",
+    "heldout_queries",
+    "heldout_keys",
+    "escape_steps",
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+]
 
 
 @dataclass(frozen=True)
@@ -165,17 +181,34 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
         InputError: a name is no field, or a value is not allowed.
     """
     groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-    owners = {f.name: group for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
+    owners = {f.name: (group, str(f.type)) for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
     for name, value in values.items():
         if name not in owners:
             raise InputError(f"unknown setting {name!r}: the settings are {', '.join(sorted(owners))}")
-        groups[owners[name]][name] = tuple(value) if isinstance(value, list) else value
-    if isinstance(groups["harvest"].get("site"), str):
-        groups["harvest"]["site"] = (groups["harvest"]["site"],)
-    try:
-        return RunConfig(**{group: GROUPS[group](**chosen) for group, chosen in groups.items()})
-    except TypeError as error:
-        raise InputError(f"a setting has the wrong type ({error}): see `ndm-fast train --help`") from None
+        group, kind = owners[name]
+        groups[group][name] = _typed(name, value, kind)
+    return RunConfig(**{group: GROUPS[group](**chosen) for group, chosen in groups.items()})
+
+
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """A value of the type that a field is annotated with; a single item may stand for a tuple.
+
+    Raises:
+        InputError: it is of another type.
+    """
+    optional = kind.endswith(" | None")
+    item = kind.removesuffix(" | None")
+    if value is None and optional:
+        return None
+    if item.startswith("tuple["):
+        item = item.removeprefix("tuple[").split(",")[0]
+        return tuple(_typed(name, v, item) for v in (value if isinstance(value, list | tuple) else [value]))
+    if item == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)  # YAML reads 3e-4 as a string
+    if type(value).__name__ == item:
+        return value
+    raise InputError(f"{name} is {value!r}: give a value of type {kind}, see `ndm-fast train --help`")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -184,5 +217,5 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise InputError(f"{name} is {value}: give a number above 0")
+    if not 0 < value < math.inf:
+        raise InputError(f"{name} is {value}: give a finite number above 0")

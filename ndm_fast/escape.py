@@ -54,7 +54,9 @@ class Escape:
         self._before, self._loss = matrix.clone(), heldout_loss
         self.tried += 1
         starts = [sum(widths[:s]) for s in range(len(widths))]
-        columns = torch.cat([torch.arange(starts[s], starts[s] + widths[s]) for s in self._pair]).to(matrix.device)
+        columns = torch.cat([torch.arange(starts[s], starts[s] + widths[s]) for s in self._pair]).to(
+            matrix.device
+        )
         turned = matrix.clone()
         turned[:, columns] = matrix[:, columns] @ random_rotation(len(columns), generator).to(matrix.device)
         return turned

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
 
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
@@ -49,9 +53,10 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
         raise InputError("no model given: pass --model with a Hugging Face name or a folder")
     source = _embedded_folder() if name == EMBEDDED_MODEL else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+        with _no_bars(local=Path(source).is_dir()):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"cannot load model {name!r} ({reason[0] if reason else type(error).__name__}): "
@@ -88,7 +93,12 @@ class ActivationStream:
         self._tokenizer = tokenizer
         self._open_documents = open_documents
         self._config = config
-        self._length = config.context_length or _context_length(model)
+        longest = _longest_context(model)
+        self._length = config.context_length or min(longest, _DEFAULT_CONTEXT)
+        if self._length > longest:
+            raise InputError(
+                f"context_length is {self._length}, the model takes up to {longest} tokens: lower it"
+            )
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """[n, d] activations, from batch number ``start`` on; n varies a little."""
@@ -97,12 +107,25 @@ class ActivationStream:
 
     def token_rows(self, start: int = 0) -> Iterator[TokenRows]:
         """As :meth:`batches`, with the tokens that the activations belong to."""
-        once = lambda: pack(  # noqa: E731
-            self._open_documents(), self._tokenizer, self._length, self._config.rows_per_batch, bos=self._config.bos
-        )
-        passes = repeat(once) if self._config.repeat_data else [once]
-        for number, rows in enumerate(islice(chain.from_iterable(one() for one in passes), start, None), start):
+        passes = repeat(None) if self._config.repeat_data else [None]
+        batches = chain.from_iterable(self._pass() for _ in passes)
+        for number, rows in enumerate(islice(batches, start, None), start):
             yield self._forward(rows, number)
+
+    def _pass(self) -> Iterator[PackedRows]:
+        """The text once, in packed rows."""
+        useful = False
+        config = self._config
+        for rows in pack(
+            self._open_documents(), self._tokenizer, self._length, config.rows_per_batch, bos=config.bos
+        ):
+            useful = useful or not bool(rows.special.all())
+            yield rows
+        if not useful and config.repeat_data:  # it would be repeated for ever
+            raise InputError(
+                f"the text {config.data} does not fill one row of {self._length} tokens: give more text, "
+                "or lower --context-length"
+            )
 
     @torch.no_grad()
     def _forward(self, rows: PackedRows, number: int) -> TokenRows:
@@ -111,13 +134,15 @@ class ActivationStream:
             tokens = rows.tokens.to(device)
             self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         activations = captured[self.site].flatten(0, 1)
-        keep = self._drop_outliers(activations, ~rows.special.flatten().to(device))
-        activations = activations[keep]
-        if not torch.isfinite(activations.sum(dtype=torch.float32)):
+        keep = ~rows.special.flatten().to(device)
+        # One pass that reads all and writes little: a row's sum is finite only where all its terms are.
+        if not torch.isfinite(activations.sum(1, dtype=torch.float32)[keep]).all():
             raise InputError(
                 f"activations of {self.site} hold NaN or Inf (batch {number}): run the model in bfloat16 or "
                 "float32 with --dtype, or check its weights"
             )
+        keep = self._drop_outliers(activations, keep)
+        activations = activations[keep]
         kept = keep.cpu()
         neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
         positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
@@ -125,7 +150,7 @@ class ActivationStream:
         return TokenRows(activations, *(column.flatten()[kept] for column in columns))
 
     def _drop_outliers(self, activations: Tensor, keep: Tensor) -> Tensor:
-        if self._config.max_norm_ratio is None:
+        if self._config.max_norm_ratio is None or not keep.any():
             return keep
         norms = torch.linalg.vector_norm(activations, dim=1, dtype=torch.float32)
         small = norms <= self._config.max_norm_ratio * norms[keep].median()
@@ -136,10 +161,25 @@ class ActivationStream:
 def _embedded_folder() -> str:
     package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if package is None or package.origin is None:
-        raise InputError(f"the embedded model {EMBEDDED_MODEL!r} is not installed: pip install 'ndm-fast[demo]'")
+        raise InputError(
+            f"the embedded model {EMBEDDED_MODEL!r} is not installed: pip install 'ndm-fast[demo]'"
+        )
     return str(Path(package.origin).parent / "model")
 
 
-def _context_length(model: Any) -> int:
-    config = model.config.get_text_config()
-    return min(getattr(config, "max_position_embeddings", _DEFAULT_CONTEXT), _DEFAULT_CONTEXT)
+def _longest_context(model: Any) -> int:
+    """Tokens that the model takes, as far as its config says."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+@contextmanager
+def _no_bars(local: bool) -> Iterator[None]:
+    """Without transformers' progress bars where nothing is downloaded."""
+    shown = logging.is_progress_bar_enabled()
+    if local and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if local and shown:
+            logging.enable_progress_bar()

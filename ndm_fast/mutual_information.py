@@ -57,9 +57,7 @@ def mutual_information(
     counts = ops.ksg_counts(*arguments, radius, backend=backend).double()
     total = torch.tensor(len(keys) + 1, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    estimates = (
-        torch.digamma(one) + torch.digamma(total) - torch.digamma(counts + 1).sum(1).mean(1).cpu()
-    )
+    estimates = torch.digamma(one) + torch.digamma(total) - torch.digamma(counts + 1).sum(1).mean(1).cpu()
     for (a, b), estimate in zip(chosen, estimates, strict=True):
         result[a, b] = result[b, a] = estimate
     return result

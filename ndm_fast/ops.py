@@ -186,7 +186,10 @@ def _ksg_counts(
         return _MODULES[backend].ksg_counts(queries, keys, rotation, widths, variances, pairs, radius)
     parts = zip(queries.split(_QUERIES_AT_ONCE), radius.split(_QUERIES_AT_ONCE, dim=1), strict=True)
     return torch.cat(
-        [reference.ksg_counts(part, keys, rotation, widths, variances, pairs, limit) for part, limit in parts],
+        [
+            reference.ksg_counts(part, keys, rotation, widths, variances, pairs, limit)
+            for part, limit in parts
+        ],
         dim=2,
     )
 
@@ -205,7 +208,9 @@ def _(
     return queries.new_empty((pairs.shape[0], 2, queries.shape[0]), dtype=torch.int64)
 
 
-def _check(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], check_finite: bool) -> None:
+def _check(
+    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], check_finite: bool
+) -> None:
     width = sum(widths)
     for name, tensor in (("queries", queries), ("keys", keys), ("rotation", rotation)):
         if tensor.ndim != 2 or tensor.shape[1] != width or (name == "rotation" and tensor.shape[0] != width):
@@ -228,8 +233,12 @@ def _check(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int
 
 def _check_pairs(variances: Tensor, pairs: Tensor, widths: Sequence[int]) -> None:
     if variances.shape != (len(widths),):
-        raise InputError(f"variances has shape {list(variances.shape)}: give one for each of {len(widths)} subspaces")
+        raise InputError(
+            f"variances has shape {list(variances.shape)}: give one for each of {len(widths)} subspaces"
+        )
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64 or len(pairs) == 0:
-        raise InputError(f"pairs is {pairs.dtype} of shape {list(pairs.shape)}: give int64 [P, 2], P at least 1")
+        raise InputError(
+            f"pairs is {pairs.dtype} of shape {list(pairs.shape)}: give int64 [P, 2], P at least 1"
+        )
     if int(pairs.min()) < 0 or int(pairs.max()) >= len(widths):
         raise InputError(f"pairs name subspaces outside 0 … {len(widths) - 1}: give numbers of subspaces")

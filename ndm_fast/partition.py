@@ -130,7 +130,9 @@ class SubspacePartition(
         """
         ordered = merged_order(self.widths, pairs)
         columns = torch.cat([self.basis(s) for group in ordered for s in group], dim=1)
-        return SubspacePartition(columns, [sum(self.widths[s] for s in group) for group in ordered], self.source)
+        return SubspacePartition(
+            columns, [sum(self.widths[s] for s in group) for group in ordered], self.source
+        )
 
     def orthogonality_error(self) -> float:
         """Largest absolute entry of ``RᵀR - I``."""
@@ -180,7 +182,7 @@ class SubspacePartition(
                 )
             except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
                 raise InputError(
-                    f"{model_id} is neither a folder nor a repository that can be read: check the name, and the "
+                    f"{model_id} is neither a folder nor a repository that can be read: check the name, the "
                     "network or HF_TOKEN"
                 ) from None
             except EntryNotFoundError:
@@ -193,7 +195,9 @@ class SubspacePartition(
         except InputError:
             raise
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"the partition in {model_id} is damaged ({error}): save or download it again") from None
+            raise InputError(
+                f"the partition in {model_id} is damaged ({error}): save or download it again"
+            ) from None
 
 
 def _check(rotation: Tensor, widths: tuple[int, ...]) -> None:
@@ -207,6 +211,7 @@ def _check(rotation: Tensor, widths: tuple[int, ...]) -> None:
     error = orthogonality_error(rotation)
     if not error <= ORTHOGONALITY_TOLERANCE:
         raise InputError(
-            f"the rotation is not orthogonal: |RᵀR - I| reaches {error:.2g}, allowed is {ORTHOGONALITY_TOLERANCE:g}; "
+            f"the rotation is not orthogonal: |RᵀR - I| reaches {error:.2g}, at most "
+            f"{ORTHOGONALITY_TOLERANCE:g} is allowed; "
             "orthogonalise it (for instance U Vᵀ of its SVD) or check that it was loaded whole"
         )

@@ -121,7 +121,7 @@ class ActivationPool:
         """
         if count > self._rows - self._keys:
             raise InputError(
-                f"{count} queries at once do not fit a pool of {self._rows} rows of which {self._keys} are keys: "
+                f"{count} queries at once do not fit a pool of {self._rows} rows, {self._keys} of them keys: "
                 "raise pool_rows"
             )
         if self._taken + count > self._rows - self._keys:
@@ -159,20 +159,29 @@ class ActivationPool:
 
     def _fill(self) -> None:
         self._first_batch = self._next_batch
-        places = torch.randperm(self._rows, generator=seeded(self._seed, 1, self._generation)).to(self._device)
+        places = torch.randperm(self._rows, generator=seeded(self._seed, 1, self._generation)).to(
+            self._device
+        )
         filled = 0
         for batch in self._stream.batches(self._first_batch):
             self._next_batch += 1
             rows = batch[: self._rows - filled]
+            if len(rows) == 0:
+                continue  # all of its tokens were special ones
             if self._storage is None:
                 self._storage = torch.empty(self._rows, rows.shape[1], dtype=self._dtype, device=self._device)
-            self._storage[places[filled : filled + len(rows)]] = self._stored(rows)
+            self._storage[places[filled : filled + len(rows)]] = self.stored(rows)
             filled += len(rows)
             if filled == self._rows:
                 return
         raise too_short(filled, self._rows)
 
-    def _stored(self, rows: Tensor) -> Tensor:
+    def stored(self, rows: Tensor) -> Tensor:
+        """[n, d] rows as the pool holds them: scaled, in its dtype, on its device.
+
+        Raises:
+            InputError: a value overflows the dtype, or is not finite.
+        """
         largest = float(rows.abs().max())
         limit = torch.finfo(self._dtype).max
         if self.scale is None:

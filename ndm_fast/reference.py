@@ -11,6 +11,7 @@ Distances are plain (not squared) unless a name says ``squared``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Neighbors(NamedTuple):
 
     distance: Tensor
     """[S, Q] distance to the nearest key inside the subspace."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # shadows tuple.index, which nobody misses here
     """[S, Q] int64, row of ``keys`` that is nearest; ties go to the lowest index."""
 
 
@@ -201,7 +202,7 @@ def _columns(widths: Sequence[int]) -> list[slice]:
     offsets = [0]
     for width in widths:
         offsets.append(offsets[-1] + width)
-    return [slice(start, stop) for start, stop in zip(offsets, offsets[1:], strict=False)]
+    return [slice(start, stop) for start, stop in pairwise(offsets)]
 
 
 def _unit(rows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,11 @@ class ExpRotation:
         with torch.no_grad():
             self._layer.weight = start.detach().float()
         self._adam = torch.optim.Adam(self._layer.parameters(), betas=betas, eps=EPSILON)
-        self._current = self._layer.weight
+        self._current = self._weight()
+
+    def _weight(self) -> Tensor:
+        """The rotation, computed anew from the parameters, with its graph."""
+        return cast(Tensor, self._layer.weight)
 
     @property
     def matrix(self) -> Tensor:
@@ -126,7 +130,7 @@ class ExpRotation:
         self._adam.zero_grad(set_to_none=True)
         self._current.backward(gradient)
         self._adam.step()
-        self._current = self._layer.weight
+        self._current = self._weight()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Base point, parameters, moments and step count."""
@@ -139,10 +143,12 @@ class ExpRotation:
         """Go on from a ``state_dict``."""
         layer = {name.removeprefix("layer."): v for name, v in state.items() if name.startswith("layer.")}
         self._layer.load_state_dict(layer)
-        moments = {name.removeprefix("adam."): v.clone() for name, v in state.items() if name.startswith("adam.")}
+        moments = {
+            name.removeprefix("adam."): v.clone() for name, v in state.items() if name.startswith("adam.")
+        }
         adam = self._adam.state_dict()
         self._adam.load_state_dict({**adam, "state": {0: moments} if moments else {}})
-        self._current = self._layer.weight
+        self._current = self._weight()
 
 
 ROTATIONS: dict[str, Any] = {"lie": LieRotation, "exp": ExpRotation}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import signal
 import subprocess
@@ -56,7 +57,9 @@ class RunFolder:
         """
         if self.config_file.exists():
             if not resume:
-                raise InputError(f"{self.path} holds a run already: pass --resume to go on with it, or another --out")
+                raise InputError(
+                    f"{self.path} holds a run already: pass --resume to go on with it, or another --out"
+                )
             self._check_same(config)
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -70,19 +73,26 @@ class RunFolder:
 
     def config(self) -> RunConfig:
         """The settings of the run in this folder."""
-        return from_flat(self._read(self.config_file, "settings"))
+        settings = self._read(self.config_file).get("settings")
+        if not isinstance(settings, dict):
+            raise InputError(
+                f"{self.config_file} is damaged (no settings): start the run anew in another folder"
+            )
+        return from_flat(settings)
 
     def partition(self) -> SubspacePartition:
         """The result of the run in this folder."""
         if not self.partition_folder.is_dir():
             self.config()  # says so if this is no run at all
-            raise InputError(f"{self.path} has no result yet: finish it with `ndm-fast train --out {self.path} --resume`")
+            raise InputError(
+                f"{self.path} has no result yet: finish it with `ndm-fast train --out {self.path} --resume`"
+            )
         return SubspacePartition.from_pretrained(self.partition_folder)
 
     def result(self) -> dict[str, Any]:
         """``result.json`` of a finished run."""
         self.partition()
-        return json.loads(self.result_file.read_text())
+        return self._read(self.result_file)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """Lines of the log, all or those of one kind."""
@@ -113,13 +123,16 @@ class RunFolder:
                 f"{asked[name]!r}): choose another --out, or leave the settings away to go on with it"
             )
 
-    def _read(self, file: Path, key: str) -> dict[str, Any]:
+    def _read(self, file: Path) -> dict[str, Any]:
         try:
-            return json.loads(file.read_text())[key]
+            content = json.loads(file.read_text())
         except FileNotFoundError:
             raise InputError(f"{file} is missing: {self.path} is no run of ndm-fast") from None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"{file} is damaged ({error}): start the run anew in another folder") from None
+        if not isinstance(content, dict):
+            raise InputError(f"{file} is damaged (no object): start the run anew in another folder")
+        return content
 
 
 class _Recorder(Observer):
@@ -127,8 +140,12 @@ class _Recorder(Observer):
 
     def __init__(self, folder: RunFolder, log_bytes: int, steps_done: int, total: int, show: bool) -> None:
         self._folder = folder
-        self._log = folder.log_file.open("ab")
-        self._log.truncate(log_bytes)
+        try:
+            self._log = folder.log_file.open("ab")
+            self._log.truncate(min(log_bytes, self._log.tell()))
+            self._log.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise unwritable(folder.log_file, error) from None
         self._bar = tqdm(total=total, initial=steps_done, desc="train", unit="step", disable=not show)
         self._started = time.monotonic()
         self.stop = False
@@ -184,7 +201,12 @@ class _Counted:
 
 
 def train_run(
-    config: RunConfig, out: str | Path, *, resume: bool = False, device: str = "cpu", show_progress: bool = True
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    show_progress: bool = True,
 ) -> list[RunFolder]:
     """Train every site of ``config`` and save the results.
 
@@ -214,11 +236,15 @@ def train_run(
     return folders
 
 
-def _train_one(config: RunConfig, folder: RunFolder, stream: ActivationStream, device: str, show: bool) -> None:
+def _train_one(
+    config: RunConfig, folder: RunFolder, stream: ActivationStream, device: str, show: bool
+) -> None:
     state = folder.checkpoint()
     train = config.train
-    rows = train.heldout_queries + train.heldout_keys + min(
-        train.pool_rows, train.max_steps * train.queries + train.keys
+    rows = (
+        train.heldout_queries
+        + train.heldout_keys
+        + min(train.pool_rows, train.max_steps * train.queries + train.keys)
     )
     counted = _Counted(stream, rows, show)
     source = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
@@ -234,7 +260,8 @@ def _train_one(config: RunConfig, folder: RunFolder, stream: ActivationStream, d
         recorder.close()
     if not trainer.finished:
         raise StoppedError(
-            f"stopped at step {trainer.step}, state saved: go on with `ndm-fast train --out {folder.path} --resume`"
+            f"stopped at step {trainer.step}, state saved: go on with "
+            f"`ndm-fast train --out {folder.path} --resume`"
         )
     folder.save_result(partition, _figures(trainer, partition, stream))
 

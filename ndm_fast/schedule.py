@@ -10,7 +10,7 @@ from ndm_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases of a run. Each starts with a fresh optimiser; its end is an escape, a merge check, or the end."""
+    """Phases of a run: each ends with an escape, a merge check, or the end of the run."""
 
     train: TrainConfig
     merge: MergeConfig
@@ -18,8 +18,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.escape_start <= 0 < self.train.escape_tries:
             raise InputError(
-                f"{self.train.escape_tries} escapes of {self.train.escape_steps} steps do not fit before step "
-                f"{self._merging_from}: lower escape_tries or raise merge_start"
+                f"{self.train.escape_tries} escapes of {self.train.escape_steps} steps do not fit before "
+                f"step {self._merging_from}: lower escape_tries or raise merge_start"
             )
 
     @property
@@ -41,8 +41,10 @@ class Schedule:
 
     def is_escape(self, step: int) -> bool:
         """Whether an escape begins or is judged before this step."""
-        return self.train.escape_tries > 0 and self.escape_start <= step <= self._merging_from and (
-            (step - self.escape_start) % self.train.escape_steps == 0
+        return (
+            self.train.escape_tries > 0
+            and self.escape_start <= step <= self._merging_from
+            and ((step - self.escape_start) % self.train.escape_steps == 0)
         )
 
     def is_merge_check(self, step: int) -> bool:

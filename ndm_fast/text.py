@@ -77,7 +77,9 @@ def pack(
     encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
     separator = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
     if separator is None:
-        raise InputError("the tokenizer has neither EOS nor SEP, so documents cannot be kept apart: set eos_token")
+        raise InputError(
+            "the tokenizer has neither EOS nor SEP, so documents cannot be kept apart: set eos_token"
+        )
     if bos and not encoder and tokenizer.bos_token_id is None:
         raise InputError("the tokenizer has no BOS token: leave --bos away")
     first = [tokenizer.cls_token_id] if encoder else [tokenizer.bos_token_id] if bos else []
@@ -148,7 +150,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise InputError(f"{path}:{number} is not JSON ({error.msg}): mend or drop the line") from None
+                raise InputError(
+                    f"{path}:{number} is not JSON ({error.msg}): mend or drop the line"
+                ) from None
             yield _field(record, text_field, f"{path}:{number}")
 
 
@@ -159,12 +163,22 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise InputError(f"reading {path} needs pyarrow: pip install 'ndm-fast[data]'") from None
     try:
         table = parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        if text_field not in names:
+            raise InputError(f"{path} has no field {text_field!r}: set --text-field to one of {names}")
+        for records in table.iter_batches(columns=[text_field], batch_size=1024):
+            for text in records.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise InputError(
+                        f"{path} has no text in field {text_field!r} but {type(text).__name__}: "
+                        f"set --text-field to one of {names}"
+                    )
+                if text:
+                    yield text
+    except InputError:
+        raise
     except Exception as error:  # pyarrow has many error types for a damaged file
         raise InputError(f"cannot read {path} ({error}): check that it is a whole parquet file") from None
-    if text_field not in table.schema_arrow.names:
-        raise InputError(f"{path} has no field {text_field!r}: set --text-field to {table.schema_arrow.names}")
-    for records in table.iter_batches(columns=[text_field], batch_size=1024):
-        yield from (text for text in records.column(0).to_pylist() if text)
 
 
 def _open_dataset(name: str, text_field: str) -> Callable[[], Iterator[str]]:
@@ -180,7 +194,9 @@ def _open_dataset(name: str, text_field: str) -> Callable[[], Iterator[str]]:
             records = datasets.load_dataset(name, split="train", streaming=True)
         except Exception as error:  # the hub client has many error types; the user needs one line
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{name!r} is neither a file nor a dataset that loads ({reason}): check the name") from None
+            raise InputError(
+                f"{name!r} is neither a file nor a dataset that loads ({reason}): check the name"
+            ) from None
         for number, record in enumerate(records):
             yield _field(record, text_field, f"{name}, record {number}")
 

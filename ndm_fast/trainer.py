@@ -69,8 +69,8 @@ class Trainer:
         self.train_loss = self.heldout_loss = float("nan")
         self._source = source
         tensors, values = state or ({}, {})
-        self._hold_out(stream)
-        self.widths = train.widths(self._heldout.shape[1])
+        heldout, heldout_batches = self._hold_out(stream)
+        self.widths = train.widths(heldout.shape[1])
         self.pool = ActivationPool(
             stream,
             min(train.pool_rows, train.max_steps * train.queries + train.keys),
@@ -78,10 +78,10 @@ class Trainer:
             dtype=getattr(torch, train.pool_dtype),
             device=device,
             seed=train.seed,
-            first_batch=self._heldout_batches,
+            first_batch=heldout_batches,
             state=values.get("pool"),
         )
-        self._heldout = (self._heldout.to(self.device) * self.scale).to(getattr(torch, train.pool_dtype))
+        self._heldout = self.pool.stored(heldout)
         self._escape = Escape(train.seed)
         self._losses: list[Tensor] = []
         if state:
@@ -247,12 +247,10 @@ class Trainer:
         keys = self.pool.peek_keys()[: self.merge_config.mi_keys]
         return mutual_information(queries, keys, self.rotation.matrix, self.widths)
 
-    def _hold_out(self, stream: Stream) -> None:
-        """The first rows of the stream, shuffled, never trained on."""
-        rows, self._heldout_batches = take_rows(
-            stream.batches(), self.config.heldout_queries + self.config.heldout_keys
-        )
-        self._heldout = rows[torch.randperm(len(rows), generator=seeded(self.config.seed, 0))]
+    def _hold_out(self, stream: Stream) -> tuple[Tensor, int]:
+        """The first rows of the stream, shuffled, never trained on; and the batch that comes after them."""
+        rows, batches = take_rows(stream.batches(), self.config.heldout_queries + self.config.heldout_keys)
+        return rows[torch.randperm(len(rows), generator=seeded(self.config.seed, 0))], batches
 
     def _first_rotation(self) -> Tensor:
         width = sum(self.widths)

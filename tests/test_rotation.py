@@ -35,7 +35,9 @@ def test_starts_where_it_is_told_and_stays_orthogonal(kind):
     for _ in range(300):
         rotation.step(torch.randn(48, 48, generator=generator), 0.03)
     assert orthogonality_error(rotation.matrix) <= 1e-5
-    assert torch.linalg.det(rotation.matrix.double()) == pytest.approx(float(torch.linalg.det(start)), abs=1e-3)
+    assert torch.linalg.det(rotation.matrix.double()) == pytest.approx(
+        float(torch.linalg.det(start)), abs=1e-3
+    )
 
 
 def test_both_schemes_take_the_same_first_step():

@@ -15,7 +15,9 @@ from ndm_fast.rotation import principal_components, random_rotation
 BASELINES = ("identity", "random", "pca")
 
 
-def baseline_partition(kind: str, widths: Sequence[int], activations: Tensor, seed: int = 0) -> SubspacePartition:
+def baseline_partition(
+    kind: str, widths: Sequence[int], activations: Tensor, seed: int = 0
+) -> SubspacePartition:
     """A partition with the same widths whose rotation was not trained.
 
     Args:

@@ -50,7 +50,9 @@ def neighbour_purity(
     variances = subspace_variances(keys.activations, partition.rotation, partition.widths)
     rows = []
     for s, index in enumerate(found.index.cpu()):
-        shares = {name: round(float(same.double().mean()), 4) for name, same in _agreement(queries, keys, index)}
+        shares = {
+            name: round(float(same.double().mean()), 4) for name, same in _agreement(queries, keys, index)
+        }
         rows.append(
             {
                 "subspace": s,
@@ -97,7 +99,9 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
     else:
         raise too_short(held, wanted)
     order = torch.randperm(wanted, generator=seeded(config.train.seed, 0))
-    shuffled = TokenRows(*(torch.cat(column)[:wanted][order.to(column[0].device)] for column in zip(*parts, strict=True)))
+    shuffled = TokenRows(
+        *(torch.cat(column)[:wanted][order.to(column[0].device)] for column in zip(*parts, strict=True))
+    )
     cut = config.train.heldout_queries
     return TokenRows(*(c[:cut] for c in shuffled)), TokenRows(*(c[cut:] for c in shuffled))
 

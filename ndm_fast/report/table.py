@@ -26,7 +26,9 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
     headings = [_HEADINGS.get(name, name.replace("_", " ")) for name in names]
     sizes = [max(len(heading), *(len(line[i]) for line in cells)) for i, heading in enumerate(headings)]
     lines = [headings, *cells]
-    return "\n".join("  ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)) for line in lines)
+    return "\n".join(
+        "  ".join(cell.rjust(size) for cell, size in zip(line, sizes, strict=True)) for line in lines
+    )
 
 
 def _cell(name: str, value: Any) -> str:
