@@ -18,19 +18,9 @@
 namespace ndm {
 namespace {
 
-typedef double Double4 __attribute__((vector_size(32)));
-typedef float Float4 __attribute__((vector_size(16)));
-typedef float Float8 __attribute__((vector_size(32)));
-typedef int Int8 __attribute__((vector_size(32)));
-
 constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
 constexpr int kPending = 64;
 
-inline Double4 to_double(const float* p) {
-  Float4 x;
-  std::memcpy(&x, p, 16);
-  return __builtin_convertvector(x, Double4);
-}
 inline double sum(Double4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
 struct Best {
@@ -162,11 +152,31 @@ struct Rerank {
     pending[waiting++] = {key, i, distance - error};
   }
 
+  // Calls f(first, stop) for the runs of rows that make up a group (see Pack).
+  template <class F>
+  void each_run(int64_t tile, int group, F f) const {
+    const int64_t size = pack_size(p), step = size / kGroups;
+    const int64_t end = (tile + 1) * a.tile < a.keys ? (tile + 1) * a.tile : a.keys;
+    for (int64_t at = tile * a.tile; at < end; at += size) {
+      const int64_t begin = at + group * step;
+      f(begin, begin + step < end ? begin + step : end);
+    }
+  }
+
   void consider_group(int i, int64_t tile, int group) {
-    const int64_t stop = (tile + 1) * a.tile < a.keys ? (tile + 1) * a.tile : a.keys;
-    for (int64_t key = tile * a.tile + group; key < stop; key += kGroups)
-      __builtin_prefetch(row_address(a.rotated_keys, key, column));
-    for (int64_t key = tile * a.tile + group; key < stop; key += kGroups) consider(i, key);
+    each_run(tile, group, [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key) consider(i, key);
+    });
+  }
+
+  void prefetch_group(int64_t tile, int group) {
+    const int64_t bytes = p * element_size(a.rotated_keys.type);
+    each_run(tile, group, [&](int64_t begin, int64_t end) {
+      for (int64_t key = begin; key < end; ++key) {
+        const char* from = row_address(a.rotated_keys, key, column);
+        for (int64_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(from + (i < bytes ? i : bytes - 1));
+      }
+    });
   }
 
   // [4][d] rows in `doubles` (interleaved: [d][4]) times the subspace's columns of R -> [p][4].
@@ -265,28 +275,32 @@ struct Rerank {
 
 // Tile and group of the least score of each query of the block.
 inline void least_groups(const float* minima, int64_t tiles, int64_t padded, int count, int64_t* tile, int* group) {
-  float least[kRerankQueries][kGroups];
-  int at[kRerankQueries][kGroups];
-  for (int i = 0; i < count; ++i)
-    for (int g = 0; g < kGroups; ++g) {
-      least[i][g] = minima[i * kGroups + g];
-      at[i][g] = 0;
+  constexpr int at_once = 4;  // 8 registers of state; minima are read in whole lines
+  for (int begin = 0; begin < count; begin += at_once) {
+    const int end = begin + at_once < count ? begin + at_once : count;
+    Vec8 least[at_once], at[at_once];
+    for (int i = 0; i < at_once; ++i) {
+      least[i] = Vec8::set1(std::numeric_limits<float>::infinity());
+      at[i] = Vec8::set1(0);
     }
-  for (int64_t t = 1; t < tiles; ++t) {
-    const float* now = minima + t * padded * kGroups;
-    for (int i = 0; i < count; ++i)
-      for (int g = 0; g < kGroups; ++g) {
-        const float x = now[i * kGroups + g];
-        const bool less = x < least[i][g];
-        least[i][g] = less ? x : least[i][g];
-        at[i][g] = less ? static_cast<int>(t) : at[i][g];
+    const float* now = minima + begin * kGroups;
+    for (int64_t t = 0; t < tiles; ++t, now += padded * kGroups) {
+      const Vec8 here = Vec8::set1(static_cast<float>(t));
+      if (end - begin == at_once) {
+        for (int i = 0; i < at_once; ++i) Vec8::track_min(least[i], at[i], Vec8::load(now + i * kGroups), here);
+      } else {
+        for (int i = 0; i < end - begin; ++i) Vec8::track_min(least[i], at[i], Vec8::load(now + i * kGroups), here);
       }
-  }
-  for (int i = 0; i < count; ++i) {
-    group[i] = 0;
-    for (int g = 1; g < kGroups; ++g)
-      if (least[i][g] < least[i][group[i]]) group[i] = g;
-    tile[i] = at[i][group[i]];
+    }
+    for (int i = begin; i < end; ++i) {
+      float values[kGroups], tiles_of[kGroups];
+      least[i - begin].store(values);
+      at[i - begin].store(tiles_of);
+      group[i] = 0;
+      for (int g = 1; g < kGroups; ++g)
+        if (values[g] < values[group[i]]) group[i] = g;
+      tile[i] = static_cast<int64_t>(tiles_of[group[i]]);
+    }
   }
 }
 
@@ -309,19 +323,17 @@ inline Threshold threshold(const Query& q, float alpha, bool cosine) {
 
 // Bit g is set where group g may hold a key within reach: score - its error <= ((U + e_q + e_k)^2 - |q|^2) / 2.
 inline int groups_within(const Threshold& t, const float* minima, const float* norms, const float* errors) {
-  int bits = 0;
-  for (int g = 0; g < kGroups; ++g) {
-    const float n = norms[g], e = errors[g];
-    const float lower = minima[g] - n * (t.alpha_norm + t.alpha * n) - e * (t.reach + e);
-    bits |= static_cast<int>(lower <= t.score) << g;
-  }
-  return bits;
+  const Vec8 n = Vec8::load(norms), e = Vec8::load(errors), zero = Vec8::set1(0);
+  const Vec8 score_error = Vec8::fma(Vec8::set1(t.alpha), n, Vec8::set1(t.alpha_norm));
+  const Vec8 row_error = Vec8::fma(e, Vec8::set1(1), Vec8::set1(t.reach));
+  const Vec8 error = Vec8::fma(n, score_error, Vec8::fma(e, row_error, zero));
+  return Vec8::bits_less_equal(Vec8::load(minima) - error, Vec8::set1(t.score));
 }
 
-inline bool is_irregular(const Search& a, int64_t s, const Query& q) {
+inline bool any_irregular(const Search& a, int64_t s) {
   uint8_t any = 0;
   for (int64_t t = 0; t < a.tiles; ++t) any |= a.irregular[s * a.tiles + t];
-  return any || !(q.sweep_norm2 <= std::numeric_limits<float>::max());
+  return any;
 }
 
 void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scratch) {
@@ -333,9 +345,12 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
   int group[kRerankQueries];
   least_groups(minima, a.tiles, a.padded, count, tile, group);
   Threshold limit[kRerankQueries];
+  const bool irregular = any_irregular(a, s);
+  work.prefetch_group(tile[0], group[0]);
   for (int i = 0; i < count; ++i) {
+    if (i + 1 < count) work.prefetch_group(tile[i + 1], group[i + 1]);
     work.start_query(i);
-    if (is_irregular(a, s, work.query[i])) {  // no bound holds: look at every key
+    if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {  // no bound holds: look at every key
       for (int64_t key = 0; key < a.keys; ++key) work.consider(i, key);
       limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
       continue;

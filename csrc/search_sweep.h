@@ -5,7 +5,7 @@
 //           negated as [p][query block]. One pack of keys (<= 24 KB) stays in the first-level cache while
 //           all queries pass by.
 // Mapping   query block x 2 vectors of accumulators, started at the half norms, so that the epilogue is one
-//           min per accumulator. The running minimum of each (query, tile, key mod 8) is all that is kept;
+//           min per accumulator. The running minimum of each (query, tile, lane mod 8) is all that is kept;
 //           no index is tracked: search_rerank.h finds the key again, exactly.
 // Limit     one FMA per (query, key, column): the FMA units; 1/p of that again for the minima.
 #pragma once
@@ -21,19 +21,33 @@ namespace {
 
 constexpr float kUnit = 5.9604645e-8f;  // 2^-24, unit roundoff of fp32
 
-// Eight rows of one subspace, transposed into lanes [lane0, lane0 + 8) of a panel. Rows past the end are 0.
+// Where a key goes. A pack of `size` keys from row `first` on is cut into 8 runs of consecutive rows, one per
+// lane group, so that the exact pass reads neighbouring rows: row first + g * size / 8 + r is in group g.
+struct Pack {
+  int64_t tile, first;
+  int size;
+  int64_t column, p;
+
+  int64_t step() const { return size / kGroups; }
+  int64_t key(int panel_size, int panel_start, int lane) const {
+    return first + lane % kGroups * step() + panel_start / kGroups + lane / kGroups % (panel_size / kGroups);
+  }
+};
+
+// Rows first, first + step, ... (8 of them) of one subspace into lanes of a panel. Rows past the end are 0.
 template <int Panel>
-void transpose_rows(const Search& a, int64_t first, int64_t column, int64_t p, float* panel, float* buffer) {
-  const bool direct = a.rotated_keys.type == Type::float32 && first + 8 <= a.keys;
+void transpose_rows(const Search& a, const Pack& pack, int64_t first, float* panel, float* buffer) {
+  const int64_t p = pack.p, step = pack.step();
+  const bool direct = a.rotated_keys.type == Type::float32 && first + 7 * step < a.keys;
   const float* from = buffer;
   int64_t stride = p;
   if (direct) {
-    from = reinterpret_cast<const float*>(row_address(a.rotated_keys, first, column));
-    stride = a.rotated_keys.stride;
+    from = reinterpret_cast<const float*>(row_address(a.rotated_keys, first, pack.column));
+    stride = a.rotated_keys.stride * step;
   } else {
     for (int i = 0; i < 8; ++i) {
-      if (first + i < a.keys) {
-        read_row(a.rotated_keys, first + i, column, p, buffer + i * p);
+      if (first + i * step < a.keys) {
+        read_row(a.rotated_keys, first + i * step, pack.column, p, buffer + i * p);
       } else {
         for (int64_t j = 0; j < p; ++j) buffer[i * p + j] = 0;
       }
@@ -73,57 +87,86 @@ inline float unit_error(float error, float norm, int64_t p) {
   return bound < 2 ? bound : 2.0f;
 }
 
-template <int Panel>
-bool lane_is_zero(const float* panel, int64_t p, int lane) {
-  for (int64_t j = 0; j < p; ++j)
-    if (panel[j * Panel + lane] != 0) return false;
-  return true;
-}
+// What is known of the keys of each group of a tile.
+struct GroupStats {
+  Vec8 squared = Vec8::set1(0);  // largest squared norm
+  Vec8 error = Vec8::set1(0);    // largest error bound
+  Vec8 irregular = Vec8::set1(0);  // NaN where a norm was NaN or Inf: 0 * Inf is NaN
+};
 
-// Half norms (the accumulators' start), error bounds per group, and for cosine the unit vectors.
+// Cosine: scales the lanes to unit vectors; `squared` becomes 1.
 template <int Panel>
-void finish_panel(const Search& a, int64_t s, int64_t tile, int64_t first, int64_t p, float* panel,
-                  const float* squared, float* half) {
-  float* norms = a.group_norm + (s * a.tiles + tile) * kGroups;
-  float* errors = a.group_error + (s * a.tiles + tile) * kGroups;
+void normalize_panel(const Search& a, const Pack& pack, int start, float* panel, float* squared, float* error) {
   for (int lane = 0; lane < Panel; ++lane) {
-    if (first + lane >= a.keys) {
-      half[lane] = std::numeric_limits<float>::infinity();
-      continue;
-    }
-    float norm = std::sqrt(squared[lane]);
-    float error = a.key_error ? a.key_error[first + lane] : 0.0f;
-    if (!(norm <= std::numeric_limits<float>::max())) a.irregular[s * a.tiles + tile] = 1;
-    half[lane] = squared[lane] / 2;
-    if (a.cosine) {
-      // A lane whose squares underflowed but which is not zero must stay a candidate: error 2.
-      bool vanished = norm < 1e-15f && !lane_is_zero<Panel>(panel, p, lane);
-      error = vanished ? 2.0f : unit_error(error, norm, p);
-      float inverse = norm > 0 ? 1 / norm : 0;
-      for (int64_t j = 0; j < p; ++j) panel[j * Panel + lane] *= inverse;
-      half[lane] = 0;
-      norm = 1;
-    } else if (a.center) {
-      error += 2 * kUnit * norm;
-    }
-    int g = lane % kGroups;
-    norms[g] = norm > norms[g] ? norm : norms[g];
-    errors[g] = error > errors[g] ? error : errors[g];
+    const int64_t key = pack.key(Panel, start, lane);
+    if (key >= a.keys) continue;
+    const float norm = std::sqrt(squared[lane]);
+    bool zero = true;
+    if (norm < 1e-15f)
+      for (int64_t j = 0; j < pack.p; ++j) zero = zero && panel[j * Panel + lane] == 0;
+    // A row whose squares underflowed but which is not zero must stay a candidate: error 2.
+    error[lane] = zero ? unit_error(a.key_error ? a.key_error[key] : 0.0f, norm, pack.p) : 2.0f;
+    const float inverse = norm > 0 ? 1 / norm : 0;
+    for (int64_t j = 0; j < pack.p; ++j) panel[j * Panel + lane] *= inverse;
+    squared[lane] = norm <= std::numeric_limits<float>::max() ? 1.0f : norm;
   }
 }
 
+// Half norms (the accumulators' start) and error bounds of one panel.
+template <int Panel>
+void finish_panel(const Search& a, const Pack& pack, int start, float* panel, float* squared, float* half,
+                  GroupStats& stats) {
+  alignas(64) float error[Panel] = {};
+  if (a.cosine) {
+    normalize_panel<Panel>(a, pack, start, panel, squared, error);
+  } else if (a.key_error) {
+    for (int lane = 0; lane < Panel; ++lane) {
+      const int64_t key = pack.key(Panel, start, lane);
+      error[lane] = key < a.keys ? a.key_error[key] : 0.0f;
+    }
+  }
+  const bool partial = pack.first + pack.size > a.keys;
+  if (partial)
+    for (int lane = 0; lane < Panel; ++lane)
+      if (pack.key(Panel, start, lane) >= a.keys) squared[lane] = 0;
+  const Vec8 zero = Vec8::set1(0), factor = Vec8::set1(a.cosine ? 0.0f : 0.5f);
+  for (int lane = 0; lane < Panel; lane += 8) {
+    const Vec8 x = Vec8::load(squared + lane);
+    stats.squared = Vec8::max(stats.squared, x);
+    stats.error = Vec8::max(stats.error, Vec8::load(error + lane));
+    stats.irregular = Vec8::fma(x, zero, stats.irregular);
+    Vec8::fma(x, factor, zero).store(half + lane);
+  }
+  if (partial)  // no score is above infinity
+    for (int lane = 0; lane < Panel; ++lane)
+      if (pack.key(Panel, start, lane) >= a.keys) half[lane] = std::numeric_limits<float>::infinity();
+}
+
 template <class V>
-void pack_keys(const Search& a, int64_t s, int64_t tile, int64_t first, int count, float* packed, float* half,
-               float* buffer) {
+void pack_keys(const Search& a, const Pack& pack, float* packed, float* half, float* buffer, GroupStats& stats) {
   constexpr int panel_size = 2 * V::lanes;
-  const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column;
   alignas(64) float squared[panel_size];
-  for (int done = 0; done < count; done += panel_size) {
-    float* panel = packed + done * p;
+  for (int start = 0; start < pack.size; start += panel_size) {
+    float* panel = packed + start * pack.p;
     for (int lane = 0; lane < panel_size; lane += 8)
-      transpose_rows<panel_size>(a, first + done + lane, column, p, panel + lane, buffer);
-    center_panel<V, panel_size>(a.center ? a.center + column : nullptr, p, panel, squared);
-    finish_panel<panel_size>(a, s, tile, first + done, p, panel, squared, half + done);
+      transpose_rows<panel_size>(a, pack, pack.key(panel_size, start, lane), panel + lane, buffer);
+    center_panel<V, panel_size>(a.center ? a.center + pack.column : nullptr, pack.p, panel, squared);
+    finish_panel<panel_size>(a, pack, start, panel, squared, half + start, stats);
+  }
+}
+
+inline void write_stats(const Search& a, int64_t s, int64_t tile, const GroupStats& stats) {
+  float squared[kGroups], error[kGroups], irregular[kGroups];
+  stats.squared.store(squared);
+  stats.error.store(error);
+  stats.irregular.store(irregular);
+  const int64_t at = s * a.tiles + tile;
+  a.irregular[at] = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    const float norm = std::sqrt(squared[g]);
+    a.group_norm[at * kGroups + g] = norm;
+    a.group_error[at * kGroups + g] = error[g] + (a.center ? 2 * kUnit * norm : 0.0f);
+    if (irregular[g] != 0) a.irregular[at] = 1;
   }
 }
 
@@ -174,18 +217,23 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
   for (int64_t s = a.first; s < a.last; ++s) {
     const int64_t p = a.offsets[s + 1] - a.offsets[s];
     const int size = pack_size(p);
-    float* norms = a.group_norm + (s * a.tiles + tile) * kGroups;
-    float* errors = a.group_error + (s * a.tiles + tile) * kGroups;
-    for (int g = 0; g < kGroups; ++g) norms[g] = errors[g] = 0;
-    a.irregular[s * a.tiles + tile] = 0;
+    GroupStats stats;
     float* minima = a.minima + ((s - a.first) * a.tiles + tile) * a.padded * kGroups;
     const float* queries = a.packed_queries + a.padded * a.offsets[s];
     for (int64_t at = start; at < stop; at += size) {
-      pack_keys<V>(a, s, tile, at, size, packed, half, buffer);
+      pack_keys<V>(a, Pack{tile, at, size, a.offsets[s], p}, packed, half, buffer, stats);
       for (int64_t q = 0; q < a.padded; q += Block)
         sweep_block<V, Block>(packed, half, size, p, queries + q * p, minima + q * kGroups, at == start);
     }
+    write_stats(a, s, tile, stats);
   }
+}
+
+// The value that the sweep uses: fp32, centred.
+inline float sweep_value(const Search& a, int64_t query, int64_t column) {
+  if (!a.exact_queries) return a.rotated_queries[query * a.width + column];
+  const double shift = a.center ? a.center[column] : 0.0;
+  return static_cast<float>(a.exact_queries[query * a.width + column] - shift);
 }
 
 // Negated queries in blocks, and their norms; unit vectors for cosine. Padding queries are 0.
@@ -194,14 +242,15 @@ void pack_queries(const Search& a, int64_t s) {
   const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column;
   for (int64_t q = 0; q < a.padded; ++q) {
     float* out = a.packed_queries + a.padded * column + (q / Block) * Block * p + q % Block;
-    const float* row = a.rotated_queries + q * a.width + column;
     double squared = 0;
-    if (q < a.queries)
-      for (int64_t j = 0; j < p; ++j) squared += static_cast<double>(row[j]) * row[j];
+    for (int64_t j = 0; j < p; ++j) {
+      const float x = q < a.queries ? sweep_value(a, q, column + j) : 0.0f;
+      squared += static_cast<double>(x) * x;
+      out[j * Block] = -x;
+    }
     const float norm = static_cast<float>(std::sqrt(squared));
-    float factor = q < a.queries ? -1.0f : 0.0f;
-    if (a.cosine && norm > 0) factor = -1 / norm;
-    for (int64_t j = 0; j < p; ++j) out[j * Block] = q < a.queries ? factor * row[j] : 0.0f;
+    if (a.cosine && norm > 0)
+      for (int64_t j = 0; j < p; ++j) out[j * Block] /= norm;
     a.query_norm[s * a.padded + q] = norm;
   }
 }

@@ -16,7 +16,7 @@ struct Rows {
   int64_t stride = 0;  // elements from one row to the next
 };
 
-// Lanes of the stored minima: group g of a tile holds its keys with (index mod 8) = g, on every ISA.
+// Lanes of the stored minima; which keys of a tile are in a group is the same on every ISA (search_sweep.h).
 constexpr int kGroups = 8;
 // Largest number of keys packed at once (bounds stack buffers).
 constexpr int kMaxPack = 256;
@@ -32,8 +32,8 @@ struct Search {
 
   Rows rotated_keys;
   const float* center = nullptr;           // [d] subtracted from rotated_keys, or null
-  const float* rotated_queries = nullptr;  // [Q, d] with the same centre subtracted
-  const double* exact_queries = nullptr;   // [Q, d] rotated form only, nothing subtracted
+  const float* rotated_queries = nullptr;  // [Q, d] raw form: centred like the keys
+  const double* exact_queries = nullptr;   // [Q, d] rotated form: nothing subtracted
 
   Rows raw_queries, raw_keys;            // raw form only
   const float* rotation = nullptr;       // [d, d] raw form only

@@ -18,6 +18,15 @@ struct Vec8 {
   static Vec8 min(Vec8 a, Vec8 b) { return {_mm256_min_ps(a.v, b.v)}; }
   static Vec8 max(Vec8 a, Vec8 b) { return {_mm256_max_ps(a.v, b.v)}; }
   void store_groups(float* p) const { store(p); }
+
+  // Bit l is set where a[l] <= b[l].
+  static int bits_less_equal(Vec8 a, Vec8 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)); }
+  // Keeps the lesser value and, beside it, where it was.
+  static void track_min(Vec8& least, Vec8& at, Vec8 now, Vec8 here) {
+    const __m256 less = _mm256_cmp_ps(now.v, least.v, _CMP_LT_OQ);
+    least.v = _mm256_blendv_ps(least.v, now.v, less);
+    at.v = _mm256_blendv_ps(at.v, here.v, less);
+  }
 };
 
 // Integer lanes: how often a < limit held, per lane.
@@ -35,6 +44,10 @@ struct Count {
     _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_add_epi32(low, high)));
   }
 };
+
+typedef double Double4 __attribute__((vector_size(32)));
+
+inline Double4 to_double(const float* p) { return (Double4)_mm256_cvtps_pd(_mm_loadu_ps(p)); }
 
 inline void transpose_8x8(const float* from, long from_stride, float* to, long to_stride) {
   __m256 row[8], t[8];

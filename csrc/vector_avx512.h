@@ -17,7 +17,7 @@ struct Vec16 {
   static Vec16 fma(Vec16 a, Vec16 b, Vec16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec16 min(Vec16 a, Vec16 b) { return {_mm512_min_ps(a.v, b.v)}; }
   static Vec16 max(Vec16 a, Vec16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-  // Lanes l and l + 8 are both group l: keys are grouped by index mod 8 on every ISA.
+  // Lanes l and l + 8 are both group l: the groups are the same on every ISA.
   void store_groups(float* p) const {
     __m256 low = _mm512_castps512_ps256(v);
     __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));

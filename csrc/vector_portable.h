@@ -31,6 +31,20 @@ struct Vec {
     return {a.low > b.low ? a.low : b.low, a.high > b.high ? a.high : b.high};
   }
   void store_groups(float* p) const { store(p); }
+
+  // Bit l is set where a[l] <= b[l].
+  static int bits_less_equal(Vec a, Vec b) {
+    int bits = 0;
+    for (int l = 0; l < 4; ++l) bits |= (a.low[l] <= b.low[l]) << l | (a.high[l] <= b.high[l]) << (l + 4);
+    return bits;
+  }
+  // Keeps the lesser value and, beside it, where it was.
+  static void track_min(Vec& least, Vec& at, Vec now, Vec here) {
+    at.low = now.low < least.low ? here.low : at.low;
+    at.high = now.high < least.high ? here.high : at.high;
+    least.low = now.low < least.low ? now.low : least.low;
+    least.high = now.high < least.high ? now.high : least.high;
+  }
 };
 
 // Integer lanes: how often a < limit held, per lane.
@@ -51,6 +65,10 @@ struct Count {
     std::memcpy(state, sums, 32);
   }
 };
+
+typedef double Double4 __attribute__((vector_size(32)));
+
+inline Double4 to_double(const float* p) { return Double4{p[0], p[1], p[2], p[3]}; }
 
 inline void transpose_8x8(const float* from, long from_stride, float* to, long to_stride) {
   for (int i = 0; i < 8; ++i)

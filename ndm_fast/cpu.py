@@ -36,8 +36,10 @@ _UNIT = 2.0**-24
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _ROTATE_ELEMENTS = 1 << 21
 """Elements of a block of rows rotated at once; 8 MB in fp32."""
-_QUERY_ELEMENTS = 1 << 21
-"""Elements of a block of queries searched at once; it exists in fp32, packed fp32 and fp64: 32 MB."""
+_QUERY_ELEMENTS = 5 << 19
+"""Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
+_ORIGIN_ROWS = 1024
+"""Rows that the mean is taken of."""
 _NO_ROWS = (0, 0, 0)
 
 
@@ -102,22 +104,19 @@ def nearest_neighbors(
         raise ValueError(f"precision is {precision!r}: this CPU path has only fp32")
     queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
     cosine = metric == "cosine"
-    distance = torch.empty(len(widths), len(queries))
-    index = torch.empty(len(widths), len(queries), dtype=torch.int64)
     prepared = (
-        _PreparedKeys(keys, _mean(keys, cosine), None)
+        _PreparedKeys(keys, _origin(keys, cosine), None)
         if keys_rotated
-        else _rotate_keys(keys, rotation, _mean(keys, cosine))
+        else _rotate_keys(keys, rotation, _origin(keys, cosine))
     )
-    for rows in _query_blocks(queries):
-        part = queries[rows]
-        found = Neighbors(torch.empty(len(widths), len(part)), torch.empty(len(widths), len(part), dtype=torch.int64))
-        search = _search_rotated if keys_rotated else _search_raw
-        search(extension, part, keys, rotation, offsets, cosine, prepared, found)
-        if len(part) == len(queries):
-            return found
-        distance[:, rows], index[:, rows] = found
-    return Neighbors(distance, index)
+    search = _search_rotated if keys_rotated else _search_raw
+    blocks = [
+        search(extension, queries[rows], keys, rotation, offsets, cosine, prepared)
+        for rows in _query_blocks(queries)
+    ]
+    if len(blocks) == 1:
+        return blocks[0]
+    return Neighbors(torch.cat([b.distance for b in blocks], 1), torch.cat([b.index for b in blocks], 1))
 
 
 def ksg_radius(
@@ -205,7 +204,7 @@ def _check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequenc
         if tensor.dtype not in _TYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}: give float32, float16 or bfloat16")
     if rotation.dtype != torch.float32 or rotation.shape[0] != width:
-        raise ValueError(f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 [{width}, {width}]")
+        raise ValueError(f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 {[width, width]}")
     if len(keys) == 0:
         raise ValueError("keys has no rows: give at least one")
     offsets = [0]
@@ -228,12 +227,28 @@ def _query_blocks(queries: Tensor) -> list[slice]:
     """Even blocks of queries, few enough that their copies stay small."""
     blocks = max(1, math.ceil(queries.numel() / _QUERY_ELEMENTS))
     size = max(1, math.ceil(len(queries) / blocks))
-    return [slice(start, start + size) for start in range(0, len(queries), size)]
+    return [slice(start, start + size) for start in range(0, max(1, len(queries)), size)]
 
 
-def _mean(keys: Tensor, cosine: bool) -> Tensor | None:
-    """Any common offset leaves euclidean distances alone; the mean makes the numbers, and their errors, small."""
-    return None if cosine else keys.mean(0, dtype=torch.float32)
+def _origin(keys: Tensor, cosine: bool) -> Tensor | None:
+    """[d] fp32 offset to subtract from all rows, which leaves euclidean distances alone.
+
+    Any offset is right; one near the mean makes the numbers small, and so their errors. A sample will do.
+    """
+    if cosine:
+        return None
+    step = max(1, len(keys) // _ORIGIN_ROWS)
+    return keys[::step].mean(0, dtype=torch.float32)
+
+
+def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
+    """[N, d] float64 product, with only blocks of the rotation's columns in float64 at a time."""
+    rows = rows.double()
+    exact = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    width = max(64, _ROTATE_ELEMENTS // rotation.shape[0])
+    for start in range(0, rotation.shape[1], width):
+        exact[:, start : start + width] = rows @ rotation[:, start : start + width].double()
+    return exact
 
 
 def _rotation_error(rows: Tensor) -> Tensor:
@@ -265,6 +280,10 @@ def _rotate_keys(keys: Tensor, rotation: Tensor, origin: Tensor | None) -> _Prep
     return _PreparedKeys(rotated, origin, _rotate(keys, rotation, origin, rotated))
 
 
+def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
+    return Neighbors(torch.empty(subspaces, queries), torch.empty(subspaces, queries, dtype=torch.int64))
+
+
 def _search_raw(
     extension: ModuleType,
     queries: Tensor,
@@ -273,8 +292,8 @@ def _search_raw(
     offsets: list[int],
     cosine: bool,
     prepared: _PreparedKeys,
-    found: Neighbors,
-) -> None:
+) -> Neighbors:
+    found = _empty_neighbors(len(offsets) - 1, len(queries))
     rotated = torch.empty(queries.shape)
     query_error = _rotate(queries, rotation, prepared.origin, rotated)
     assert prepared.error is not None
@@ -285,6 +304,7 @@ def _search_raw(
         *(query_error.data_ptr(), prepared.error.data_ptr()),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
+    return found
 
 
 def _search_rotated(
@@ -295,20 +315,17 @@ def _search_rotated(
     offsets: list[int],
     cosine: bool,
     prepared: _PreparedKeys,
-    found: Neighbors,
-) -> None:
-    exact = torch.empty(queries.shape, dtype=torch.float64)
-    doubles = queries.double()
-    for start in range(0, rotation.shape[1], 256):  # a double copy of the whole rotation would be large
-        exact[:, start : start + 256] = doubles @ rotation[:, start : start + 256].double()
+) -> Neighbors:
+    found = _empty_neighbors(len(offsets) - 1, len(queries))
+    exact = _rotate_exactly(queries, rotation)
     origin = prepared.origin
-    rotated = (exact if origin is None else exact - origin).float()
     extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
-        *(_rows(keys), 0 if origin is None else origin.data_ptr(), rotated.data_ptr(), exact.data_ptr()),
+        *(_rows(keys), 0 if origin is None else origin.data_ptr(), 0, exact.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
+    return found
 
 
 class _KsgArguments(NamedTuple):
@@ -337,7 +354,7 @@ def _ksg_arguments(
     rotation, pairs = rotation.detach().contiguous(), pairs.contiguous()
     positive = variances.detach().double().clamp_min(0)
     scale = torch.where(positive > 0, positive.rsqrt(), 0).float()
-    origin = _mean(keys, False)
+    origin = _origin(keys, False)
     rotated_queries, rotated_keys = torch.empty(queries.shape), torch.empty(keys.shape)
     _rotate(queries.detach(), rotation, origin, rotated_queries)
     _rotate(keys.detach(), rotation, origin, rotated_keys)
