@@ -1,0 +1,300 @@
+"""Figures of a run and of the toy model: loss, mutual information, tree of merges, purity, toy matrices."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ndm_fast.errors import InputError
+from ndm_fast.evaluate.purity import SHARES
+from ndm_fast.report.drawing import (
+    BLUE,
+    DIVERGING,
+    GREY,
+    VERMILION,
+    count_steps,
+    heat_map,
+    new_figure,
+    save_figure,
+    style,
+    thinned,
+    write_cells,
+)
+from ndm_fast.report.merge_figures import Event, information_figure, tree_figure
+from ndm_fast.run import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LOG_SCALE_FROM = 8.0
+"""Ratio of the largest to the smallest loss from which a logarithmic axis reads better."""
+_LABEL_GAP = 0.025
+"""Least distance between two labels along a step axis, as a share of its length."""
+_CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("train", "loss", "training batches", {"color": BLUE, "linewidth": 1.0, "alpha": 0.75}),
+    (
+        "evaluate",
+        "heldout_loss",
+        "held out",
+        {"color": VERMILION, "linewidth": 1.6, "marker": ".", "markersize": 6},
+    ),
+)
+
+
+def draw_run(folder: RunFolder, vector: bool = False) -> list[Path]:
+    """Draw what the files of a run allow, into its ``figures`` folder.
+
+    Args:
+        vector: also write each figure as .svg.
+
+    Returns:
+        The files written, of ``loss.png``, ``mutual_information.png``, ``merge_tree.png``, ``purity.png``.
+
+    Raises:
+        InputError: matplotlib is missing, the folder has no log or nothing in it yet, or a file is damaged.
+    """
+    paths = []
+    with style():
+        for name, figure in _figures(folder):
+            for suffix in ("png", "svg") if vector else ("png",):
+                paths.append(folder.figures_folder / f"{name}.{suffix}")
+                save_figure(figure, paths[-1])
+    if not paths:
+        raise InputError(f"{folder.log_file} holds nothing to draw yet: let the run go on for some steps")
+    return paths
+
+
+def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
+    events = folder.events()
+    settings = folder.config() if folder.config_file.exists() else None
+    merges = [event for event in events if event["event"] == "merge"]
+    if any(event["event"] in ("train", "evaluate") for event in events):
+        yield "loss", loss_figure(events, settings.train.metric if settings else "euclidean")
+    if any(len(event["widths_before"]) > 1 for event in merges):
+        yield (
+            "mutual_information",
+            information_figure(merges, settings.merge.merge_threshold if settings else None),
+        )
+    if any(event["pairs"] for event in merges):
+        yield "merge_tree", tree_figure(merges, max(event["step"] for event in events))
+    if folder.purity_file.exists():
+        yield "purity", purity_figure(_purity_tables(folder.purity_file))
+
+
+def _purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is damaged ({error}): run `ndm-fast evaluate purity {file.parent}` again"
+        ) from None
+
+
+def loss_figure(events: Sequence[Event], metric: str = "euclidean") -> Figure:
+    """Training loss and held-out loss against steps, with every merge as a vertical line.
+
+    Args:
+        events: of kinds "train", "evaluate", "merge" and "escape", as the trainer logs them.
+    """
+    kinds = {
+        kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluate", "merge", "escape")
+    }
+    merges = [event for event in kinds["merge"] if event["pairs"]]
+    figure = new_figure(9, 5)
+    axes = figure.add_subplot()
+    last = max(event["step"] for event in events)
+    axes.set_xlim(-0.01 * last - 0.5, 1.01 * last + 0.5)
+    values = []
+    for kind, field, label, look in _CURVES:
+        steps, losses = _broken_at([(e["step"], e[field]) for e in kinds[kind]], [m["step"] for m in merges])
+        axes.plot(steps, losses, label=label, **look)
+        values += [loss for loss in losses if math.isfinite(loss)]
+    if values and min(values) > 0 and max(values) > _LOG_SCALE_FROM * min(values):
+        _make_logarithmic(axes)
+    _mark_escapes(axes, kinds["escape"])
+    _mark_merges(axes, merges, _first_count(kinds))
+    count_steps(axes)
+    unit = "−cosine, weighted by width" if metric == "cosine" else "units of the activations"
+    axes.set_ylabel(f"mean distance to the nearest neighbour\n({unit})")
+    axes.legend(loc="best")
+    figure.suptitle("Loss: how near the nearest neighbour is, averaged over subspaces")
+    return figure
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    """A logarithmic loss axis with plain numbers on it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _broken_at(points: Sequence[tuple[int, float]], breaks: Sequence[int]) -> tuple[list[float], list[float]]:
+    """Steps and values with a gap (NaN) after each break, where other subspaces are averaged than before."""
+    steps: list[float] = []
+    values: list[float] = []
+    for index, (step, value) in enumerate(points):
+        if index and any(points[index - 1][0] <= at < step for at in breaks):
+            steps.append(step)
+            values.append(math.nan)
+        steps.append(step)
+        values.append(value)
+    return steps, values
+
+
+def _first_count(kinds: Mapping[str, Sequence[Event]]) -> int | None:
+    """Number of subspaces before any merge, where the log tells."""
+    if kinds["merge"]:
+        return len(kinds["merge"][0]["widths_before"])
+    return len(kinds["evaluate"][0]["widths"]) if kinds["evaluate"] else None
+
+
+def _mark_merges(axes: Axes, merges: Sequence[Event], first: int | None) -> None:
+    """Vertical lines, and above the axes the number of subspaces from there on."""
+    for event in merges:
+        axes.axvline(event["step"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    if not merges:
+        if first is not None:
+            axes.set_title(f"{first} subspaces, no merges")
+        return
+    marks = [(0, first), *((event["step"], len(event["widths"])) for event in merges)]
+    left, right = axes.get_xlim()
+    shown = [marks[i] for i in thinned([step for step, _ in marks], _LABEL_GAP * (right - left))]
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([step for step, _ in shown], [str(count) for _, count in shown])
+    above.spines[:].set_visible(False)
+    above.tick_params(length=0)
+    above.set_xlabel("number of subspaces; a dashed line is a merge")
+
+
+def _mark_escapes(axes: Axes, escapes: Sequence[Event]) -> None:
+    """Triangles on the step axis where a random re-initialisation was judged."""
+    for kept, label, face in ((True, "escape kept", GREY), (False, "escape undone", "none")):
+        steps = [event["step"] for event in escapes if event["kept"] == kept]
+        if steps:
+            axes.scatter(
+                steps,
+                [0.015] * len(steps),
+                marker="^",
+                s=26,
+                facecolors=face,
+                edgecolors=GREY,
+                label=label,
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+                zorder=3,
+            )
+
+
+def purity_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
+    """What nearest neighbours share with their queries, subspaces x shares; one panel per method.
+
+    Args:
+        tables: rows of ``neighbour_purity`` by method, as in ``purity.json``.
+    """
+    tallest = max(map(len, tables.values()))
+    figure = new_figure(4.2 * len(tables) + 2.0, max(3.2, 0.27 * tallest + 1.8))
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    shown: list[str] = []
+    for axes, (method, rows) in zip(panels, tables.items(), strict=True):
+        values = np.array([[100 * row[share] for share in SHARES] for row in rows])
+        image = heat_map(axes, values, limits=(0.0, 100.0))
+        write_cells(axes, image, [[_percent(value) for value in line] for line in values], 8)
+        labels = [f"s{row['subspace']} · width {row['width']}" for row in rows]
+        axes.set_yticks(range(len(rows)), labels if labels != shown else [""] * len(rows))
+        shown = labels
+        axes.set_xticks(range(len(SHARES)), [_share_name(share) for share in SHARES])
+        axes.set_title(method.upper() if method in ("ndm", "pca") else method)
+    bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.01)
+    bar.set_label("share of queries, %")
+    bar.outline.set_visible(False)
+    figure.suptitle("Neighbour purity: how often the nearest neighbour in a subspace has the same …")
+    return figure
+
+
+def _share_name(share: str) -> str:
+    """Two lines for every share, so that the first lines stand level."""
+    first, _, second = share.removeprefix("same_").replace("_within_", "_± ").partition("_")
+    return f"{first}\n{second}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f}%" if 0 < value < 9.95 else f"{value:.0f}%"
+
+
+def draw_toy(
+    weights_before: Any, weights_after: Any, groups: Sequence[int], widths: Sequence[int], path: str | Path
+) -> None:
+    """Draw the toy model's weights in the hidden layer's coordinates and in those of the subspaces.
+
+    Args:
+        weights_before, weights_after: [n, dim], W and W R; a row is the direction of one feature.
+        groups: sizes of the feature groups, sum n. widths: of the subspaces, sum dim.
+        path: .png or .svg, replaced whole.
+
+    Raises:
+        InputError: the sizes do not fit the matrices, or matplotlib is missing.
+    """
+    before, after = (
+        torch.as_tensor(w).detach().cpu().double().numpy() for w in (weights_before, weights_after)
+    )
+    if before.shape != after.shape or before.shape != (sum(groups), sum(widths)):
+        raise InputError(
+            f"matrices of shapes {before.shape} and {after.shape} do not fit {sum(groups)} features "
+            f"in {sum(widths)} dimensions: give two [n, dim] matrices, groups that sum to n, widths to dim"
+        )
+    with style():
+        save_figure(toy_figure(before, after, groups, widths), Path(path))
+
+
+def toy_figure(before: np.ndarray, after: np.ndarray, groups: Sequence[int], widths: Sequence[int]) -> Figure:
+    """Both matrices side by side on one scale, with lines between groups and between subspaces."""
+    top = max(float(np.abs(before).max()), float(np.abs(after).max()), 1e-12)
+    height = min(9.0, max(4.0, 0.09 * len(before) + 1.6))
+    figure = new_figure(9, height)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, values in ((left, before), (right, after)):
+        image = heat_map(axes, values, limits=(-top, top), colours=DIVERGING)
+        for edge in np.cumsum(groups)[:-1]:
+            axes.axhline(edge - 0.5, color="black", linewidth=1.2)
+    for edge in np.cumsum(widths)[:-1]:
+        right.axvline(edge - 0.5, color="black", linewidth=1.2)
+    middles = _middles(groups)
+    named = thinned(middles, 0.16 * len(before) / (height - 1.6))
+    left.set_yticks([middles[g] for g in named], [f"group {g} · {groups[g]}" for g in named])
+    left.set_ylabel("feature group · number of features")
+    step = max(1, before.shape[1] // 12)
+    left.set_xticks(range(0, before.shape[1], step))
+    right.set_xticks(_middles(widths), _staggered(widths))
+    left.set_title("before: W")
+    right.set_title("after: W R")
+    left.set_xlabel("coordinate of the hidden layer")
+    right.set_xlabel("subspace · width")
+    bar = figure.colorbar(image, ax=[left, right], fraction=0.04, pad=0.01)
+    bar.set_label("weight")
+    bar.outline.set_visible(False)
+    figure.suptitle("Toy model: the features' directions before and after the rotation that NDM found")
+    return figure
+
+
+def _staggered(widths: Sequence[int]) -> list[str]:
+    """Labels of subspaces along an axis; where they are narrow, each one lower than the one before."""
+    gap = 0.135 * sum(widths)
+    middles, labels, level = _middles(widths), [], 0
+    for s, width in enumerate(widths):
+        level = (level + 1) % 4 if s and middles[s] - middles[s - 1] < gap else 0
+        labels.append("\n" * level + f"s{s} · {width}")
+    return labels
+
+
+def _middles(sizes: Sequence[int]) -> list[float]:
+    return [sum(sizes[:i]) + size / 2 - 0.5 for i, size in enumerate(sizes)]
