@@ -168,35 +168,44 @@ class SubspacePartition(
                 if not local.is_file():
                     raise InputError(f"{local} is missing: {model_id} is not a saved partition")
                 return local
-            try:
-                return Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                    )
+            return Path(
+                hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
                 )
-            except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
-                raise InputError(
-                    f"{model_id} is neither a folder nor a repository that can be read: check the name, the "
-                    "network or HF_TOKEN"
-                ) from None
-            except EntryNotFoundError:
-                raise InputError(f"{model_id} holds no {name}: it is not a saved partition") from None
+            )
 
+        config = json.loads(find(CONFIG_NAME).read_text())
+        rotation = load_file(find(WEIGHTS_NAME))["rotation"]
+        return cls(rotation, config["widths"], config.get("source"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> SubspacePartition:
+        """The partition in a folder or hub repository; options as for ``huggingface_hub``'s mixin.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        name = pretrained_model_name_or_path
         try:
-            config = json.loads(find(CONFIG_NAME).read_text())
-            rotation = load_file(find(WEIGHTS_NAME))["rotation"]
-            return cls(rotation, config["widths"], config.get("source"))
+            return super().from_pretrained(name, **options)
         except InputError:
             raise
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):
             raise InputError(
-                f"the partition in {model_id} is damaged ({error}): save or download it again"
+                f"{name} is neither a folder nor a repository that can be read: check the name, and the "
+                "network or HF_TOKEN"
+            ) from None
+        except EntryNotFoundError as error:
+            raise InputError(f"{name} is not a saved partition ({error}): check the name") from None
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"the partition in {name} is damaged ({error}): save or download it again"
             ) from None
 
 

@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then
+settings.load_profile("shared")
 
 WIDTH = 32
 """Width of the tiny model's activations."""
 
 _EOS = "<|endoftext|>"
-_WORDS = "a red blue old cat dog bird tree house river sees eats likes and but then slowly never the in".split()
+_WORDS = "a red old cat dog bird tree house river sees eats likes and but then slowly never in"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def words(count: int, seed: int) -> str:
     """Text of ``count`` random words, the same for the same seed."""
-    return " ".join(random.Random(seed).choices(_WORDS, k=count))
+    return " ".join(random.Random(seed).choices(_WORDS.split(), k=count))
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +58,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        [words(2000, seed=0)], trainers.BpeTrainer(vocab_size=300, special_tokens=[_EOS], initial_alphabet=alphabet)
+        [words(2000, seed=0)],
+        trainers.BpeTrainer(vocab_size=300, special_tokens=[_EOS], initial_alphabet=alphabet),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_EOS, eos_token=_EOS)
     tokenizer.save_pretrained(folder)
