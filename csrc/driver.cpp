@@ -10,6 +10,10 @@
 
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace ndm {
 namespace {
 
@@ -19,18 +23,27 @@ constexpr int64_t kRerankBlock = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory on a 64-byte boundary, so that vectors do not straddle cache lines.
+// Memory on a 64-byte boundary, so that vectors do not straddle cache lines; large blocks in huge pages,
+// because minima are read with strides of many small ones.
 template <class T>
 class Aligned {
  public:
-  explicit Aligned(int64_t count) : memory_(new char[static_cast<size_t>(count) * sizeof(T) + 64]) {}
-  T* get() {
-    auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  explicit Aligned(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+    const size_t boundary = bytes >= kHugePage ? kHugePage : 64;
+    memory_.reset(new char[bytes + boundary]);
+    auto address = (reinterpret_cast<uintptr_t>(memory_.get()) + boundary - 1) / boundary * boundary;
+    start_ = reinterpret_cast<T*>(address);
+#if defined(__linux__)
+    if (bytes >= kHugePage) madvise(start_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   }
+  T* get() { return start_; }
 
  private:
+  static constexpr size_t kHugePage = 2 << 20;
   std::unique_ptr<char[]> memory_;
+  T* start_;
 };
 
 int64_t widest(const int64_t* offsets, int64_t subspaces) {
@@ -45,7 +58,7 @@ int64_t search_scratch_floats(const Search& a) {
   int64_t packed = 0;
   for (int64_t s = 0; s < a.subspaces; ++s) {
     const int64_t width = a.offsets[s + 1] - a.offsets[s];
-    packed = std::max(packed, pack_size(width) * width);
+    packed = std::max(packed, pack_size(width, a.tile) * width);
   }
   const int64_t sweep = kMaxPack + 8 * a.width + 16 + packed;
   const int64_t rerank = 2 * (4 * a.width + 12 * p) + a.width;
@@ -53,8 +66,8 @@ int64_t search_scratch_floats(const Search& a) {
 }
 
 // Enough tiles to find the nearest key again quickly, few enough that the minima stay small.
-int64_t tile_size(int64_t keys) {
-  int64_t tile = kMaxPack / 2;
+int64_t tile_size(int64_t keys, int64_t average_width) {
+  int64_t tile = std::max(64, pack_size(average_width, kMaxPack));
   while (keys > 256 * tile) tile *= 2;
   return tile;
 }
@@ -62,7 +75,7 @@ int64_t tile_size(int64_t keys) {
 }  // namespace
 
 void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
-  a.tile = tile_size(a.keys);
+  a.tile = tile_size(a.keys, a.width / a.subspaces);
   a.tiles = ceil_div(a.keys, a.tile);
   a.padded = ceil_div(a.queries, kernels.query_block) * kernels.query_block;
   const int64_t per_subspace = a.tiles * a.padded * kGroups;

@@ -155,7 +155,7 @@ struct Rerank {
   // Calls f(first, stop) for the runs of rows that make up a group (see Pack).
   template <class F>
   void each_run(int64_t tile, int group, F f) const {
-    const int64_t size = pack_size(p), step = size / kGroups;
+    const int64_t size = pack_size(p, a.tile), step = size / kGroups;
     const int64_t end = (tile + 1) * a.tile < a.keys ? (tile + 1) * a.tile : a.keys;
     for (int64_t at = tile * a.tile; at < end; at += size) {
       const int64_t begin = at + group * step;
@@ -170,11 +170,12 @@ struct Rerank {
   }
 
   void prefetch_group(int64_t tile, int group) {
-    const int64_t bytes = p * element_size(a.rotated_keys.type);
     each_run(tile, group, [&](int64_t begin, int64_t end) {
       for (int64_t key = begin; key < end; ++key) {
-        const char* from = row_address(a.rotated_keys, key, column);
-        for (int64_t i = 0; i < bytes + 63; i += 64) __builtin_prefetch(from + (i < bytes ? i : bytes - 1));
+        const auto from = reinterpret_cast<uintptr_t>(row_address(a.rotated_keys, key, column));
+        const uintptr_t to = from + static_cast<uintptr_t>(p * element_size(a.rotated_keys.type));
+        for (uintptr_t line = from / 64 * 64; line < to; line += 64)
+          __builtin_prefetch(reinterpret_cast<const void*>(line));
       }
     });
   }
@@ -346,11 +347,12 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
   least_groups(minima, a.tiles, a.padded, count, tile, group);
   Threshold limit[kRerankQueries];
   const bool irregular = any_irregular(a, s);
-  work.prefetch_group(tile[0], group[0]);
+  // All at once: the misses of one query are too many to hide behind the work of another.
+  for (int i = 0; i < count; ++i) work.prefetch_group(tile[i], group[i]);
   for (int i = 0; i < count; ++i) {
-    if (i + 1 < count) work.prefetch_group(tile[i + 1], group[i + 1]);
     work.start_query(i);
-    if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {  // no bound holds: look at every key
+    if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {
+      // No bound holds: look at every key.
       for (int64_t key = 0; key < a.keys; ++key) work.consider(i, key);
       limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
       continue;

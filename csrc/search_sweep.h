@@ -206,6 +206,25 @@ void sweep_block(const float* packed, const float* half, int count, int64_t p, c
   }
 }
 
+// Brings the rows of the next pack to the second-level cache while this one is swept: they are d apart, too
+// far for the hardware to foresee. At 128 queries the misses were a fifth of the sweep.
+struct NextRows {
+  const char* row = nullptr;
+  int64_t stride = 0, bytes = 0, left = 0;
+
+  NextRows(const Search& a, int64_t first, int64_t count, int64_t s) {
+    const int64_t size = element_size(a.rotated_keys.type);
+    row = row_address(a.rotated_keys, first, a.offsets[s]);
+    stride = a.rotated_keys.stride * size;
+    bytes = (a.offsets[s + 1] - a.offsets[s]) * size;
+    left = first + count < a.keys ? count : a.keys - first;
+  }
+  void prefetch(int64_t rows) {
+    for (; rows > 0 && left > 0; --rows, --left, row += stride)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+  }
+};
+
 // All subspaces of the round against one tile of keys. scratch: see search_scratch_floats().
 template <class V, int Block>
 void sweep_tile(const Search& a, int64_t tile, float* scratch) {
@@ -216,14 +235,20 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
   const int64_t stop = start + a.tile < a.keys ? start + a.tile : a.keys;
   for (int64_t s = a.first; s < a.last; ++s) {
     const int64_t p = a.offsets[s + 1] - a.offsets[s];
-    const int size = pack_size(p);
+    const int size = pack_size(p, a.tile);
     GroupStats stats;
     float* minima = a.minima + ((s - a.first) * a.tiles + tile) * a.padded * kGroups;
     const float* queries = a.packed_queries + a.padded * a.offsets[s];
     for (int64_t at = start; at < stop; at += size) {
       pack_keys<V>(a, Pack{tile, at, size, a.offsets[s], p}, packed, half, buffer, stats);
-      for (int64_t q = 0; q < a.padded; q += Block)
+      const bool more = at + size < stop, turn = s + 1 < a.last;
+      NextRows next(a, more ? at + size : start, more || !turn ? size : pack_size(a.offsets[s + 2] - a.offsets[s + 1], a.tile),
+                    more || !turn ? s : s + 1);
+      const int64_t rows = more || turn ? next.left * Block / a.padded + 1 : 0;
+      for (int64_t q = 0; q < a.padded; q += Block) {
+        next.prefetch(rows);
         sweep_block<V, Block>(packed, half, size, p, queries + q * p, minima + q * kGroups, at == start);
+      }
     }
     write_stats(a, s, tile, stats);
   }

@@ -19,7 +19,7 @@ struct Rows {
 // Lanes of the stored minima; which keys of a tile are in a group is the same on every ISA (search_sweep.h).
 constexpr int kGroups = 8;
 // Largest number of keys packed at once (bounds stack buffers).
-constexpr int kMaxPack = 256;
+constexpr int kMaxPack = 128;
 
 // One call of nearest_neighbors. Two forms of input:
 //   rotated: `rotated_keys` are the caller's, `exact_queries` are the rotated queries in fp64;
@@ -89,10 +89,10 @@ const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where not compiled
 const Kernels* avx512_kernels();  // null where not compiled
 
-// Keys packed at once for a subspace of width p: about 3/4 of a 32 KB first-level cache.
-inline int pack_size(int64_t p) {
+// Keys packed at once for a subspace of width p: about 3/4 of a 32 KB first-level cache, at most a tile.
+inline int pack_size(int64_t p, int64_t tile) {
   int size = 32;
-  while (size < 128 && 2 * size * p <= 6144) size *= 2;
+  while (size < kMaxPack && size < tile && 2 * size * p <= 6144) size *= 2;
   return size;
 }
 
