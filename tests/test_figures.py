@@ -250,6 +250,25 @@ def test_toy_is_drawn_on_a_symmetric_scale(tmp_path):
         draw_toy(before, after, [2, 2], [1, 1], path)
 
 
+def test_nothing_runs_over_the_edge(merges):
+    with style():
+        figures = [
+            loss_figure(_events(merges)),
+            information_figure(merges, 0.06),
+            information_figure(merges[:1], 0.06),
+            information_figure(merges[2:], 0.04),
+            information_figure([_merge(100, [72] * 32, [(3, 9)])]),
+            tree_figure(merges, 800),
+            purity_figure({"ndm": _purity([1024])}),
+            purity_figure({kind: _purity([8] * 24) for kind in ("ndm", "identity", "random", "pca")}),
+            toy_figure(np.eye(20, 36), np.eye(20, 36), [10, 6, 4], [20, 8, 4, 2, 1, 1]),
+        ]
+        for figure in figures:
+            figure.canvas.draw()
+            drawn, page = figure.get_tightbbox(), figure.bbox_inches
+            assert min(drawn.x0, drawn.y0, page.x1 - drawn.x1, page.y1 - drawn.y1) >= 0, figure.get_suptitle()
+
+
 def test_labels_that_would_touch_are_thinned():
     assert thinned([0, 1, 2, 3, 10], 2) == [1, 3, 4]
     assert thinned([], 1) == []

@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LOG_SCALE_FROM = 8.0
-"""Ratio of the largest to the smallest loss from which a logarithmic axis reads better."""
-_LABEL_GAP = 0.025
-"""Least distance between two labels along a step axis, as a share of its length."""
+_LOG_SCALE_FROM = 8.0  # largest over smallest loss
+_LABEL_GAP = 0.025  # between labels on a step axis, as a share of its length
 _CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("train", "loss", "training batches", {"color": BLUE, "linewidth": 1.0, "alpha": 0.75}),
     (
@@ -217,7 +215,8 @@ def purity_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     bar = figure.colorbar(image, ax=panels, fraction=0.03, pad=0.01)
     bar.set_label("share of queries, %")
     bar.outline.set_visible(False)
-    figure.suptitle("Neighbour purity: how often the nearest neighbour in a subspace has the same …")
+    end = "\n" if len(tables) == 1 else " "  # one panel is too narrow for the whole line
+    figure.suptitle(f"Neighbour purity: how often the nearest neighbour{end}in a subspace has the same …")
     return figure
 
 
