@@ -211,28 +211,28 @@ def _field(record: Any, text_field: str, where: str) -> str:
 
 
 def _docstrings(seed: int) -> Iterator[str]:
-    """Docstrings of Python's standard library, and its help topics; modules in an order set by the seed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    modules = sorted(
-        p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts)
-    )
-    random.Random(seed).shuffle(modules)
+    """Help topics and docstrings of Python's standard library, without repetitions, in an order set by the seed.
+
+    Shuffled as a whole, so that any stretch of the text is a fair sample of it.
+    """
     from pydoc_data.topics import topics
 
-    help_topics = [topics[name] for name in sorted(topics)]
-    random.Random(seed).shuffle(help_topics)
-    every = max(1, len(modules) // max(1, len(help_topics)))
-    for number, module in enumerate(modules):
-        if number % every == 0 and help_topics:
-            yield help_topics.pop()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tree = ast.parse(module.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):
-            continue  # some standard modules keep deliberately odd encodings
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                text = ast.get_docstring(node)
-                if text and len(text) >= _SHORTEST_DOCSTRING:
-                    yield text
+    root = Path(sysconfig.get_paths()["stdlib"])
+    modules = (p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts))
+    texts = sorted({text for module in modules for text in _docstrings_of(module)} | set(topics.values()))
+    random.Random(seed).shuffle(texts)
+    return iter(texts)
+
+
+def _docstrings_of(module: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(module.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return  # some standard modules keep deliberately odd encodings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= _SHORTEST_DOCSTRING:
+                yield text
