@@ -78,7 +78,14 @@ class BuildExtension(build_ext):
         with tempfile.TemporaryDirectory() as folder:
             probe = Path(folder) / "probe.cpp"
             probe.write_text("int main() { return 0; }\n")
-            command = [*self.compiler.compiler_so, *flags, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+            command = [
+                *self.compiler.compiler_so,
+                *flags,
+                "-c",
+                str(probe),
+                "-o",
+                str(probe.with_suffix(".o")),
+            ]
             works = subprocess.run(command, capture_output=True, check=False).returncode == 0
         return flags if works else []
 

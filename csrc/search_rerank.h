@@ -134,9 +134,13 @@ struct Rerank {
   }
 
   void consider(int i, int64_t key) {
-    Query& q = query[i];
     double norm = 0;
-    const double squared = squared_to(q, key, &norm);
+    const double squared = squared_to(query[i], key, &norm);
+    judge(i, key, squared, norm);
+  }
+
+  void judge(int i, int64_t key, double squared, double norm) {
+    Query& q = query[i];
     if (!raw()) {
       improve(q.best, squared, key);
       q.upper = std::sqrt(q.best.squared);
@@ -165,7 +169,10 @@ struct Rerank {
 
   void consider_group(int i, int64_t tile, int group) {
     each_run(tile, group, [&](int64_t begin, int64_t end) {
-      for (int64_t key = begin; key < end; ++key) consider(i, key);
+      // Distances first: a mispredicted branch between them would wait for each row's miss in turn.
+      double squared[kMaxPack / kGroups], norm[kMaxPack / kGroups] = {};
+      for (int64_t key = begin; key < end; ++key) squared[key - begin] = squared_to(query[i], key, norm + key - begin);
+      for (int64_t key = begin; key < end; ++key) judge(i, key, squared[key - begin], norm[key - begin]);
     });
   }
 
@@ -174,8 +181,7 @@ struct Rerank {
       for (int64_t key = begin; key < end; ++key) {
         const auto from = reinterpret_cast<uintptr_t>(row_address(a.rotated_keys, key, column));
         const uintptr_t to = from + static_cast<uintptr_t>(p * element_size(a.rotated_keys.type));
-        for (uintptr_t line = from / 64 * 64; line < to; line += 64)
-          __builtin_prefetch(reinterpret_cast<const void*>(line));
+        for (uintptr_t line = from / 64 * 64; line < to; line += 64) prefetch(reinterpret_cast<const void*>(line));
       }
     });
   }

@@ -221,7 +221,7 @@ struct NextRows {
   }
   void prefetch(int64_t rows) {
     for (; rows > 0 && left > 0; --rows, --left, row += stride)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+      for (int64_t i = 0; i < bytes; i += 64) ndm::prefetch(row + i);
   }
 };
 

@@ -204,7 +204,9 @@ def _check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequenc
         if tensor.dtype not in _TYPES:
             raise ValueError(f"{name} has dtype {tensor.dtype}: give float32, float16 or bfloat16")
     if rotation.dtype != torch.float32 or rotation.shape[0] != width:
-        raise ValueError(f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 {[width, width]}")
+        raise ValueError(
+            f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 {[width, width]}"
+        )
     if len(keys) == 0:
         raise ValueError("keys has no rows: give at least one")
     offsets = [0]
