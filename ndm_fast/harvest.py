@@ -55,6 +55,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
     try:
         with _no_bars(local=Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source)
+            if len(tokenizer) <= len(tokenizer.all_special_ids):
+                raise ValueError("its tokenizer has no vocabulary")  # transformers 5 makes one up without files
             model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()

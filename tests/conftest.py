@@ -59,7 +59,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         [words(2000, seed=0)],
-        trainers.BpeTrainer(vocab_size=300, special_tokens=[_EOS], initial_alphabet=alphabet),
+        trainers.BpeTrainer(vocab_size=400, special_tokens=[_EOS], initial_alphabet=alphabet),
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_EOS, eos_token=_EOS)
     tokenizer.save_pretrained(folder)
@@ -88,10 +88,10 @@ def loaded(tiny_model: Path) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with 40 short text files, about 8,000 tokens."""
+    """Folder with 60 short text files, about 6,000 tokens."""
     folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        (folder / f"{number:02}.txt").write_text(words(150 + number, seed=number))
+    for number in range(60):
+        (folder / f"{number:02}.txt").write_text(words(70 + number, seed=number))
     return folder
 
 
