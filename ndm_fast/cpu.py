@@ -102,6 +102,8 @@ def nearest_neighbors(
         raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
     if precision != "fp32":
         raise ValueError(f"precision is {precision!r}: this CPU path has only fp32")
+    if len(queries) == 0:
+        return _empty_neighbors(len(widths), 0)
     queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
     cosine = metric == "cosine"
     prepared = (

@@ -1,0 +1,230 @@
+// Kernels of every instruction set that this CPU runs, against naive double loops over odd shapes.
+// Built with address and undefined-behaviour sanitizers by csrc/sanitize.sh; exact-sized heap blocks make
+// any read or write past an end an error. Exit status 0: all passed.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../driver.h"
+
+namespace {
+
+int failures = 0;
+
+void check(bool good, const std::string& what) {
+  if (good) return;
+  ++failures;
+  std::printf("FAILED %s\n", what.c_str());
+}
+
+std::mt19937 generator(7);
+
+std::vector<float> random_rows(int64_t rows, int64_t width, bool outliers) {
+  std::normal_distribution<float> normal;
+  std::vector<float> data(static_cast<size_t>(rows * width));
+  for (float& x : data) x = normal(generator);
+  if (outliers)
+    for (int64_t i = 0; i < rows; i += 7)
+      for (int64_t j = 0; j < width; ++j) data[static_cast<size_t>(i * width + j)] *= j == 0 ? 3e5f : 300.0f;
+  if (rows > 4) std::copy_n(data.begin(), width, data.begin() + 3 * width);  // a copy of row 0
+  return data;
+}
+
+uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+float from_bfloat16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Shape {
+  int64_t queries, keys;
+  std::vector<int64_t> widths;
+};
+
+std::vector<int64_t> offsets_of(const Shape& shape) {
+  std::vector<int64_t> offsets{0};
+  for (int64_t w : shape.widths) offsets.push_back(offsets.back() + w);
+  return offsets;
+}
+
+// Distance of a query to a key in columns [from, to).
+double distance(const double* q, const double* k, int64_t from, int64_t to, bool cosine) {
+  double squared = 0, dot = 0, qq = 0, kk = 0;
+  for (int64_t j = from; j < to; ++j) {
+    squared += (q[j] - k[j]) * (q[j] - k[j]);
+    dot += q[j] * k[j];
+    qq += q[j] * q[j];
+    kk += k[j] * k[j];
+  }
+  if (!cosine) return std::sqrt(squared);
+  const double scale = std::sqrt(qq) * std::sqrt(kk);
+  return 1 - (scale > 0 ? dot / scale : 0);
+}
+
+void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, bool raw, bool half) {
+  const std::vector<int64_t> offsets = offsets_of(shape);
+  const int64_t d = offsets.back();
+  std::vector<float> queries = random_rows(shape.queries, d, true), keys = random_rows(shape.keys, d, true);
+  std::vector<uint16_t> half_keys;
+  for (float& x : keys) {
+    half_keys.push_back(to_bfloat16(x));
+    if (half) x = from_bfloat16(half_keys.back());
+  }
+  const std::vector<double> exact(queries.begin(), queries.end()), exact_keys(keys.begin(), keys.end());
+  std::vector<float> identity(static_cast<size_t>(d * d)), center(static_cast<size_t>(d), 0.5f);
+  for (int64_t j = 0; j < d; ++j) identity[static_cast<size_t>(j * d + j)] = 1;
+  const std::vector<float> query_error(queries.size(), 1e-3f), key_error(keys.size(), 1e-3f);
+  std::vector<float> found(shape.widths.size() * static_cast<size_t>(shape.queries));
+  std::vector<int64_t> index(found.size());
+
+  ndm::Search a;
+  a.queries = shape.queries;
+  a.keys = shape.keys;
+  a.width = d;
+  a.subspaces = static_cast<int64_t>(shape.widths.size());
+  a.offsets = offsets.data();
+  a.cosine = cosine;
+  a.rotated_keys = {keys.data(), ndm::Type::float32, d};
+  const ndm::Rows given = half ? ndm::Rows{half_keys.data(), ndm::Type::bfloat16, d} : a.rotated_keys;
+  if (raw) {
+    a.rotated_queries = queries.data();
+    a.raw_queries = {queries.data(), ndm::Type::float32, d};
+    a.raw_keys = given;
+    a.rotation = identity.data();
+    a.query_error = query_error.data();
+    a.key_error = key_error.data();
+  } else {
+    a.rotated_keys = given;
+    a.exact_queries = exact.data();
+    if (!cosine) a.center = center.data();
+  }
+  a.distance = found.data();
+  a.index = index.data();
+  ndm::nearest_neighbors(a, kernels, 2);
+
+  const std::string name = std::string(kernels.name) + " search Q" + std::to_string(shape.queries) + " K" +
+                           std::to_string(shape.keys) + " d" + std::to_string(d) + (cosine ? " cosine" : "") +
+                           (raw ? " raw" : "") + (half ? " bf16" : "");
+  bool good = true;
+  for (size_t s = 0; s < shape.widths.size(); ++s)
+    for (int64_t q = 0; q < shape.queries; ++q) {
+      const size_t at = s * static_cast<size_t>(shape.queries) + static_cast<size_t>(q);
+      double least = std::numeric_limits<double>::infinity();
+      for (int64_t k = 0; k < shape.keys; ++k)
+        least = std::min(least, distance(&exact[static_cast<size_t>(q * d)], &exact_keys[static_cast<size_t>(k * d)],
+                                         offsets[s], offsets[s + 1], cosine));
+      good = good && index[at] >= 0 && index[at] < shape.keys && index[at] != 3 * (shape.keys > 4);
+      good = good && std::abs(found[at] - least) <= 1e-6 * least + 1e-13;
+    }
+  check(good, name);
+}
+
+void check_ksg(const ndm::Kernels& kernels, const Shape& shape) {
+  const std::vector<int64_t> offsets = offsets_of(shape);
+  const int64_t d = offsets.back(), subspaces = static_cast<int64_t>(shape.widths.size());
+  const std::vector<float> queries = random_rows(shape.queries, d, false), keys = random_rows(shape.keys, d, false);
+  const std::vector<float> scale(shape.widths.size(), 0.7f);
+  std::vector<int64_t> pairs;
+  for (int64_t x = 0; x < subspaces; ++x)
+    for (int64_t y = x; y < subspaces; ++y) pairs.insert(pairs.end(), {x, y});
+  ndm::Ksg a;
+  a.queries = shape.queries;
+  a.keys = shape.keys;
+  a.width = d;
+  a.subspaces = subspaces;
+  a.pairs = static_cast<int64_t>(pairs.size()) / 2;
+  a.offsets = offsets.data();
+  a.scale = scale.data();
+  a.rotated_queries = queries.data();
+  a.rotated_keys = keys.data();
+  a.pair = pairs.data();
+  std::vector<float> radius(static_cast<size_t>(a.pairs * a.queries));
+  std::vector<int64_t> counts(2 * radius.size());
+  ndm::ksg_radius(a, kernels, 2, radius.data());
+  ndm::ksg_counts(a, kernels, 2, radius.data(), counts.data());
+  const std::vector<double> exact(queries.begin(), queries.end()), exact_keys(keys.begin(), keys.end());
+  bool good = true;
+  for (int64_t p = 0; p < a.pairs; ++p)
+    for (int64_t q = 0; q < a.queries; ++q) {
+      const double r = radius[static_cast<size_t>(p * a.queries + q)];
+      double least = std::numeric_limits<double>::infinity();
+      int64_t low[2] = {0, 0}, high[2] = {0, 0};
+      for (int64_t k = 0; k < a.keys; ++k) {
+        double sides[2];
+        for (int side = 0; side < 2; ++side) {
+          const int64_t s = pairs[static_cast<size_t>(2 * p + side)];
+          sides[side] = 0.7 * distance(&exact[static_cast<size_t>(q * d)], &exact_keys[static_cast<size_t>(k * d)],
+                                       offsets[static_cast<size_t>(s)], offsets[static_cast<size_t>(s) + 1], false);
+          low[side] += sides[side] < r * (1 - 1e-5);
+          high[side] += sides[side] < r * (1 + 1e-5);
+        }
+        least = std::min(least, std::max(sides[0], sides[1]));
+      }
+      good = good && std::abs(r - least) <= 1e-5 * least;
+      for (int side = 0; side < 2; ++side) {
+        const int64_t count = counts[static_cast<size_t>((2 * p + side) * a.queries + q)];
+        good = good && count >= low[side] && count <= high[side];
+      }
+    }
+  check(good, std::string(kernels.name) + " ksg Q" + std::to_string(shape.queries) + " K" + std::to_string(shape.keys));
+}
+
+// Any answer will do, as long as nothing is read or written out of bounds.
+void check_not_finite(const ndm::Kernels& kernels) {
+  const std::vector<int64_t> offsets{0, 5};
+  std::vector<float> keys = random_rows(100, 5, false);
+  keys[33] = std::numeric_limits<float>::quiet_NaN();
+  keys[404] = std::numeric_limits<float>::infinity();
+  std::vector<double> queries(45, std::numeric_limits<double>::quiet_NaN());
+  std::vector<float> found(9);
+  std::vector<int64_t> index(9, -1);
+  ndm::Search a;
+  a.queries = 9;
+  a.keys = 100;
+  a.width = 5;
+  a.subspaces = 1;
+  a.offsets = offsets.data();
+  a.rotated_keys = {keys.data(), ndm::Type::float32, 5};
+  a.exact_queries = queries.data();
+  a.distance = found.data();
+  a.index = index.data();
+  ndm::nearest_neighbors(a, kernels, 2);
+  for (int q = 0; q < 9; ++q) check(std::isnan(found[q]) && index[q] >= 0 && index[q] < 100, "NaN stays NaN");
+}
+
+}  // namespace
+
+int main() {
+  const Shape shapes[] = {{1, 1, {1}},           {1, 7, {3, 1}},       {5, 31, {9, 8}},        {7, 64, {33}},
+                          {13, 65, {1, 5, 31}},  {6, 127, {2}},        {25, 129, {40, 3}},     {3, 257, {7, 130, 2}},
+                          {9, 1000, {16, 8, 1}}, {2, 40000, {3, 2}}};
+  for (const char* isa : {"avx512", "avx2", "portable"}) {
+    std::string why;
+    const ndm::Kernels* kernels = ndm::choose_kernels(isa, &why);
+    if (!kernels) {
+      std::printf("skipped %s: %s\n", isa, why.c_str());
+      continue;
+    }
+    for (const Shape& shape : shapes) {
+      for (int form = 0; form < 8; ++form) check_search(*kernels, shape, form & 1, form & 2, form & 4);
+      if (shape.keys <= 1000) check_ksg(*kernels, shape);
+    }
+    check_not_finite(*kernels);
+    std::printf("ran %s\n", isa);
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}

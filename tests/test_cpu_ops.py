@@ -1,0 +1,297 @@
+"""The compiled CPU ops against the fp64 oracle, on every instruction set that this machine runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ndm_fast import cpu, reference
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_unavailable()))
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def runnable_isas() -> list[str]:
+    names = []
+    for name in ("avx512", "avx2", "portable"):
+        try:
+            cpu._extension().isa(name)
+            names.append(name)
+        except ValueError:
+            continue
+    return names
+
+
+@pytest.fixture(params=runnable_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    assert cpu.isa() == request.param
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def rotation_of(width: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0].float()
+
+
+def heavy_tailed(rows: int, width: int) -> Tensor:
+    """Like a residual stream: scales over orders of magnitude, a huge coordinate, outlier rows, an offset."""
+    data = torch.randn(rows, width) * torch.exp(torch.randn(rows, 1)) + 5 * torch.randn(width)
+    data[:, 0] *= 1000
+    data[::17] *= 300
+    return data
+
+
+def check_against_oracle(
+    queries: Tensor, keys: Tensor, widths: list[int], *, metric: str = "euclidean", keys_rotated: bool = False
+) -> reference.Neighbors:
+    """The contract: the distance is that of the index, and at most (1 + 1e-6) times the least."""
+    rotation = rotation_of(sum(widths))
+    found = cpu.nearest_neighbors(queries, keys, rotation, widths, metric=metric, keys_rotated=keys_rotated)
+    oracle = reference.nearest_neighbors(
+        queries, keys, rotation, widths, metric=metric, keys_rotated=keys_rotated
+    )
+    true = reference.distance_to(
+        queries, keys, rotation, widths, found.index, metric=metric, keys_rotated=keys_rotated
+    )
+    floor = 1e-13 if metric == "cosine" else 0.0  # what fp64 resolves of 1 - cos
+    assert found.distance.dtype == torch.float32
+    assert found.index.dtype == torch.int64
+    torch.testing.assert_close(found.distance.double(), true, rtol=1e-5, atol=floor)
+    assert bool((true <= oracle.distance * (1 + 1e-6) + floor).all())
+    return found
+
+
+WIDTHS = [[1], [1, 5, 31, 32, 33], [32] * 4, [100], [7, 3], [130, 2]]
+
+
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+def test_matches_oracle_on_heavy_tailed_data(
+    isa: str, widths: list[int], metric: str, keys_rotated: bool
+) -> None:
+    keys = heavy_tailed(1031, sum(widths))
+    keys[500:520] = keys[3]
+    queries = torch.cat([heavy_tailed(29, sum(widths)), keys[::100]])
+    check_against_oracle(queries, keys, widths, metric=metric, keys_rotated=keys_rotated)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+def test_takes_half_precision(isa: str, dtype: torch.dtype, keys_rotated: bool) -> None:
+    widths = [33, 8, 7]
+    queries, keys = torch.randn(13, 48).to(dtype), (torch.randn(700, 48) + 3).to(dtype)
+    check_against_oracle(queries, keys, widths, keys_rotated=keys_rotated)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    queries=st.integers(1, 30),
+    keys=st.sampled_from([1, 2, 3, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 255, 257, 641]),
+    widths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    dtype=st.sampled_from(DTYPES),
+    metric=st.sampled_from(["euclidean", "cosine"]),
+    keys_rotated=st.booleans(),
+    scale=st.sampled_from([1e-6, 1.0, 1e3]),
+    strided=st.booleans(),
+)
+def test_any_shape(
+    queries: int,
+    keys: int,
+    widths: list[int],
+    dtype: torch.dtype,
+    metric: str,
+    keys_rotated: bool,
+    scale: float,
+    strided: bool,
+) -> None:
+    if dtype == torch.float16 and scale != 1:
+        scale = 1.0
+    width = sum(widths)
+    step = 2 if strided else 1
+    rows = [
+        (scale * torch.randn(n * step, width + 3)).to(dtype)[::step, 1 : 1 + width] for n in (queries, keys)
+    ]
+    check_against_oracle(*rows, widths, metric=metric, keys_rotated=keys_rotated)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+def test_copies_of_a_key_go_to_the_lowest_index(isa: str, metric: str, keys_rotated: bool) -> None:
+    keys = torch.randn(20, 24).repeat(40, 1)
+    queries = torch.randn(15, 24)
+    found = check_against_oracle(queries, keys, [16, 8], metric=metric, keys_rotated=keys_rotated)
+    assert int(found.index.max()) < 20
+
+
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+@pytest.mark.parametrize("value", [0.0, 3.5])
+def test_constant_data(isa: str, value: float, keys_rotated: bool) -> None:
+    keys = torch.full((500, 12), value)
+    found = check_against_oracle(torch.randn(5, 12), keys, [8, 4], keys_rotated=keys_rotated)
+    assert not found.index.any()
+    if not keys_rotated:
+        same = check_against_oracle(keys[:3], keys, [8, 4])
+        assert not same.distance.any()
+        assert not same.index.any()
+
+
+def test_query_among_keys_has_distance_exactly_zero(isa: str) -> None:
+    keys = heavy_tailed(1000, 40)
+    found = check_against_oracle(keys[123:140], keys, [8, 32])
+    assert not found.distance.any()
+    assert torch.equal(found.index, torch.arange(123, 140).expand(2, -1))
+
+
+def test_zero_vectors_have_cosine_zero(isa: str) -> None:
+    keys = torch.randn(70, 8)
+    keys[10:20] = 0
+    queries = torch.cat([torch.zeros(2, 8), torch.randn(3, 8)])
+    found = check_against_oracle(queries, keys, [5, 3], metric="cosine")
+    assert bool((found.distance[:, :2] == 1).all())
+    assert not found.index[:, :2].any()
+
+
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+def test_nan_stays_nan(isa: str, keys_rotated: bool) -> None:
+    queries, keys, rotation = torch.randn(9, 16), torch.randn(300, 16), torch.eye(16)
+    queries[4, 3] = torch.nan
+    found = cpu.nearest_neighbors(queries, keys, rotation, [16], keys_rotated=keys_rotated)
+    assert found.distance.isnan()[0].tolist() == [i == 4 for i in range(9)]
+    for bad in (torch.nan, torch.inf):
+        keys[77, 2] = bad
+        found = cpu.nearest_neighbors(torch.randn(9, 16), keys, rotation, [16], keys_rotated=keys_rotated)
+        assert bool(((found.index >= 0) & (found.index < 300)).all())
+
+
+def test_large_values_do_not_overflow_the_search(isa: str) -> None:
+    check_against_oracle(torch.randn(5, 16) * 1e17, torch.randn(200, 16) * 1e17, [16], keys_rotated=True)
+
+
+def test_results_do_not_depend_on_threads(isa: str) -> None:
+    queries, keys, rotation = torch.randn(50, 64), torch.randn(3000, 64), rotation_of(64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(cpu.nearest_neighbors(queries, keys, rotation, [40, 24]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(r.index, results[0].index) for r in results)
+    assert all(torch.allclose(r.distance, results[0].distance, rtol=1e-6) for r in results)
+
+
+def test_many_queries_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_QUERY_ELEMENTS", 300)
+    check_against_oracle(torch.randn(101, 16), torch.randn(333, 16), [11, 5])
+    check_against_oracle(torch.randn(101, 16), torch.randn(333, 16), [11, 5], keys_rotated=True)
+
+
+def test_no_queries() -> None:
+    found = cpu.nearest_neighbors(torch.empty(0, 8), torch.randn(5, 8), torch.eye(8), [8])
+    assert found.distance.shape == found.index.shape == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queries": torch.zeros(3, 8, dtype=torch.float64)}, "queries has dtype"),
+        ({"queries": torch.zeros(3, 7)}, "queries has shape"),
+        ({"queries": torch.zeros(3, 8, device="meta")}, "queries is on meta"),
+        ({"keys": torch.zeros(0, 8)}, "keys has no rows"),
+        ({"keys": torch.zeros(8)}, "keys has shape"),
+        ({"rotation": torch.eye(8, dtype=torch.bfloat16)}, "rotation is"),
+        ({"widths": [8, 0]}, "widths"),
+        ({"metric": "manhattan"}, "metric"),
+        ({"precision": "bf16"}, "precision"),
+    ],
+)
+def test_refuses_by_name(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {
+        "queries": torch.zeros(3, 8),
+        "keys": torch.zeros(4, 8),
+        "rotation": torch.eye(8),
+        "widths": [5, 3],
+    }
+    with pytest.raises(ValueError, match=message):
+        cpu.nearest_neighbors(**{**arguments, **change})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 500])
+def test_ksg_matches_oracle(isa: str, keys: int) -> None:
+    widths = [1, 5, 16, 33]
+    data, queries = torch.randn(keys, 55) + 2, torch.randn(17, 55) + 2
+    rotation, variances = rotation_of(55), torch.tensor([1.0, 4.0, 0.0, 30.0])
+    pairs = torch.tensor([[0, 1], [3, 0], [2, 3], [1, 3], [1, 1]])
+    arguments = (queries, data, rotation, widths, variances, pairs)
+    radius = cpu.ksg_radius(*arguments)
+    counts = cpu.ksg_counts(*arguments, radius)
+    torch.testing.assert_close(radius.double(), reference.ksg_radius(*arguments), rtol=1e-5, atol=1e-6)
+    both = cpu.ksg_radius_and_counts(*arguments)
+    assert torch.equal(both[0], radius)
+    assert torch.equal(both[1], counts)
+    # A key as far as the radius may fall on either side when distances are rounded, no other.
+    low, high = (reference.ksg_counts(*arguments, radius.double() * f) for f in (1 - 1e-5, 1 + 1e-5))
+    assert bool(((counts >= low) & (counts <= high)).all())
+
+
+def test_ksg_counts_are_strict(isa: str) -> None:
+    """Every radius is set by a key, which is never below it: with one subspace twice nothing is."""
+    queries, keys = torch.randn(40, 20), torch.randn(999, 20)
+    arguments = (
+        queries,
+        keys,
+        rotation_of(20),
+        [12, 8],
+        torch.tensor([12.0, 8.0]),
+        torch.tensor([[0, 0], [1, 1]]),
+    )
+    assert not cpu.ksg_counts(*arguments, cpu.ksg_radius(*arguments)).any()
+
+
+def test_ksg_gives_the_mutual_information_of_the_oracle(isa: str) -> None:
+    shared = torch.randn(2128, 1)
+    rows = torch.cat([shared + 0.3 * torch.randn(2128, 4), 2 * shared + torch.randn(2128, 4)], 1)
+    pairs, variances = torch.tensor([[0, 1]]), torch.tensor([4.4, 20.0])
+    arguments = (rows[:128], rows[128:], torch.eye(8), [4, 4], variances, pairs)
+
+    def estimate(radius: Tensor, counts: Tensor) -> Tensor:
+        digamma = torch.digamma(counts.double() + 1).sum(1).mean(1)
+        return torch.digamma(torch.tensor([1.0, 2001.0]).double()).sum() - digamma
+
+    exact = reference.ksg_radius(*arguments)
+    expected = estimate(exact, reference.ksg_counts(*arguments, exact))
+    torch.testing.assert_close(estimate(*cpu.ksg_radius_and_counts(*arguments)), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sse9", "avx512"])
+def test_impossible_isa_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in runnable_isas():
+        pytest.skip("this CPU runs it")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, name)
+    with pytest.raises(ValueError, match=cpu.ISA_VARIABLE):
+        cpu.isa()
+
+
+def test_package_imports_without_the_extension() -> None:
+    code = (
+        "import sys; sys.modules['ndm_fast._C'] = None\n"
+        "from ndm_fast import cpu\n"
+        "assert not cpu.available() and 'not built' in cpu.why_unavailable()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
