@@ -61,6 +61,8 @@ class RunFolder:
                     f"{self.path} holds a run already: pass --resume to go on with it, or another --out"
                 )
             self._check_same(config)
+            for leftover in self.path.glob(".*.tmp"):  # of a write that was killed
+                leftover.unlink(missing_ok=True)
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path} exists and is no run of ndm-fast: choose another --out")
