@@ -16,6 +16,8 @@ from ndm_fast.errors import InputError
 from ndm_fast.harvest import ActivationStream, TokenRows, load_model
 from ndm_fast.text import open_documents, pack
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 16
 ROWS = 4
 

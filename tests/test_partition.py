@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ndm_fast.errors import InputError
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.rotation import random_rotation
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDTHS = (5, 3, 3, 1)
 
@@ -24,6 +26,7 @@ def make(widths: tuple[int, ...] = WIDTHS, source: dict[str, Any] | None = None)
     return SubspacePartition(rotation, widths, source)
 
 
+@settings(max_examples=40)
 @given(widths=st.lists(st.integers(1, 6), min_size=1, max_size=6), shape=st.sampled_from([(), (4,), (2, 3)]))
 def test_identities(widths, shape):
     partition = make(tuple(widths))

@@ -194,8 +194,8 @@ def test_killed_runs_end_as_if_nothing_had_happened(driver, train_flags, tmp_pat
     assert_same_run(killed, whole)
 
 
-def test_the_command_itself_can_be_killed(train_flags, tmp_path, finished):
-    """The same through ``python -m ndm_fast``, stopped politely, then finished."""
+def test_the_command_itself_stops_on_sigterm(train_flags, tmp_path):
+    """In a process of its own, from ``python -m ndm_fast`` to its exit code."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "ndm_fast"]
     process = subprocess.Popen(
