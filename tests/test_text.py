@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,9 +232,11 @@ def test_missing_data_is_refused(tmp_path, data, says):
         next(iter(open_documents(data.format(tmp_path))()))
 
 
-def test_docstrings_are_deterministic_by_seed():
-    first = list(islice(open_documents(DOCSTRINGS, seed=0)(), 40))
-    assert list(islice(open_documents(DOCSTRINGS, seed=0)(), 40)) == first
-    assert list(islice(open_documents(DOCSTRINGS, seed=1)(), 5)) != first[:5]
-    assert len(set(first)) > 30
-    assert all(len(text) >= 80 for text in first if "\n" not in text)
+def test_docstrings_are_deterministic_by_seed(monkeypatch):
+    """On one package of the standard library; the whole of it takes a while to parse."""
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(Path(asyncio.__file__).parent)})
+    first = list(islice(open_documents(DOCSTRINGS, seed=0)(), 150))
+    assert list(islice(open_documents(DOCSTRINGS, seed=0)(), 150)) == first
+    assert list(islice(open_documents(DOCSTRINGS, seed=1)(), 150)) != first
+    assert len(set(first)) > 100
+    assert any("event loop" in text for text in first)
