@@ -1,6 +1,6 @@
 // Tile pass of ksg_radius and ksg_counts.
 //
-// Formula   D_s(q, k)^2 = sum_j (q_j - k_j)^2 over the columns of s, rows scaled by 1 / sqrt(variance) before;
+// Formula   D_s(q, k)^2 = sum_j (q_j - k_j)^2 / variance_s over the columns of s;
 //           radius^2 = min_k max(D_a^2, D_b^2); count = #{k : D^2 < limit}.
 // Layout    64 keys of all subspaces transposed to panels [p][16]; D^2 of a query block as [query][S][64].
 // Mapping   per query block and tile the S rows of D^2 once (direct differences: nothing cancels, and the
@@ -21,10 +21,9 @@ namespace {
 constexpr int kKsgTile = 64;
 constexpr int kKsgPanel = 16;
 
-// One subspace of one tile, scaled and transposed to panels. Rows past the end are 0.
+// One subspace of one tile, transposed to panels. Rows past the end are 0.
 inline void ksg_pack_keys(const Ksg& a, int64_t s, int64_t start, float* packed, float* buffer) {
   const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column;
-  const Vec8 scale = Vec8::set1(a.scale[s]);
   for (int at = 0; at < kKsgTile; at += 8) {
     float* panel = packed + (at / kKsgPanel) * kKsgPanel * p + at % kKsgPanel;
     const float* from = a.rotated_keys + (start + at) * a.width + column;
@@ -39,16 +38,14 @@ inline void ksg_pack_keys(const Ksg& a, int64_t s, int64_t start, float* packed,
     for (; j + 8 <= p; j += 8) transpose_8x8(from + j, stride, panel + j * kKsgPanel, kKsgPanel);
     for (; j < p; ++j)
       for (int i = 0; i < 8; ++i) panel[j * kKsgPanel + i] = from[i * stride + j];
-    for (j = 0; j < p; ++j) {
-      float* lanes = panel + j * kKsgPanel;
-      Vec8::fma(Vec8::load(lanes), scale, Vec8::set1(0)).store(lanes);
-    }
   }
 }
 
-// D^2 of Block queries to the keys of a packed subspace: out[m * stride + key].
+// D^2 = factor |q - k|^2 of Block queries to the keys of a packed subspace: out[m * stride + key]. Scaled at the
+// end: scaled rows would be rounded before they cancel.
 template <int Block>
-void ksg_distances(const float* packed, int64_t p, const float* queries, float* out, int64_t stride) {
+void ksg_distances(const float* packed, int64_t p, const float* queries, float factor, float* out, int64_t stride) {
+  const Vec8 scale = Vec8::set1(factor), zero = Vec8::set1(0);
   for (int at = 0; at < kKsgTile; at += kKsgPanel) {
     const float* key = packed + at * p;
     const float* query = queries;
@@ -66,8 +63,8 @@ void ksg_distances(const float* packed, int64_t p, const float* queries, float* 
       query += Block;
     }
     for (int m = 0; m < Block; ++m) {
-      sum0[m].store(out + m * stride + at);
-      sum1[m].store(out + m * stride + at + 8);
+      Vec8::fma(sum0[m], scale, zero).store(out + m * stride + at);
+      Vec8::fma(sum1[m], scale, zero).store(out + m * stride + at + 8);
     }
   }
 }
@@ -112,7 +109,7 @@ void ksg_tile_pass(const Ksg& a, int64_t tile, float* scratch, void* state) {
     for (int64_t s = 0; s < a.subspaces; ++s) {
       const int64_t p = a.offsets[s + 1] - a.offsets[s];
       const float* queries = a.packed_queries + (q - a.first) * a.width + a.offsets[s] * Block;
-      ksg_distances<Block>(packed + a.offsets[s] * kKsgTile, p, queries, rows + s * kKsgTile, stride);
+      ksg_distances<Block>(packed + a.offsets[s] * kKsgTile, p, queries, a.inverse_variance[s], rows + s * kKsgTile, stride);
       for (int m = 0; m < Block; ++m)
         for (int i = valid; i < kKsgTile; ++i)
           rows[m * stride + s * kKsgTile + i] = std::numeric_limits<float>::infinity();
@@ -128,14 +125,12 @@ void ksg_tile_pass(const Ksg& a, int64_t tile, float* scratch, void* state) {
   }
 }
 
-// Queries first .. last as [block][d][query], scaled; 0 past the end.
+// Queries first .. last as [block][d][query]; 0 past the end.
 template <int Block>
 void ksg_pack_queries(const Ksg& a) {
   for (int64_t q = a.first; q < (a.last - a.first + Block - 1) / Block * Block + a.first; ++q) {
     float* out = a.packed_queries + ((q - a.first) / Block) * Block * a.width + (q - a.first) % Block;
-    for (int64_t s = 0; s < a.subspaces; ++s)
-      for (int64_t j = a.offsets[s]; j < a.offsets[s + 1]; ++j)
-        out[j * Block] = q < a.last ? a.scale[s] * a.rotated_queries[q * a.width + j] : 0.0f;
+    for (int64_t j = 0; j < a.width; ++j) out[j * Block] = q < a.last ? a.rotated_queries[q * a.width + j] : 0.0f;
   }
 }
 

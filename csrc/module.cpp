@@ -73,7 +73,7 @@ void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int
   if (queries) ndm::nearest_neighbors(a, kernels, threads);
 }
 
-ndm::Ksg ksg_arguments(int64_t queries, int64_t keys, const std::vector<int64_t>& offsets, uintptr_t scale,
+ndm::Ksg ksg_arguments(int64_t queries, int64_t keys, const std::vector<int64_t>& offsets, uintptr_t inverse_variance,
                        uintptr_t rotated_queries, uintptr_t rotated_keys, int64_t pairs, uintptr_t pair) {
   ndm::Ksg a;
   a.queries = queries;
@@ -82,7 +82,7 @@ ndm::Ksg ksg_arguments(int64_t queries, int64_t keys, const std::vector<int64_t>
   a.subspaces = static_cast<int64_t>(offsets.size()) - 1;
   a.pairs = pairs;
   a.offsets = offsets.data();
-  a.scale = at<const float>(scale);
+  a.inverse_variance = at<const float>(inverse_variance);
   a.rotated_queries = at<const float>(rotated_queries);
   a.rotated_keys = at<const float>(rotated_keys);
   a.pair = at<const int64_t>(pair);
@@ -92,21 +92,21 @@ ndm::Ksg ksg_arguments(int64_t queries, int64_t keys, const std::vector<int64_t>
 }
 
 void ksg_radius(const std::string& isa, int threads, int64_t queries, int64_t keys,
-                const std::vector<int64_t>& offsets, uintptr_t scale, uintptr_t rotated_queries,
+                const std::vector<int64_t>& offsets, uintptr_t inverse_variance, uintptr_t rotated_queries,
                 uintptr_t rotated_keys, int64_t pairs, uintptr_t pair, uintptr_t radius) {
   check_sizes(queries, keys, offsets, threads);
   const ndm::Kernels& kernels = kernels_named(isa);
-  ndm::Ksg a = ksg_arguments(queries, keys, offsets, scale, rotated_queries, rotated_keys, pairs, pair);
+  ndm::Ksg a = ksg_arguments(queries, keys, offsets, inverse_variance, rotated_queries, rotated_keys, pairs, pair);
   py::gil_scoped_release unlocked;
   if (queries && pairs) ndm::ksg_radius(a, kernels, threads, at<float>(radius));
 }
 
 void ksg_counts(const std::string& isa, int threads, int64_t queries, int64_t keys,
-                const std::vector<int64_t>& offsets, uintptr_t scale, uintptr_t rotated_queries,
+                const std::vector<int64_t>& offsets, uintptr_t inverse_variance, uintptr_t rotated_queries,
                 uintptr_t rotated_keys, int64_t pairs, uintptr_t pair, uintptr_t radius, uintptr_t counts) {
   check_sizes(queries, keys, offsets, threads);
   const ndm::Kernels& kernels = kernels_named(isa);
-  ndm::Ksg a = ksg_arguments(queries, keys, offsets, scale, rotated_queries, rotated_keys, pairs, pair);
+  ndm::Ksg a = ksg_arguments(queries, keys, offsets, inverse_variance, rotated_queries, rotated_keys, pairs, pair);
   py::gil_scoped_release unlocked;
   if (queries && pairs) ndm::ksg_counts(a, kernels, threads, at<const float>(radius), at<int64_t>(counts));
 }

@@ -59,7 +59,7 @@ struct Search {
 struct Ksg {
   int64_t queries = 0, keys = 0, width = 0, subspaces = 0, pairs = 0;
   const int64_t* offsets = nullptr;        // [S + 1]
-  const float* scale = nullptr;            // [S] 1 / sqrt(variance), 0 where there is none
+  const float* inverse_variance = nullptr; // [S] 0 where there is no variance
   const float* rotated_queries = nullptr;  // [Q, d]
   const float* rotated_keys = nullptr;     // [K, d]
   const int64_t* pair = nullptr;           // [P, 2]
@@ -67,7 +67,7 @@ struct Ksg {
 
   // Scratch, owned by the driver.
   int64_t first = 0, last = 0;        // queries of this round
-  float* packed_queries = nullptr;    // [block][d][query], scaled
+  float* packed_queries = nullptr;    // [block][d][query]
 };
 
 // What one instruction set offers. `threads` share a call through the item index alone.

@@ -34,8 +34,10 @@ ISA_VARIABLE = "NDM_FAST_CPU_ISA"
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ROTATE_ELEMENTS = 1 << 21
-"""Elements of a block of rows rotated at once; 8 MB in fp32."""
+_ROTATE_ELEMENTS = 1 << 18
+"""Elements of a block of rows rotated at once: 1 MB in fp32, so that it is still in cache when BLAS reads it."""
+_EXACT_ELEMENTS = 1 << 21
+"""Elements of the rotation that are in fp64 at once: 16 MB."""
 _QUERY_ELEMENTS = 5 << 19
 """Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
 _ORIGIN_ROWS = 1024
@@ -249,7 +251,7 @@ def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
     """[N, d] float64 product, with only blocks of the rotation's columns in float64 at a time."""
     rows = rows.double()
     exact = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    width = max(64, _ROTATE_ELEMENTS // rotation.shape[0])
+    width = max(64, _EXACT_ELEMENTS // rotation.shape[0])
     for start in range(0, rotation.shape[1], width):
         exact[:, start : start + width] = rows @ rotation[:, start : start + width].double()
     return exact
@@ -266,22 +268,28 @@ def _rotation_error(rows: Tensor) -> Tensor:
     return norm.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
 
 
-def _rotate(rows: Tensor, rotation: Tensor, origin: Tensor | None, out: Tensor) -> Tensor:
-    """Writes ``(rows - origin) @ rotation`` to ``out`` block by block; returns the error bounds [N]."""
-    error = torch.empty(len(rows))
-    size = max(64, _ROTATE_ELEMENTS // rows.shape[1])
+def _rotate(
+    rows: Tensor, rotation: Tensor, origin: Tensor | None, out: Tensor, error: Tensor | None = None
+) -> None:
+    """Writes ``(rows - origin) @ rotation`` to ``out`` [N, d] fp32, block by block."""
+    size = min(len(rows), max(512, _ROTATE_ELEMENTS // rows.shape[1]))
+    buffer = torch.empty(size, rows.shape[1])
     for start in range(0, len(rows), size):
-        block = rows[start : start + size].float()
-        if origin is not None:
-            block = block - origin
+        part = rows[start : start + size]
+        block = buffer[: len(part)]
+        if origin is None:
+            block.copy_(part)
+        else:
+            torch.sub(part, origin, out=block)
         torch.mm(block, rotation, out=out[start : start + size])
-        error[start : start + size] = _rotation_error(block)
-    return error
+        if error is not None:
+            error[start : start + size] = _rotation_error(block)
 
 
 def _rotate_keys(keys: Tensor, rotation: Tensor, origin: Tensor | None) -> _PreparedKeys:
-    rotated = torch.empty(keys.shape)
-    return _PreparedKeys(rotated, origin, _rotate(keys, rotation, origin, rotated))
+    rotated, error = torch.empty(keys.shape), torch.empty(len(keys))
+    _rotate(keys, rotation, origin, rotated, error)
+    return _PreparedKeys(rotated, origin, error)
 
 
 def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
@@ -298,8 +306,8 @@ def _search_raw(
     prepared: _PreparedKeys,
 ) -> Neighbors:
     found = _empty_neighbors(len(offsets) - 1, len(queries))
-    rotated = torch.empty(queries.shape)
-    query_error = _rotate(queries, rotation, prepared.origin, rotated)
+    rotated, query_error = torch.empty(queries.shape), torch.empty(len(queries))
+    _rotate(queries, rotation, prepared.origin, rotated, query_error)
     assert prepared.error is not None
     extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
@@ -357,16 +365,16 @@ def _ksg_arguments(
         raise ValueError(f"pairs name subspaces outside 0 … {len(widths) - 1}: give numbers of subspaces")
     rotation, pairs = rotation.detach().contiguous(), pairs.contiguous()
     positive = variances.detach().double().clamp_min(0)
-    scale = torch.where(positive > 0, positive.rsqrt(), 0).float()
+    inverse = torch.where(positive > 0, 1 / positive, 0).float()
     origin = _origin(keys, False)
     rotated_queries, rotated_keys = torch.empty(queries.shape), torch.empty(keys.shape)
     _rotate(queries.detach(), rotation, origin, rotated_queries)
     _rotate(keys.detach(), rotation, origin, rotated_keys)
     values = (
-        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, scale.data_ptr()),
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, inverse.data_ptr()),
         *(rotated_queries.data_ptr(), rotated_keys.data_ptr(), len(pairs), pairs.data_ptr()),
     )
-    return _KsgArguments(values, (scale, rotated_queries, rotated_keys, pairs))
+    return _KsgArguments(values, (inverse, rotated_queries, rotated_keys, pairs))
 
 
 def _ksg_counts(arguments: _KsgArguments, radius: Tensor, pairs: int, queries: int) -> Tensor:

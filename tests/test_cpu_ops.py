@@ -83,7 +83,7 @@ WIDTHS = [[1], [1, 5, 31, 32, 33], [32] * 4, [100], [7, 3], [130, 2]]
 def test_matches_oracle_on_heavy_tailed_data(
     isa: str, widths: list[int], metric: str, keys_rotated: bool
 ) -> None:
-    keys = heavy_tailed(1031, sum(widths))
+    keys = heavy_tailed(601, sum(widths))
     keys[500:520] = keys[3]
     queries = torch.cat([heavy_tailed(29, sum(widths)), keys[::100]])
     check_against_oracle(queries, keys, widths, metric=metric, keys_rotated=keys_rotated)
@@ -97,7 +97,7 @@ def test_takes_half_precision(isa: str, dtype: torch.dtype, keys_rotated: bool) 
     check_against_oracle(queries, keys, widths, keys_rotated=keys_rotated)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     queries=st.integers(1, 30),
     keys=st.sampled_from([1, 2, 3, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 255, 257, 641]),

@@ -126,7 +126,8 @@ void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, 
       for (int64_t k = 0; k < shape.keys; ++k)
         least = std::min(least, distance(&exact[static_cast<size_t>(q * d)], &exact_keys[static_cast<size_t>(k * d)],
                                          offsets[s], offsets[s + 1], cosine));
-      good = good && index[at] >= 0 && index[at] < shape.keys && index[at] != 3 * (shape.keys > 4);
+      good = good && index[at] >= 0 && index[at] < shape.keys;
+      good = good && (shape.keys <= 4 || index[at] != 3);  // a copy of row 0, which wins
       good = good && std::abs(found[at] - least) <= 1e-6 * least + 1e-13;
     }
   check(good, name);
@@ -136,7 +137,7 @@ void check_ksg(const ndm::Kernels& kernels, const Shape& shape) {
   const std::vector<int64_t> offsets = offsets_of(shape);
   const int64_t d = offsets.back(), subspaces = static_cast<int64_t>(shape.widths.size());
   const std::vector<float> queries = random_rows(shape.queries, d, false), keys = random_rows(shape.keys, d, false);
-  const std::vector<float> scale(shape.widths.size(), 0.7f);
+  const std::vector<float> inverse_variance(shape.widths.size(), 0.49f);
   std::vector<int64_t> pairs;
   for (int64_t x = 0; x < subspaces; ++x)
     for (int64_t y = x; y < subspaces; ++y) pairs.insert(pairs.end(), {x, y});
@@ -147,7 +148,7 @@ void check_ksg(const ndm::Kernels& kernels, const Shape& shape) {
   a.subspaces = subspaces;
   a.pairs = static_cast<int64_t>(pairs.size()) / 2;
   a.offsets = offsets.data();
-  a.scale = scale.data();
+  a.inverse_variance = inverse_variance.data();
   a.rotated_queries = queries.data();
   a.rotated_keys = keys.data();
   a.pair = pairs.data();
