@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import glob
 import json
 import random
@@ -211,17 +212,24 @@ def _field(record: Any, text_field: str, where: str) -> str:
 
 
 def _docstrings(seed: int) -> Iterator[str]:
-    """Help topics and docstrings of Python's standard library, without repetitions, in an order set by the seed.
+    """Shuffled as a whole, so that any stretch of the text is a fair sample of it."""
+    texts = list(_all_docstrings())
+    random.Random(seed).shuffle(texts)
+    return iter(texts)
 
-    Shuffled as a whole, so that any stretch of the text is a fair sample of it.
-    """
+
+@functools.cache
+def _all_docstrings() -> tuple[str, ...]:
+    """Help topics and docstrings of Python's standard library, each once, sorted."""
     from pydoc_data.topics import topics
 
     root = Path(sysconfig.get_paths()["stdlib"])
-    modules = (p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts))
-    texts = sorted({text for module in modules for text in _docstrings_of(module)} | set(topics.values()))
-    random.Random(seed).shuffle(texts)
-    return iter(texts)
+    modules = (
+        p for p in root.rglob("*.py") if not {"site-packages", "test", "tests", "idlelib"} & set(p.parts)
+    )
+    return tuple(
+        sorted({text for module in modules for text in _docstrings_of(module)} | set(topics.values()))
+    )
 
 
 def _docstrings_of(module: Path) -> Iterator[str]:
