@@ -1,15 +1,14 @@
 """The paper's toy model of superposition: train it, learn its subspaces, and compare with the truth.
 
-``n`` features in groups; features of one group exclude each other, groups are independent. The model
-squeezes them into ``dim < n`` hidden dimensions and must give them back, ``ReLU(x W W' + b)``. Features
-that never meet may share a direction's neighbourhood, so each group gets a subspace of its own: the
-structure that NDM has to find in ``h = x W`` without being told of groups.
+Features of one group exclude each other, groups are independent. The model ``ReLU(x W W' + b)`` squeezes
+n features into ``dim < n`` dimensions; it gives each group a subspace of its own, as features that never
+meet do not disturb each other. That is what NDM has to find in ``h = x W`` without being told of groups.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,31 +19,44 @@ from tqdm import tqdm
 from ndm_fast.checkpoint import write_atomic
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.errors import InputError
+from ndm_fast.mutual_information import mutual_information
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import TensorStream, seeded
-from ndm_fast.trainer import Observer, Trainer
+from ndm_fast.rotation import random_rotation
+from ndm_fast.trainer import Trainer
 
 SILENT = 0.25
 """Probability that no feature of a group is on."""
 
-_MODEL_STEPS, _MODEL_BATCH, _MODEL_RATE = 2000, 512, 0.1
-"""At a rate of 0.01 some groups of unequal size still overlap after 4,000 steps."""
+_MODELS, _MODEL_STEPS, _MODEL_BATCH, _MODEL_RATE = 4, 2000, 512, 0.1
+"""At a rate of 0.01 some groups of unequal size still overlap after 4,000 steps. At 0.1 one model in three
+of 24,16,8 -> 12 does, at a higher loss; so the best of a few, trained side by side, is kept."""
 
 _UNIT = 3
 """Width of the subspaces at the start. In 1 or 2 dimensions the points of two groups fill the space as
 densely as those of one, and the loss hardly tells them apart (20,20 -> 12: units of 2 stay mixed)."""
 
-_KEYS = 2048
-"""Fewer keys (256, 512) see too little of the structure, more (16,384) make the way there flat: both left
-20,20 -> 12 mixed where 2,048 and 4,096 took it apart."""
+_STARTS, _FEW_KEYS, _FEW_TRIES, _KEYS, _TRIES = 4, 512, 5, 2048, 2
+"""Random starts, of which the one of the lowest held-out loss goes on; keys, and escapes per pair of units,
+before and after the choice. Few keys show the way from afar, where many see a flat loss (16,384 leave
+20,20 -> 12 mixed); more keys then see the finer structure."""
 
-_THRESHOLD = 0.3
-"""Merge above this MI / (p_a + p_b). Measured on 20,20 -> 12 with 2,048 to 4,096 keys: two halves of one
-group 0.8 to 1.2, different groups 0.06 to 0.07."""
+_FIRST_STEPS, _ESCAPE_STEPS, _RATE = 300, 80, 5e-2
+_MERGE_FIRST, _MERGE_INTERVAL, _MERGE_RATE = 100, 200, 1e-2
 
-_ESCAPES, _ESCAPE_STEPS, _MERGE_START, _MERGE_INTERVAL = 20, 100, 2300, 300
+_SPLIT_BELOW = 0.5
+"""Nats between the two parts of a unit. Measured: units of one group 0.8 to 3.1, of two 0.1 to 0.3."""
 
-_MODEL, _DATA, _ACTIVATIONS = 10, 11, 12
+_MERGE_ABOVE = 0.1
+"""MI / (p_a + p_b), nats. Measured: parts of one group 0.36 to 0.93, of two groups 0.00 to 0.09."""
+
+_QUERIES, _BATCH, _FIGURE = 128, 8192, "toy.png"
+
+_JITTER = 1e-3
+"""Noise on the activations. Without it a silent group is one point: where two groups are silent at once
+the estimate of information meets exact ties and counts ln N nats, 0.5 too many in the mean."""
+
+_MODEL, _DATA, _ACTIVATIONS, _START, _SPLIT = range(10, 15)
 """What the random numbers are for."""
 
 
@@ -56,7 +68,7 @@ class ToyModel(NamedTuple):
     bias: Tensor
     """[n] fp32."""
     loss: float
-    """Mean over the last batches of the squared error summed over features."""
+    """Squared error summed over features, mean over the last batches."""
 
 
 def sample_features(groups: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
@@ -75,7 +87,7 @@ def sample_features(groups: Sequence[int], rows: int, generator: torch.Generator
 
 
 def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: int = _MODEL_STEPS) -> ToyModel:
-    """Train ``ReLU(x W W' + b)`` to give back its input: Adam, rate decaying linearly to 0.
+    """Train ``ReLU(x W W' + b)`` to give back its input: Adam, rate decaying to 0, the best of four models.
 
     Args:
         groups: sizes of the feature groups. dim: width of the hidden layer.
@@ -85,21 +97,21 @@ def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: in
     """
     _check(groups, dim)
     start, data = seeded(seed, _MODEL), seeded(seed, _DATA)
-    weight = (torch.randn(sum(groups), dim, generator=start) / dim**0.5).requires_grad_()
-    bias = torch.zeros(sum(groups), requires_grad=True)
+    weight = (torch.randn(_MODELS, sum(groups), dim, generator=start) / dim**0.5).requires_grad_()
+    bias = torch.zeros(_MODELS, 1, sum(groups), requires_grad=True)
     adam = torch.optim.Adam([weight, bias], lr=_MODEL_RATE)
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    recent = []
-    for step in tqdm(range(steps), "toy model", disable=None, leave=False):
+    recent = torch.zeros(_MODELS)
+    for _ in tqdm(range(steps), "toy model", disable=None, leave=False):
         features = sample_features(groups, _MODEL_BATCH, data)
-        loss = (torch.relu(features @ weight @ weight.T + bias) - features).square().sum(1).mean()
+        losses = (torch.relu(features @ weight @ weight.mT + bias) - features).square().sum(2).mean(1)
         adam.zero_grad()
-        loss.backward()
+        losses.sum().backward()
         adam.step()
         decay.step()
-        if step >= steps - 100:
-            recent.append(loss.item())
-    return ToyModel(weight.detach(), bias.detach(), sum(recent) / len(recent))
+        recent.lerp_(losses.detach(), 0.02)  # of some 50 steps
+    best = int(recent.argmin())
+    return ToyModel(weight[best].detach(), bias[best, 0].detach(), float(recent[best]))
 
 
 def energy_shares(weight: Tensor, groups: Sequence[int], partition: SubspacePartition) -> Tensor:
@@ -108,71 +120,122 @@ def energy_shares(weight: Tensor, groups: Sequence[int], partition: SubspacePart
     Args:
         weight: [n, dim] feature directions. groups: G sizes, sum n.
     """
-    by_feature = torch.stack([part.double().square().sum(1) for part in partition.split(weight)], 1)
+    by_feature = torch.stack([part.square().sum(1) for part in partition.split(weight.double())], 1)
     energy = torch.stack([part.sum(0) for part in by_feature.split(list(groups))])
     return energy / energy.sum(1, keepdim=True)
 
 
 def initial_widths(dim: int) -> tuple[int, ...]:
-    """Widths at the start for a hidden layer: 3 each, two of 2 or one where 3 does not divide; at least two."""
+    """Widths of the units at the start: 3 each, the last 2 or the last two 2 where 3 does not divide."""
     if dim <= _UNIT:
         return (dim - 1, 1)
     threes, rest = divmod(dim, _UNIT)
     return (*(_UNIT,) * (threes - 1), 2, 2) if rest == 1 else (*(_UNIT,) * threes, *(2,) * (rest == 2))
 
 
-def find_subspaces(weight: Tensor, groups: Sequence[int], *, seed: int = 0) -> tuple[SubspacePartition, float]:
+def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> tuple[SubspacePartition, float]:
     """NDM on the hidden activations of a toy model, and its held-out loss.
 
-    Random start, narrow units, escapes from local minima, then merging.
+    Narrow units from random starts, with escapes from local minima; then units that hold two groups are split
+    (the widths of the groups need not be multiples of the unit), and what shares information is merged.
 
     Args:
         weight: [n, dim]. groups: sizes of the feature groups; they only make the inputs.
     """
     widths = initial_widths(weight.shape[1])
-    merge = MergeConfig(
-        merge_threshold=_THRESHOLD,
-        merge_start=_MERGE_START,
-        merge_interval=_MERGE_INTERVAL,
-        mi_queries=512,
-        mi_keys=_KEYS,
-    )
-    steps = _MERGE_START + len(widths) * _MERGE_INTERVAL  # enough to merge, pair after pair, into one
+    pairs = len(widths) * (len(widths) - 1) // 2
+    last = _MERGE_FIRST + sum(widths) * _MERGE_INTERVAL  # enough to merge, pair after pair, into one
+    activations = _activations(weight, groups, max(last, _steps(_FEW_TRIES * pairs)), seed)
+    tried = []
+    for number in tqdm(range(_STARTS), "starts of NDM", disable=None, leave=False):
+        start = SubspacePartition(random_rotation(sum(widths), seeded(seed, _START, number)), widths)
+        tried.append(_escape(activations, start, _FEW_KEYS, _FEW_TRIES * pairs, seed + number))
+    best = min(tried, key=lambda found: found[1])[0]
+    best = _escape(activations, best, _KEYS, _TRIES * pairs, seed)[0]
+    best = split_units(best, activations, seeded(seed, _SPLIT))
+    merge = MergeConfig(_MERGE_ABOVE, _MERGE_FIRST, _MERGE_INTERVAL, mi_queries=512, mi_keys=_KEYS)
+    return _train(activations, best, merge, _KEYS, last, lr=_MERGE_RATE, seed=seed)
+
+
+def _steps(tries: int) -> int:
+    return _FIRST_STEPS + tries * _ESCAPE_STEPS
+
+
+def _escape(
+    activations: Tensor, start: SubspacePartition, keys: int, tries: int, seed: int
+) -> tuple[SubspacePartition, float]:
+    settings = {"escape_tries": tries, "escape_steps": _ESCAPE_STEPS, "lr": _RATE, "seed": seed}
+    return _train(activations, start, MergeConfig(), keys, _steps(tries), **settings)
+
+
+def split_units(
+    partition: SubspacePartition, activations: Tensor, generator: torch.Generator, limit: float = _SPLIT_BELOW
+) -> SubspacePartition:
+    """Split every subspace that falls into a line and a rest that share less than ``limit`` nats.
+
+    Args:
+        activations: [N, d], N at least 1,280; the first are used.
+    """
+    waiting = list(partition.rotation.split(list(partition.widths), 1))
+    whole = []
+    while waiting:
+        basis = waiting.pop(0)
+        width = basis.shape[1]
+        if width > 1:
+            frame, information = _least_informed(activations[:1280] @ basis, generator)
+            if information < limit:
+                waiting[:0] = (basis @ frame).split([width - 1, 1], 1)
+                continue
+        whole.append(basis)
+    whole.sort(key=lambda basis: -basis.shape[1])
+    return SubspacePartition(torch.cat(whole, 1), [basis.shape[1] for basis in whole], partition.source)
+
+
+def _least_informed(rows: Tensor, generator: torch.Generator, tries: int = 150) -> tuple[Tensor, float]:
+    """[p, p] rotation of [1280, p] rows whose last axis shares least with the others, and how much, in nats.
+
+    Random rotations first, then ever smaller turns of the best.
+    """
+    width = rows.shape[1]
+    best, least = torch.eye(width), torch.inf
+    for number in range(2 * tries):
+        frame = random_rotation(width, generator)
+        if number >= tries:
+            turn = torch.randn(width, width, generator=generator) * 0.5 ** (1 + 5 * (number - tries) / tries)
+            frame = best @ torch.linalg.matrix_exp(turn - turn.T)
+        shared = mutual_information(rows[:256], rows[256:], frame, (width - 1, 1))
+        if float(shared[0, 1]) < least:
+            best, least = frame, float(shared[0, 1])
+    return best, least
+
+
+def _train(
+    activations: Tensor, start: SubspacePartition, merge: MergeConfig, keys: int, steps: int, **settings: Any
+) -> tuple[SubspacePartition, float]:
+    """Train on from a partition, by way of activations in its coordinates; also the held-out loss."""
     train = TrainConfig(
-        initial_widths=widths,
-        start="random",
-        keys=_KEYS,
+        initial_widths=start.widths,
+        keys=keys,
+        queries=_QUERIES,
         search_every=8,
         max_steps=steps,
-        lr=5e-2,
-        pool_rows=steps * 128 + _KEYS,  # one filling: every query is a fresh one
-        heldout_queries=1024,
-        heldout_keys=_KEYS,
-        escape_tries=_ESCAPES,
-        escape_steps=_ESCAPE_STEPS,
+        pool_rows=steps * _QUERIES + keys,  # one filling: every query is a fresh one
+        heldout_keys=keys,
         eval_every=steps,
         checkpoint_every=steps,
-        seed=seed,
+        **settings,
     )
-    rows = train.pool_rows + train.heldout_queries + train.heldout_keys
-    trainer = Trainer(TensorStream(list(_activations(weight, groups, rows, seed))), train, merge)
-    with tqdm(total=steps, desc="subspaces", disable=None, leave=False) as bar:
-        partition = trainer.run(_Bar(bar))
-    return partition, trainer.heldout_loss
+    trainer = Trainer(TensorStream(start.rotate(activations).split(_BATCH)), train, merge)
+    found = trainer.run()
+    return SubspacePartition(start.rotation @ found.rotation, found.widths), trainer.heldout_loss
 
 
-class _Bar(Observer):
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def progress(self, trainer: Trainer) -> None:
-        self._bar.update(trainer.step - self._bar.n)
-
-
-def _activations(weight: Tensor, groups: Sequence[int], rows: int, seed: int) -> Iterator[Tensor]:
+def _activations(weight: Tensor, groups: Sequence[int], steps: int, seed: int) -> Tensor:
+    """[N, dim] hidden activations, as many as a training of this many steps needs."""
+    batches = steps * _QUERIES // _BATCH + 4  # held-out rows and pool share no batch
     generator = seeded(seed, _ACTIVATIONS)
-    for _ in range(0, rows + 16384, 8192):  # one batch more, as held-out rows and pool share none
-        yield sample_features(groups, 8192, generator) @ weight
+    hidden = torch.cat([sample_features(groups, _BATCH, generator) @ weight for _ in range(batches)])
+    return hidden + _JITTER * torch.randn(hidden.shape, generator=generator)
 
 
 def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) -> dict[str, Any]:
@@ -184,8 +247,8 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
         out: folder, made if missing.
 
     Returns:
-        What ``result.json`` holds: ``groups``, a row per feature group with its best subspace and the share
-        of its energy there; ``widths``; ``energy`` [G, S]; the two losses; ``figure``, its path.
+        What ``result.json`` holds: ``groups``, a row each with its best subspace and share of energy there;
+        ``widths``; ``energy`` [G, S]; losses of model and subspaces; ``figure``, its path.
 
     Raises:
         InputError: sizes that make no toy model; a folder that holds something else; no matplotlib.
@@ -199,7 +262,7 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
     model = train_toy_model(groups, dim, seed=seed)
     partition, heldout_loss = find_subspaces(model.weight, groups, seed=seed)
     energy = energy_shares(model.weight, groups, partition)
-    figure = folder / "toy.png"
+    figure = folder / _FIGURE
     result = {
         "toy": {"sizes": list(groups), "dim": dim, "seed": seed},
         "groups": _rows(groups, partition, energy),
@@ -209,44 +272,40 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
         "heldout_loss": heldout_loss,
         "figure": str(figure),
     }
-    write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     draw_toy(model.weight, partition.rotate(model.weight), groups, partition.widths, figure)
+    write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
 def _rows(groups: Sequence[int], partition: SubspacePartition, energy: Tensor) -> list[dict[str, Any]]:
-    best = energy.argmax(1).tolist()
     return [
         {
             "group": number,
             "features": size,
-            "subspace": subspace,
-            "width": partition.widths[subspace],
-            "energy_share": float(energy[number, subspace]),
+            "subspace": int(shares.argmax()),
+            "width": partition.widths[int(shares.argmax())],
+            "energy_share": float(shares.max()),
         }
-        for number, (size, subspace) in enumerate(zip(groups, best, strict=True))
+        for number, (size, shares) in enumerate(zip(groups, energy, strict=True))
     ]
 
 
 def _prepared(folder: Path) -> Path:
     """The folder, there and free for a result of the toy."""
-    result = folder / "result.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        other = result.exists() and "toy" not in json.loads(result.read_text())
     except OSError as error:
-        raise InputError(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
-    except ValueError:
-        other = True
-    if other or (folder / "config.json").exists():
+        raise InputError(
+            f"cannot make the folder {folder} ({error.strerror}): choose another --out"
+        ) from None
+    foreign = (folder / "result.json").exists() and not (folder / _FIGURE).exists()
+    if foreign or (folder / "config.json").exists():
         raise InputError(f"{folder} holds another run: choose another --out")
     return folder
 
 
 def _check(groups: Sequence[int], dim: int) -> None:
     if not groups or min(groups) < 2:
-        raise InputError(f"groups {list(groups)} must be sizes of at least 2 features: write for instance 20,20")
+        raise InputError(f"groups {list(groups)} hold one below 2 features: write for instance 20,20")
     if not 2 <= dim < sum(groups):
-        raise InputError(
-            f"dim is {dim}: give at least 2 and fewer than the {sum(groups)} features, or nothing is superposed"
-        )
+        raise InputError(f"dim is {dim}: give at least 2, and fewer than the {sum(groups)} features")
