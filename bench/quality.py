@@ -18,8 +18,8 @@ from ndm_fast.config import TrainConfig, from_flat
 from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.pool import TensorStream, take_rows
 from ndm_fast.presets import preset
+from ndm_fast.provenance import provenance
 from ndm_fast.report.table import text_table
-from ndm_fast.run import provenance
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Trainer
 

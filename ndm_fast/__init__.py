@@ -14,7 +14,8 @@ from ndm_fast.ops import ksg_counts, ksg_radius, nearest_neighbors
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import ActivationPool, TensorStream
 from ndm_fast.reference import Neighbors
-from ndm_fast.run import RunFolder, train_run
+from ndm_fast.run import train_run
+from ndm_fast.run_folder import RunFolder
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
 from ndm_fast.version import __version__

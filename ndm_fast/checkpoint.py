@@ -41,6 +41,11 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise unwritable(path, error) from None
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step, see :func:`write_atomic`."""
+    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def unwritable(path: Path, error: OSError) -> InputError:
     """The error for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -108,7 +108,7 @@ def _shown(default: Any) -> str:
 
 def _settings(options: argparse.Namespace) -> RunConfig:
     """Settings in their order: defaults, preset, file, flags; a run that is resumed comes first of all."""
-    from ndm_fast.run import RunFolder
+    from ndm_fast.run_folder import RunFolder
 
     values: dict[str, Any] = {}
     folder = RunFolder(options.out)
@@ -209,7 +209,7 @@ def _add_report(commands: Any) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from ndm_fast.report.figures import draw_run
-    from ndm_fast.run import RunFolder
+    from ndm_fast.run_folder import RunFolder
 
     for path in draw_run(RunFolder(options.folder)):
         print(path)
@@ -245,7 +245,7 @@ def _toy(options: argparse.Namespace) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     from ndm_fast.backends import describe
-    from ndm_fast.run import provenance
+    from ndm_fast.provenance import provenance
 
     about = provenance()
     for package, number in about["versions"].items():

@@ -56,7 +56,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
         with _no_bars(local=Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source)
             if len(tokenizer) <= len(tokenizer.all_special_ids):
-                raise ValueError("its tokenizer has no vocabulary")  # transformers 5 makes one up without files
+                # Where the files are missing, transformers 5 makes up a tokenizer without a word.
+                raise ValueError("its tokenizer has no vocabulary")
             model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()

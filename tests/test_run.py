@@ -24,7 +24,7 @@ from ndm_fast.checkpoint import load_checkpoint, save_checkpoint
 from ndm_fast.config import from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.run import RunFolder
+from ndm_fast.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

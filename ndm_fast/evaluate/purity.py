@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
-from ndm_fast.checkpoint import write_atomic
+from ndm_fast.checkpoint import write_json
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import BASELINES, baseline_partition
 from ndm_fast.harvest import ActivationStream, TokenRows, load_model
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded, too_short
-from ndm_fast.run import RunFolder
+from ndm_fast.run_folder import RunFolder
 from ndm_fast.text import open_documents
 
 SHARES = (
@@ -123,5 +122,5 @@ def run_purity(path: str | Path, baselines: Sequence[str] = (), *, device: str =
     for kind in baselines:
         other = baseline_partition(kind, partition.widths, keys.activations).to(device)
         tables[kind] = neighbour_purity(queries, keys, other, metric=metric)
-    write_atomic(folder.purity_file, (json.dumps(tables, indent=2) + "\n").encode())
+    write_json(folder.purity_file, tables)
     return tables

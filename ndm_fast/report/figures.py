@@ -27,7 +27,7 @@ from ndm_fast.report.drawing import (
     write_cells,
 )
 from ndm_fast.report.merge_figures import Event, information_figure, tree_figure
-from ndm_fast.run import RunFolder
+from ndm_fast.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
