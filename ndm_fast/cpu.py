@@ -34,10 +34,10 @@ ISA_VARIABLE = "NDM_FAST_CPU_ISA"
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ROTATE_ELEMENTS = 1 << 18
-"""Elements of a block of rows rotated at once: 1 MB in fp32, so that it is still in cache when BLAS reads it."""
-_EXACT_ELEMENTS = 1 << 21
-"""Elements of the rotation that are in fp64 at once: 16 MB."""
+_ROTATE_ELEMENTS = 1 << 21
+"""Elements of a block of rows rotated at once: 8 MB. Blocks that fit in cache lose to BLAS's own barriers."""
+_EXACT_ELEMENTS = 1 << 20
+"""Elements of the rotation that are in fp64 at once: 8 MB."""
 _QUERY_ELEMENTS = 5 << 19
 """Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
 _ORIGIN_ROWS = 1024
