@@ -116,3 +116,11 @@ def test_two_groups_end_in_two_subspaces(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_two_groups_end_in_two_subspaces_for_other_seeds(seed: int, tmp_path: Path) -> None:
     assert _check([20, 20], 12, seed, tmp_path)["widths"] == [6, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("groups", "dim"), [([24, 16, 8], 12), ([20, 14, 10, 8], 15)])
+def test_groups_of_unequal_size_end_in_subspaces_of_their_own(
+    groups: list[int], dim: int, tmp_path: Path
+) -> None:
+    _check(groups, dim, 0, tmp_path)
