@@ -261,8 +261,8 @@ def _rotation_error(rows: Tensor) -> Tensor:
     """[N] bound on the norm, inside any subspace, of the error of ``rows @ rotation`` in fp32.
 
     Each of d additions is off by 2^-24 of a partial sum whose norm is at most that of the row; the errors
-    have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. Measured
-    errors are 10 to 30 times smaller (docs/kernels.md).
+    have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. A bound in
+    probability, then, not for every input.
     """
     norm = torch.linalg.vector_norm(rows, dim=1)
     return norm.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
