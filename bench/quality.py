@@ -25,6 +25,7 @@ from ndm_fast.trainer import Trainer
 
 MODES = (("exp", 1), ("lie", 1), ("lie", 8), ("lie", 32))
 ALLOWED = 0.005
+BATCH = 1024
 
 
 def harvest(steps: int) -> TensorStream:
@@ -34,8 +35,10 @@ def harvest(steps: int) -> TensorStream:
     documents = open_documents(config.harvest.data, seed=config.train.seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     train = settings(steps, "lie", 32)
-    rows, _ = take_rows(stream.batches(), train.heldout_queries + train.heldout_keys + train.pool_rows)
-    return TensorStream(rows.split(4096))
+    wanted = train.heldout_queries + train.heldout_keys + train.pool_rows
+    # The rest of the batch that completes the held-out rows is not trained on, hence one batch more.
+    rows, _ = take_rows(stream.batches(), wanted + BATCH)
+    return TensorStream(rows.split(BATCH))
 
 
 def settings(steps: int, rotation: str, search_every: int) -> TrainConfig:

@@ -37,7 +37,10 @@ def test_ksg_agrees_with_the_oracle(case, backend):
         radius.double(), reference.ksg_radius(**case, **rest).double(), rtol=1e-5, atol=1e-7
     )
     counts = ops.ksg_counts(**case, **rest, radius=radius, backend=backend)
-    assert torch.equal(counts, reference.ksg_counts(**case, **rest, radius=radius))
+    # A key whose distance is the radius, up to fp32 rounding, may fall on either side of it.
+    fewest, most = (reference.ksg_counts(**case, **rest, radius=radius * (1 + e)) for e in (-1e-5, 1e-5))
+    assert ((fewest <= counts) & (counts <= most)).all()
+    assert float((most - fewest).double().mean()) < 1  # so the bracket leaves little room
 
 
 @pytest.mark.parametrize(
