@@ -142,6 +142,7 @@ class MergeConfig:
     merge_threshold: float = _described(0.04, "merge pairs with MI / (p_a + p_b) above this, nats per width")
     merge_start: int | None = _described(None, "step of the first check; default: never")
     merge_interval: int = _described(200, "steps between checks")
+    merge_lr: float | None = _described(None, "peak learning rate after the first check; default: lr")
     target_subspaces: int | None = _described(None, "stop merging at this many subspaces")
     mi_queries: int = _described(128, "queries of the mutual-information estimate")
     mi_keys: int = _described(16384, "keys of the mutual-information estimate")
@@ -149,10 +150,9 @@ class MergeConfig:
     def __post_init__(self) -> None:
         for name in ("merge_interval", "mi_queries", "mi_keys"):
             _positive(name, getattr(self, name))
-        if self.merge_start is not None:
-            _positive("merge_start", self.merge_start)
-        if self.target_subspaces is not None:
-            _positive("target_subspaces", self.target_subspaces)
+        for name in ("merge_start", "merge_lr", "target_subspaces"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

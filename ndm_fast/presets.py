@@ -74,6 +74,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge_start": 1500,
         "merge_interval": 150,
         "merge_threshold": 0.05,
+        "merge_lr": 5e-3,
         "pool_rows": 360_000,
         "eval_every": 200,
     },

@@ -56,6 +56,8 @@ class Schedule:
         """Rate of a step: a linear rise from 0 at the start of its phase, then constant or linear to 0."""
         first, end = self.phase(step)
         rate = self.train.lr
+        if first >= self._merging_from and self.merge.merge_lr is not None:
+            rate = self.merge.merge_lr
         if self.train.warmup_steps:
             rate *= min(1.0, (step - first + 1) / self.train.warmup_steps)
         if self.train.schedule == "linear":

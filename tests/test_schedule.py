@@ -20,6 +20,7 @@ def make(
     escape_steps: int = 5,
     warmup: int = 0,
     schedule: str = "linear",
+    merge_lr: float | None = None,
 ) -> Schedule:
     train = TrainConfig(
         max_steps=max_steps,
@@ -29,7 +30,7 @@ def make(
         schedule=schedule,
         lr=1.0,
     )
-    return Schedule(train, MergeConfig(merge_start=start, merge_interval=interval))
+    return Schedule(train, MergeConfig(merge_start=start, merge_interval=interval, merge_lr=merge_lr))
 
 
 def bounds(schedule: Schedule) -> list[int]:
@@ -73,6 +74,16 @@ def test_rate_rises_then_falls_in_every_phase():
     assert rates[:4] == pytest.approx([0.25, 0.5 * 0.95, 0.75 * 0.9, 0.85])
     assert rates[4:20] == pytest.approx([(20 - step) / 20 for step in range(4, 20)])
     assert rates[20:] == rates[:20]
+
+
+def test_rate_after_the_first_merge_check_can_be_another():
+    plain, lower = (make(40, start=20, interval=20, merge_lr=rate) for rate in (None, 0.25))
+    assert [lower.learning_rate(step) for step in range(20)] == [
+        plain.learning_rate(step) for step in range(20)
+    ]
+    assert [lower.learning_rate(s) for s in range(20, 40)] == [
+        plain.learning_rate(s) / 4 for s in range(20, 40)
+    ]
 
 
 def test_constant_rate_warms_up_and_stays():
