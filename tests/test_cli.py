@@ -63,6 +63,7 @@ OTHER: dict[str, Any] = {
     "merge_threshold": -0.5,
     "merge_start": 14,
     "merge_interval": 15,
+    "merge_lr": 0.004,
     "target_subspaces": 2,
     "mi_queries": 16,
     "mi_keys": 17,
