@@ -7,7 +7,6 @@ meet do not disturb each other. That is what NDM has to find in ``h = x W`` with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm_fast.checkpoint import write_atomic
+from ndm_fast.checkpoint import write_json
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.mutual_information import mutual_information
@@ -275,7 +274,7 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
         "figure": str(figure),
     }
     draw_toy(model.weight, partition.rotate(model.weight), groups, partition.widths, figure)
-    write_atomic(folder / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(folder / "result.json", result)
     return result
 
 
