@@ -28,6 +28,10 @@ KERNEL_FLAGS = {
         "-ffp-contract=fast",
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     ],
+    "kernels_avx512bf16.cpp": [
+        "-ffp-contract=fast",
+        *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
+    ],
 }
 PLAIN_SOURCES = ["module.cpp", "driver.cpp", "dispatch.cpp", "parallel.cpp"]
 

@@ -14,9 +14,11 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512bf16() { return false; }
 #endif
 
 const Kernels* check(const Kernels* kernels, bool cpu_has, const std::string& name, std::string* why) {
@@ -30,16 +32,17 @@ const Kernels* check(const Kernels* kernels, bool cpu_has, const std::string& na
 const Kernels* choose_kernels(const std::string& name, std::string* why) {
   std::string ignored;
   if (!why) why = &ignored;
+  if (name == "avx512bf16") return check(avx512bf16_kernels(), has_avx512bf16(), name, why);
   if (name == "avx512") return check(avx512_kernels(), has_avx512(), name, why);
   if (name == "avx2") return check(avx2_kernels(), has_avx2(), name, why);
   if (name == "portable") return portable_kernels();
   if (!name.empty()) {
-    *why = "unknown name, take avx512, avx2 or portable";
+    *why = "unknown name, take avx512bf16, avx512, avx2 or portable";
     return nullptr;
   }
-  // AVX-512 compiles but has not been run on such a CPU yet, so it is taken by name only.
-  const Kernels* kernels = choose_kernels("avx2", why);
-  return kernels ? kernels : portable_kernels();
+  for (const char* faster : {"avx512bf16", "avx512", "avx2"})
+    if (const Kernels* kernels = choose_kernels(faster, why)) return kernels;
+  return portable_kernels();
 }
 
 }  // namespace ndm

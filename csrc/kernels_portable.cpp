@@ -16,9 +16,9 @@ constexpr int kBlock = 2;
 #endif
 
 const Kernels* portable_kernels() {
-  static const Kernels kernels = {"portable", kBlock,   16,
-                                  pack_queries<kBlock>, sweep_tile<Vec8, kBlock>, rerank,
-                                  kBlock,     kKsgTile, ksg_pack_queries<kBlock>, ksg_tile_pass<kBlock>};
+  static const Kernels kernels = {"portable", kBlock, {pack_queries<kBlock, Fp32>, sweep_tile<Vec8, kBlock, Fp32>},
+                                  {},         rerank, kBlock,
+                                  kKsgTile,   ksg_pack_queries<kBlock>, ksg_tile_pass<Vec8, kBlock>};
   return &kernels;
 }
 

@@ -10,8 +10,13 @@
 //   2 every group that can hold a key within U is read again; normally none is;
 //   3 rotated form: the fp64 distance decides. Raw form: keys within U of the rotated copy are measured
 //     from the raw rows in fp64, four at a time.
+// A bf16 sweep (Search::bf16) knows rows only to 2^-8. There a neighbour within kLoosened of the least distance
+// will do, so step 2 asks for groups that hold a key within U (1 - kLoosened); where more than kCrowded are, the
+// query is left to the driver, which decides whether to read them or to sweep that subspace again in fp32.
 // Limit: fp64 product of Q x d x p per subspace in raw form; memory latency of 8-16 rows otherwise.
 #pragma once
+
+#include <algorithm>
 
 #include "search_sweep.h"
 
@@ -20,6 +25,8 @@ namespace {
 
 constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
 constexpr int kPending = 64;
+constexpr double kLoosened = 8e-3;
+constexpr int kCrowded = 24;
 
 inline double sum(Double4 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 
@@ -93,7 +100,8 @@ struct Rerank {
     const float given = a.query_error ? a.query_error[first + i] : 0.0f;
     q.sweep_norm2 = a.cosine ? 2.0 : static_cast<double>(packed) * packed;
     q.error = a.cosine && raw() ? unit_error(given, packed, p) : given;
-    q.sweep_error = a.cosine ? unit_error(given, packed, p) : given + 2 * kUnit * packed;
+    q.sweep_error = a.cosine ? unit_error(given, packed, p)
+                             : given + 2 * kUnit * packed + a.query_rounding[s * a.padded + first + i];
     if (a.cosine && q.norm > 0 && packed < 1e-15f) q.sweep_error = 2;
     q.upper = std::numeric_limits<double>::infinity();
     q.best = Best();
@@ -318,9 +326,9 @@ struct Threshold {
   float score;       // largest score of a key within reach, without e_k
 };
 
-inline Threshold threshold(const Query& q, float alpha, bool cosine) {
+inline Threshold threshold(const Query& q, float alpha, bool cosine, bool loosened) {
   const double norm = cosine ? 1.0 : std::sqrt(q.sweep_norm2);
-  const double reach = q.upper + q.sweep_error;
+  const double reach = q.upper * (loosened ? 1 - kLoosened : 1.0) + q.sweep_error;
   const double score = (reach * reach - q.sweep_norm2) / 2;
   // The test itself is done in fp32: a few units of what enters it, and what underflows.
   const double slack = 4 * kUnit * (reach * reach + q.sweep_norm2) + 1e-35;
@@ -343,9 +351,30 @@ inline bool any_irregular(const Search& a, int64_t s) {
   return any;
 }
 
+constexpr Threshold kNothing = {0, 0, 0, -std::numeric_limits<float>::infinity()};
+
+// Reads the group with the least score; what else has to be read for the query.
+inline Threshold first_group(Rerank& work, int i, int64_t tile, int group, bool irregular, float alpha) {
+  const Search& a = work.a;
+  work.start_query(i);
+  if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {
+    // No bound holds: look at every key.
+    for (int64_t key = 0; key < a.keys; ++key) work.consider(i, key);
+    return kNothing;
+  }
+  if (a.cosine && work.query[i].norm == 0 && work.query[i].error == 0) {  // cosine 0 with every key
+    work.consider(i, 0);
+    return kNothing;
+  }
+  work.consider_group(i, tile, group);
+  return threshold(work.query[i], alpha, a.cosine, a.bf16);
+}
+
 void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scratch) {
-  Rerank work(a, s, first, scratch);
+  uint8_t* crowded = a.crowded + (s - a.first) * a.queries + first;
   const int count = static_cast<int>(last - first);
+  if (a.crowded_only && !std::any_of(crowded, crowded + count, [](uint8_t x) { return x; })) return;
+  Rerank work(a, s, first, scratch);
   const float* minima = a.minima + ((s - a.first) * a.tiles * a.padded + first) * kGroups;
   const float alpha = static_cast<float>(work.p + 5) * kUnit;
   int64_t tile[kRerankQueries];
@@ -355,33 +384,28 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
   const bool irregular = any_irregular(a, s);
   // All at once: the misses of one query are too many to hide behind the work of another.
   for (int i = 0; i < count; ++i) work.prefetch_group(tile[i], group[i]);
-  for (int i = 0; i < count; ++i) {
-    work.start_query(i);
-    if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {
-      // No bound holds: look at every key.
-      for (int64_t key = 0; key < a.keys; ++key) work.consider(i, key);
-      limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
-      continue;
-    }
-    if (a.cosine && work.query[i].norm == 0 && work.query[i].error == 0) {  // cosine 0 with every key
-      work.consider(i, 0);
-      limit[i] = {0, 0, 0, -std::numeric_limits<float>::infinity()};
-      continue;
-    }
-    work.consider_group(i, tile[i], group[i]);
-    limit[i] = threshold(work.query[i], alpha, a.cosine);
-  }
+  for (int i = 0; i < count; ++i)
+    limit[i] = a.crowded_only && !crowded[i] ? kNothing : first_group(work, i, tile[i], group[i], irregular, alpha);
+  int64_t budget[kRerankQueries];
+  for (int i = 0; i < count; ++i)
+    budget[i] = a.bf16 && !a.crowded_only ? kCrowded : std::numeric_limits<int64_t>::max();
   for (int64_t t = 0; t < a.tiles; ++t) {
     const float* norms = a.group_norm + (s * a.tiles + t) * kGroups;
     const float* errors = a.group_error + (s * a.tiles + t) * kGroups;
     for (int i = 0; i < count; ++i) {
       int bits = groups_within(limit[i], minima + (t * a.padded + i) * kGroups, norms, errors);
       if (t == tile[i]) bits &= ~(1 << group[i]);
+      if ((budget[i] -= __builtin_popcount(static_cast<unsigned>(bits))) < 0) {
+        crowded[i] = 1;
+        limit[i] = kNothing;
+        continue;
+      }
       for (; bits; bits &= bits - 1) work.consider_group(i, t, __builtin_ctz(static_cast<unsigned>(bits)));
     }
   }
   work.resolve();
-  for (int i = 0; i < count; ++i) work.write(i);
+  for (int i = 0; i < count; ++i)
+    if (!a.crowded_only || crowded[i]) work.write(i);
 }
 
 }  // namespace

@@ -7,6 +7,9 @@
 // Mapping   query block x 2 vectors of accumulators, started at the half norms, so that the epilogue is one
 //           min per accumulator. The running minimum of each (query, tile, lane mod 8) is all that is kept;
 //           no index is tracked: search_rerank.h finds the key again, exactly.
+// Encoding  Fp32: rows as they are. Bf16Pairs (AVX512-BF16): rows rounded to bf16, two columns in a lane, twice
+//           the products per instruction. Norms are those of the rounded rows, so a score is the exact one of
+//           a row that is off by a known distance, |x - bf16(x)|: a bound, like that of the fp32 rotation.
 // Limit     one FMA per (query, key, column): the FMA units; 1/p of that again for the minima.
 #pragma once
 
@@ -20,6 +23,22 @@ namespace ndm {
 namespace {
 
 constexpr float kUnit = 5.9604645e-8f;  // 2^-24, unit roundoff of fp32
+
+// One column per lane.
+struct Fp32 {
+  static constexpr int columns = 1;
+  template <class V>
+  static V multiply_add(V query, V key, V sum) {
+    return V::fma(query, key, sum);
+  }
+  static int64_t words(int64_t p) { return p; }
+  // Rows stay where they are, unrounded.
+  template <class V, int Panel>
+  static void encode(float*, int64_t, float*, float*, float*) {}
+  // Query columns j .. j + columns - 1 as one lane.
+  static float encode_query(const float* x) { return *x; }
+  static float decode_query(float word, int) { return word; }
+};
 
 // Where a key goes. A pack of `size` keys from row `first` on is cut into 8 runs of consecutive rows, one per
 // lane group, so that the exact pass reads neighbouring rows: row first + g * size / 8 + r is in group g.
@@ -112,17 +131,16 @@ void normalize_panel(const Search& a, const Pack& pack, int start, float* panel,
   }
 }
 
-// Half norms (the accumulators' start) and error bounds of one panel.
+// Half norms (the accumulators' start) and error bounds of one panel. `error` holds what encoding lost.
 template <int Panel>
-void finish_panel(const Search& a, const Pack& pack, int start, float* panel, float* squared, float* half,
+void finish_panel(const Search& a, const Pack& pack, int start, float* panel, float* squared, float* error, float* half,
                   GroupStats& stats) {
-  alignas(64) float error[Panel] = {};
   if (a.cosine) {
     normalize_panel<Panel>(a, pack, start, panel, squared, error);
   } else if (a.key_error) {
     for (int lane = 0; lane < Panel; ++lane) {
       const int64_t key = pack.key(Panel, start, lane);
-      error[lane] = key < a.keys ? a.key_error[key] : 0.0f;
+      error[lane] += key < a.keys ? a.key_error[key] : 0.0f;
     }
   }
   const bool partial = pack.first + pack.size > a.keys;
@@ -142,16 +160,19 @@ void finish_panel(const Search& a, const Pack& pack, int start, float* panel, fl
       if (pack.key(Panel, start, lane) >= a.keys) half[lane] = std::numeric_limits<float>::infinity();
 }
 
-template <class V>
-void pack_keys(const Search& a, const Pack& pack, float* packed, float* half, float* buffer, GroupStats& stats) {
+// `plain`: [p][2 vectors], where rows are encoded from.
+template <class V, class E>
+void pack_keys(const Search& a, const Pack& pack, float* packed, float* half, float* buffer, float* plain,
+               GroupStats& stats) {
   constexpr int panel_size = 2 * V::lanes;
-  alignas(64) float squared[panel_size];
   for (int start = 0; start < pack.size; start += panel_size) {
-    float* panel = packed + start * pack.p;
+    alignas(64) float squared[panel_size], error[panel_size] = {};
+    float* panel = E::columns == 1 ? packed + start * pack.p : plain;
     for (int lane = 0; lane < panel_size; lane += 8)
       transpose_rows<panel_size>(a, pack, pack.key(panel_size, start, lane), panel + lane, buffer);
     center_panel<V, panel_size>(a.center ? a.center + pack.column : nullptr, pack.p, panel, squared);
-    finish_panel<panel_size>(a, pack, start, panel, squared, half + start, stats);
+    E::template encode<V, panel_size>(panel, pack.p, packed + start * E::words(pack.p), squared, error);
+    finish_panel<panel_size>(a, pack, start, panel, squared, error, half + start, stats);
   }
 }
 
@@ -170,14 +191,14 @@ inline void write_stats(const Search& a, int64_t s, int64_t tile, const GroupSta
   }
 }
 
-// The micro-kernel: Block queries against all panels of a pack; minima [Block][8].
-template <class V, int Block>
-void sweep_block(const float* packed, const float* half, int count, int64_t p, const float* queries, float* minima,
+// The micro-kernel: Block queries against all panels of a pack; minima [Block][8]. Rows are `words` lanes long.
+template <class V, int Block, class E>
+void sweep_block(const float* packed, const float* half, int count, int64_t words, const float* queries, float* minima,
                  bool first) {
   V least[Block];
   for (int m = 0; m < Block; ++m) least[m] = V::set1(std::numeric_limits<float>::infinity());
   for (int done = 0; done < count; done += 2 * V::lanes) {
-    const float* key = packed + done * p;
+    const float* key = packed + done * words;
     const float* query = queries;
     V sum0[Block], sum1[Block];
     const V half0 = V::load(half + done), half1 = V::load(half + done + V::lanes);
@@ -185,12 +206,12 @@ void sweep_block(const float* packed, const float* half, int count, int64_t p, c
       sum0[m] = half0;
       sum1[m] = half1;
     }
-    for (int64_t j = 0; j < p; ++j) {
+    for (int64_t j = 0; j < words; ++j) {
       const V key0 = V::load(key), key1 = V::load(key + V::lanes);
       for (int m = 0; m < Block; ++m) {
         const V x = V::set1(query[m]);
-        sum0[m] = V::fma(x, key0, sum0[m]);
-        sum1[m] = V::fma(x, key1, sum1[m]);
+        sum0[m] = E::multiply_add(x, key0, sum0[m]);
+        sum1[m] = E::multiply_add(x, key1, sum1[m]);
       }
       key += 2 * V::lanes;
       query += Block;
@@ -226,28 +247,29 @@ struct NextRows {
 };
 
 // All subspaces of the round against one tile of keys. scratch: see search_scratch_floats().
-template <class V, int Block>
+template <class V, int Block, class E>
 void sweep_tile(const Search& a, int64_t tile, float* scratch) {
   float* half = scratch;
   float* buffer = half + kMaxPack;
-  float* packed = buffer + (8 * a.width + 15) / 16 * 16;
+  float* plain = buffer + (8 * a.width + 15) / 16 * 16;
+  float* packed = plain + (E::columns == 1 ? 0 : 2 * V::lanes * a.width);
   const int64_t start = tile * a.tile;
   const int64_t stop = start + a.tile < a.keys ? start + a.tile : a.keys;
   for (int64_t s = a.first; s < a.last; ++s) {
-    const int64_t p = a.offsets[s + 1] - a.offsets[s];
+    const int64_t p = a.offsets[s + 1] - a.offsets[s], words = E::words(p);
     const int size = pack_size(p, a.tile);
     GroupStats stats;
     float* minima = a.minima + ((s - a.first) * a.tiles + tile) * a.padded * kGroups;
     const float* queries = a.packed_queries + a.padded * a.offsets[s];
     for (int64_t at = start; at < stop; at += size) {
-      pack_keys<V>(a, Pack{tile, at, size, a.offsets[s], p}, packed, half, buffer, stats);
+      pack_keys<V, E>(a, Pack{tile, at, size, a.offsets[s], p}, packed, half, buffer, plain, stats);
       const bool more = at + size < stop, turn = s + 1 < a.last;
       NextRows next(a, more ? at + size : start, more || !turn ? size : pack_size(a.offsets[s + 2] - a.offsets[s + 1], a.tile),
                     more || !turn ? s : s + 1);
       const int64_t rows = more || turn ? next.left * Block / a.padded + 1 : 0;
       for (int64_t q = 0; q < a.padded; q += Block) {
         next.prefetch(rows);
-        sweep_block<V, Block>(packed, half, size, p, queries + q * p, minima + q * kGroups, at == start);
+        sweep_block<V, Block, E>(packed, half, size, words, queries + q * words, minima + q * kGroups, at == start);
       }
     }
     write_stats(a, s, tile, stats);
@@ -262,21 +284,30 @@ inline float sweep_value(const Search& a, int64_t query, int64_t column) {
 }
 
 // Negated queries in blocks, and their norms; unit vectors for cosine. Padding queries are 0.
-template <int Block>
+template <int Block, class E>
 void pack_queries(const Search& a, int64_t s) {
-  const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column;
+  const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column, words = E::words(p);
   for (int64_t q = 0; q < a.padded; ++q) {
-    float* out = a.packed_queries + a.padded * column + (q / Block) * Block * p + q % Block;
-    double squared = 0;
-    for (int64_t j = 0; j < p; ++j) {
-      const float x = q < a.queries ? sweep_value(a, q, column + j) : 0.0f;
-      squared += static_cast<double>(x) * x;
-      out[j * Block] = -x;
+    float* out = a.packed_queries + a.padded * column + (q / Block) * Block * words + q % Block;
+    double squared = 0, lost = 0;
+    for (int64_t word = 0; word < words; ++word) {
+      float x[E::columns];
+      for (int c = 0; c < E::columns; ++c) {
+        const int64_t j = word * E::columns + c;
+        x[c] = j < p && q < a.queries ? -sweep_value(a, q, column + j) : 0.0f;
+      }
+      out[word * Block] = E::encode_query(x);
+      for (int c = 0; c < E::columns; ++c) {
+        const double kept = E::decode_query(out[word * Block], c);
+        squared += kept * kept;
+        lost += (x[c] - kept) * (x[c] - kept);
+      }
     }
     const float norm = static_cast<float>(std::sqrt(squared));
     if (a.cosine && norm > 0)
       for (int64_t j = 0; j < p; ++j) out[j * Block] /= norm;
     a.query_norm[s * a.padded + q] = norm;
+    a.query_rounding[s * a.padded + q] = static_cast<float>(std::sqrt(lost) * (1 + 1e-6));
   }
 }
 

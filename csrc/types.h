@@ -28,7 +28,7 @@ struct Search {
   int64_t queries = 0, keys = 0, width = 0, subspaces = 0;
   const int64_t* offsets = nullptr;  // [S + 1]
   bool cosine = false;
-  bool bf16 = false;  // propose with AVX512-BF16
+  bool bf16 = false;     // propose from rows rounded to bf16: see search_sweep.h
 
   Rows rotated_keys;
   const float* center = nullptr;           // [d] subtracted from rotated_keys, or null
@@ -48,11 +48,14 @@ struct Search {
   int64_t tile = 0, tiles = 0;           // keys per stored minimum x 8, number of such tiles
   int64_t padded = 0;                    // queries rounded up to whole query blocks
   float* packed_queries = nullptr;       // subspace s at padded * offsets[s]: [block][p][query], negated
-  float* query_norm = nullptr;           // [S, padded]
+  float* query_norm = nullptr;           // [S, padded] of the packed query
+  float* query_rounding = nullptr;       // [S, padded] norm of what packing rounded away
   float* minima = nullptr;               // [last - first, tiles, padded, 8] least score of the group
   float* group_norm = nullptr;           // [S, tiles, 8] largest norm in the group
   float* group_error = nullptr;          // [S, tiles, 8] largest error bound in the group
   uint8_t* irregular = nullptr;          // [S, tiles] a norm is NaN or Inf: bounds do not hold
+  uint8_t* crowded = nullptr;            // [last - first, Q] more groups are in reach than the exact pass reads
+  bool crowded_only = false;             // read all groups in reach, for crowded queries alone
 };
 
 // One call of ksg_radius or ksg_counts, over already rotated and centred fp32 rows.
@@ -70,13 +73,18 @@ struct Ksg {
   float* packed_queries = nullptr;    // [block][d][query]
 };
 
+// How rows enter the proposal pass: as they are, or rounded.
+struct Proposal {
+  void (*pack_queries)(const Search&, int64_t subspace);
+  void (*sweep)(const Search&, int64_t tile, float* scratch);
+};
+
 // What one instruction set offers. `threads` share a call through the item index alone.
 struct Kernels {
   const char* name;
   int query_block;  // queries per micro-kernel call
-  int panel;        // keys per micro-kernel call
-  void (*pack_queries)(const Search&, int64_t subspace);
-  void (*sweep)(const Search&, int64_t tile, float* scratch);
+  Proposal fp32;
+  Proposal bf16;  // null where the instruction set has no such products
   void (*rerank)(const Search&, int64_t subspace, int64_t first_query, int64_t last_query, float* scratch);
   int ksg_query_block;
   int ksg_tile;  // keys handled per item
@@ -88,6 +96,7 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();    // null where not compiled
 const Kernels* avx512_kernels();  // null where not compiled
+const Kernels* avx512bf16_kernels();  // null where not compiled
 
 // Keys packed at once for a subspace of width p: about 3/4 of a 32 KB first-level cache, at most a tile.
 inline int pack_size(int64_t p, int64_t tile) {

@@ -32,7 +32,6 @@ struct Vec8 {
 // Integer lanes: how often a < limit held, per lane.
 struct Count {
   __m256i v;
-  static Count zero() { return {_mm256_setzero_si256()}; }
   void add_less(Vec8 a, Vec8 limit) {
     v = _mm256_sub_epi32(v, _mm256_castps_si256(_mm256_cmp_ps(a.v, limit.v, _CMP_LT_OQ)));
   }
@@ -44,6 +43,8 @@ struct Count {
     _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_add_epi32(low, high)));
   }
 };
+
+inline Count no_counts(Vec8) { return {_mm256_setzero_si256()}; }
 
 typedef double Double4 __attribute__((vector_size(32)));
 

@@ -25,5 +25,18 @@ struct Vec16 {
   }
 };
 
+struct Count16 {
+  __m512i v;
+  void add_less(Vec16 a, Vec16 limit) {
+    v = _mm512_mask_add_epi32(v, _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LT_OQ), v, _mm512_set1_epi32(1));
+  }
+  Count folded() const {
+    return {_mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1))};
+  }
+  static void accumulate(Count16 a, Count16 b, int* state) { Count::accumulate(a.folded(), b.folded(), state); }
+};
+
+inline Count16 no_counts(Vec16) { return {_mm512_setzero_si512()}; }
+
 }  // namespace
 }  // namespace ndm

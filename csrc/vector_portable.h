@@ -51,7 +51,6 @@ struct Vec {
 struct Count {
   typedef int Half __attribute__((vector_size(16)));
   Half low, high;
-  static Count zero() { return {Half{0, 0, 0, 0}, Half{0, 0, 0, 0}}; }
   void add_less(Vec a, Vec limit) {
     low -= a.low < limit.low;
     high -= a.high < limit.high;
@@ -65,6 +64,8 @@ struct Count {
     std::memcpy(state, sums, 32);
   }
 };
+
+inline Count no_counts(Vec) { return {Count::Half{0, 0, 0, 0}, Count::Half{0, 0, 0, 0}}; }
 
 typedef double Double4 __attribute__((vector_size(32)));
 

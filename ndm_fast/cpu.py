@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ except ImportError as error:
     _OBSTACLE = f"ndm_fast._C is not built ({error}): install with a C++17 compiler at hand"
 
 ISA_VARIABLE = "NDM_FAST_CPU_ISA"
-"""Environment variable that forces an instruction set: avx512, avx2 or portable."""
+"""Environment variable that forces an instruction set: avx512bf16, avx512, avx2 or portable."""
 
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
@@ -56,7 +56,7 @@ def why_unavailable() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set in use: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+    """Instruction set in use: ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
 
     The fastest that the CPU has, or the one named by ``NDM_FAST_CPU_ISA``.
 
@@ -79,6 +79,7 @@ def nearest_neighbors(
     metric: str = "euclidean",
     precision: str = "fp32",
     keys_rotated: bool = False,
+    queries_rotated: bool = False,
 ) -> Neighbors:
     """Nearest key of every query inside every subspace, exact (see ``docs/kernels.md`` for the bounds).
 
@@ -88,8 +89,9 @@ def nearest_neighbors(
         rotation: [d, d] fp32, orthogonal.
         widths: S widths that sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: only ``"fp32"``; the proposal pass in bf16 needs AVX512-BF16.
-        keys_rotated: the keys are rotated already.
+        precision: ``"fp32"``, or ``"bf16"``: neighbours up to 1 % farther than the nearest will do, which the
+            ``avx512bf16`` instruction set finds faster. Other sets, and the cosine, stay in fp32 and exact.
+        keys_rotated, queries_rotated: they are rotated already; the queries only where the keys are.
 
     Returns:
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a row
@@ -102,22 +104,23 @@ def nearest_neighbors(
     offsets = _check_rows(queries, keys, rotation, widths)
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
-    if precision != "fp32":
-        raise ValueError(f"precision is {precision!r}: this CPU path has only fp32")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}: take fp32 or bf16")
+    if queries_rotated and not keys_rotated:
+        raise ValueError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
     if len(queries) == 0:
         return _empty_neighbors(len(widths), 0)
     queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
-    cosine = metric == "cosine"
-    prepared = (
-        _PreparedKeys(keys, _origin(keys, cosine), None)
-        if keys_rotated
-        else _rotate_keys(keys, rotation, _origin(keys, cosine))
-    )
-    search = _search_rotated if keys_rotated else _search_raw
-    blocks = [
-        search(extension, queries[rows], keys, rotation, offsets, cosine, prepared)
-        for rows in _query_blocks(queries)
-    ]
+    call = _Search(extension, offsets, metric == "cosine", precision == "bf16")
+    origin = _origin(keys, call.cosine)
+    if keys_rotated:
+        blocks = [
+            _search_rotated(call, rows.double() if queries_rotated else _rotate_exactly(rows, rotation), keys, origin)
+            for rows in _query_blocks(queries)
+        ]
+    else:
+        prepared = _rotate_keys(keys, rotation, origin)
+        blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
     if len(blocks) == 1:
         return blocks[0]
     return Neighbors(torch.cat([b.distance for b in blocks], 1), torch.cat([b.index for b in blocks], 1))
@@ -180,13 +183,22 @@ def ksg_radius_and_counts(
     return radius, _ksg_counts(arguments, radius, len(pairs), len(queries))
 
 
+class _Search(NamedTuple):
+    """What the calls for several blocks of queries have in common."""
+
+    extension: ModuleType
+    offsets: list[int]
+    cosine: bool
+    bf16: bool
+
+
 class _PreparedKeys(NamedTuple):
     rotated: Tensor
-    """[K, d] rotated keys: ours, fp32 and centred, or the caller's as they are."""
+    """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
     origin: Tensor | None
-    """[d] fp32: raw form, what was subtracted before the rotation; rotated form, what is to be subtracted."""
-    error: Tensor | None
-    """[K] fp32 bound on the norm of the rotation's rounding error; None in rotated form."""
+    """[d] fp32."""
+    error: Tensor
+    """[K] fp32 bound on the norm of the rotation's rounding error."""
 
 
 def _extension() -> ModuleType:
@@ -229,11 +241,10 @@ def _rows(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride(0)
 
 
-def _query_blocks(queries: Tensor) -> list[slice]:
+def _query_blocks(queries: Tensor) -> Iterator[Tensor]:
     """Even blocks of queries, few enough that their copies stay small."""
     blocks = max(1, math.ceil(queries.numel() / _QUERY_ELEMENTS))
-    size = max(1, math.ceil(len(queries) / blocks))
-    return [slice(start, start + size) for start in range(0, max(1, len(queries)), size)]
+    return iter(queries.split(max(1, math.ceil(len(queries) / blocks))))
 
 
 def _origin(keys: Tensor, cosine: bool) -> Tensor | None:
@@ -297,20 +308,13 @@ def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
 
 
 def _search_raw(
-    extension: ModuleType,
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    offsets: list[int],
-    cosine: bool,
-    prepared: _PreparedKeys,
+    call: _Search, queries: Tensor, keys: Tensor, rotation: Tensor, prepared: _PreparedKeys
 ) -> Neighbors:
-    found = _empty_neighbors(len(offsets) - 1, len(queries))
+    found = _empty_neighbors(len(call.offsets) - 1, len(queries))
     rotated, query_error = torch.empty(queries.shape), torch.empty(len(queries))
     _rotate(queries, rotation, prepared.origin, rotated, query_error)
-    assert prepared.error is not None
-    extension.nearest_neighbors(
-        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
+    call.extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), call.offsets, call.cosine, call.bf16),
         *(_rows(prepared.rotated), 0, rotated.data_ptr(), 0),
         *(_rows(queries), _rows(keys), rotation.data_ptr()),
         *(query_error.data_ptr(), prepared.error.data_ptr()),
@@ -319,21 +323,13 @@ def _search_raw(
     return found
 
 
-def _search_rotated(
-    extension: ModuleType,
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    offsets: list[int],
-    cosine: bool,
-    prepared: _PreparedKeys,
-) -> Neighbors:
-    found = _empty_neighbors(len(offsets) - 1, len(queries))
-    exact = _rotate_exactly(queries, rotation)
-    origin = prepared.origin
-    extension.nearest_neighbors(
-        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, cosine),
-        *(_rows(keys), 0 if origin is None else origin.data_ptr(), 0, exact.data_ptr()),
+def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: Tensor | None) -> Neighbors:
+    """``exact_queries`` is [Q, d] float64, rotated; ``origin`` [d] fp32 is subtracted from the keys."""
+    exact_queries = exact_queries.contiguous()
+    found = _empty_neighbors(len(call.offsets) - 1, len(exact_queries))
+    call.extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(exact_queries), len(keys), call.offsets, call.cosine, call.bf16),
+        *(_rows(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )

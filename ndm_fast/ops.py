@@ -26,19 +26,22 @@ def nearest_neighbors(
     metric: str = "euclidean",
     precision: str = "fp32",
     keys_rotated: bool = False,
+    queries_rotated: bool = False,
     backend: str | None = None,
     check_finite: bool = True,
 ) -> Neighbors:
     """Nearest key of every query inside every subspace: project, compare and reduce in one call.
 
     Args:
-        queries: [Q, d] activations, fp32, fp16 or bf16.
-        keys: [K, d] activations, or ``keys @ rotation`` where ``keys_rotated``.
+        queries: [Q, d] activations, fp32, fp16 or bf16; ``queries @ rotation`` where ``queries_rotated``.
+        keys: [K, d] activations; ``keys @ rotation`` where ``keys_rotated``.
         rotation: [d, d] orthogonal, fp32.
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: of the pass that proposes neighbours, ``"fp32"`` or ``"bf16"``. The distance returned is
-            always computed anew, from the difference of the two rows.
+        precision: least precision of the pass that proposes neighbours, ``"fp32"`` or ``"bf16"``. With bf16 a
+            neighbour may be 1 % farther than the nearest (fp32: 1e-6). The distance returned is always computed
+            anew, from the difference of the two rows.
+        keys_rotated, queries_rotated: what is rotated already; the queries only where the keys are.
         backend: see ``ndm_fast.backends``.
         check_finite: look for NaN and Inf; switch off where the data was checked before.
 
@@ -53,10 +56,11 @@ def nearest_neighbors(
         raise InputError(f"metric is {metric!r}: take euclidean or cosine")
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision is {precision!r}: take fp32 or bf16")
+    if queries_rotated and not keys_rotated:
+        raise InputError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
     chosen = backends.choose(queries.device, backend).name
-    return Neighbors(
-        *_nearest_neighbors(queries, keys, rotation, list(widths), metric, precision, keys_rotated, chosen)
-    )
+    form = (metric, precision, keys_rotated, queries_rotated, chosen)
+    return Neighbors(*_nearest_neighbors(queries, keys, rotation, list(widths), *form))
 
 
 def ksg_radius(
@@ -116,12 +120,13 @@ def _nearest_neighbors(
     metric: str,
     precision: str,
     keys_rotated: bool,
+    queries_rotated: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    options = {} if backend == "reference" else {"precision": precision}
-    found = _MODULES[backend].nearest_neighbors(
-        queries, keys, rotation, widths, metric=metric, keys_rotated=keys_rotated, **options
-    )
+    form = {"metric": metric, "keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
+    if backend != "reference":
+        form["precision"] = precision
+    found = _MODULES[backend].nearest_neighbors(queries, keys, rotation, widths, **form)
     return found.distance.float(), found.index
 
 
@@ -134,6 +139,7 @@ def _(
     metric: str,
     precision: str,
     keys_rotated: bool,
+    queries_rotated: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (len(widths), queries.shape[0])

@@ -41,12 +41,14 @@ def nearest_neighbors(
     *,
     metric: str = "euclidean",
     keys_rotated: bool = False,
+    queries_rotated: bool = False,
 ) -> Neighbors:
     """Nearest key of every query inside every subspace.
 
     Args:
         queries: [Q, d] raw activations.
         keys: [K, d] raw activations, or ``keys @ rotation`` where ``keys_rotated``.
+        queries_rotated: the queries are rotated already, as the keys are.
         rotation: [d, d] orthogonal.
         widths: S widths that sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos`` (a zero vector has
@@ -57,7 +59,7 @@ def nearest_neighbors(
     """
     rotation = rotation.double()
     keys = keys.double()
-    rotated_queries = queries.double() @ rotation
+    rotated_queries = queries.double() if queries_rotated else queries.double() @ rotation
     best = torch.full((len(widths), len(queries)), torch.inf, dtype=torch.float64, device=queries.device)
     index = torch.zeros_like(best, dtype=torch.int64)
     # A common offset leaves euclidean distances alone and would cost digits in the expansion below.
@@ -78,9 +80,8 @@ def nearest_neighbors(
             nearer = block_best < best[s] - tolerance
             best[s] = torch.where(nearer, block_best, best[s])
             index[s] = torch.where(nearer, first + start, index[s])
-    return Neighbors(
-        distance_to(queries, keys, rotation, widths, index, metric=metric, keys_rotated=keys_rotated), index
-    )
+    form = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
+    return Neighbors(distance_to(queries, keys, rotation, widths, index, metric=metric, **form), index)
 
 
 def distance_to(
@@ -92,6 +93,7 @@ def distance_to(
     *,
     metric: str = "euclidean",
     keys_rotated: bool = False,
+    queries_rotated: bool = False,
 ) -> Tensor:
     """[S, Q] float64 distance of every query to the key ``index[s, q]`` in subspace ``s``.
 
@@ -101,17 +103,17 @@ def distance_to(
     rotation = rotation.double()
     distances = []
     for columns, rows in zip(_columns(widths), index, strict=True):
-        neighbours = keys[rows].double()
+        basis, query, neighbour = rotation[:, columns], queries.double(), keys[rows].double()
+        if metric == "euclidean" and not keys_rotated:
+            difference = (query - neighbour) @ basis  # subtracted first: nothing cancels
+            distances.append(torch.linalg.vector_norm(difference, dim=1))
+            continue
+        query_part = query[:, columns] if queries_rotated else query @ basis
+        key_part = neighbour[:, columns] if keys_rotated else neighbour @ basis
         if metric == "cosine":
-            key_part = neighbours[:, columns] if keys_rotated else neighbours @ rotation[:, columns]
-            query_part = queries.double() @ rotation[:, columns]
             distances.append(1 - (_unit(query_part) * _unit(key_part)).sum(1))
-        elif keys_rotated:
-            distances.append(
-                (queries.double() @ rotation[:, columns] - neighbours[:, columns]).square().sum(1).sqrt()
-            )
         else:
-            distances.append(((queries.double() - neighbours) @ rotation[:, columns]).square().sum(1).sqrt())
+            distances.append(torch.linalg.vector_norm(query_part - key_part, dim=1))
     return torch.stack(distances)
 
 

@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 def runnable_isas() -> list[str]:
     names = []
-    for name in ("avx512", "avx2", "portable"):
+    for name in ("avx512bf16", "avx512", "avx2", "portable"):
         try:
             cpu._extension().isa(name)
             names.append(name)
@@ -55,22 +55,26 @@ def heavy_tailed(rows: int, width: int) -> Tensor:
 
 
 def check_against_oracle(
-    queries: Tensor, keys: Tensor, widths: list[int], *, metric: str = "euclidean", keys_rotated: bool = False
+    queries: Tensor,
+    keys: Tensor,
+    widths: list[int],
+    *,
+    metric: str = "euclidean",
+    precision: str = "fp32",
+    **form: bool,
 ) -> reference.Neighbors:
-    """The contract: the distance is that of the index, and at most (1 + 1e-6) times the least."""
+    """The contract: the distance is that of the index, and at most (1 + 1e-6) or, in bf16, 1.01 times the least."""
     rotation = rotation_of(sum(widths))
-    found = cpu.nearest_neighbors(queries, keys, rotation, widths, metric=metric, keys_rotated=keys_rotated)
-    oracle = reference.nearest_neighbors(
-        queries, keys, rotation, widths, metric=metric, keys_rotated=keys_rotated
-    )
-    true = reference.distance_to(
-        queries, keys, rotation, widths, found.index, metric=metric, keys_rotated=keys_rotated
-    )
+    arguments = (queries, keys, rotation, widths)
+    found = cpu.nearest_neighbors(*arguments, metric=metric, precision=precision, **form)
+    oracle = reference.nearest_neighbors(*arguments, metric=metric, **form)
+    true = reference.distance_to(*arguments, found.index, metric=metric, **form)
+    allowed = 1e-2 if precision == "bf16" else 1e-6
     floor = 1e-13 if metric == "cosine" else 0.0  # what fp64 resolves of 1 - cos
     assert found.distance.dtype == torch.float32
     assert found.index.dtype == torch.int64
     torch.testing.assert_close(found.distance.double(), true, rtol=1e-5, atol=floor)
-    assert bool((true <= oracle.distance * (1 + 1e-6) + floor).all())
+    assert bool((true <= oracle.distance * (1 + allowed) + floor).all())
     return found
 
 
@@ -79,14 +83,46 @@ WIDTHS = [[1], [1, 5, 31, 32, 33], [32] * 4, [100], [7, 3], [130, 2]]
 
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
 def test_matches_oracle_on_heavy_tailed_data(
-    isa: str, widths: list[int], metric: str, keys_rotated: bool
+    isa: str, widths: list[int], metric: str, keys_rotated: bool, precision: str
 ) -> None:
     keys = heavy_tailed(601, sum(widths))
     keys[500:520] = keys[3]
     queries = torch.cat([heavy_tailed(29, sum(widths)), keys[::100]])
-    check_against_oracle(queries, keys, widths, metric=metric, keys_rotated=keys_rotated)
+    form = {"metric": metric, "precision": precision, "keys_rotated": keys_rotated}
+    check_against_oracle(queries, keys, widths, **form)
+
+
+@pytest.mark.parametrize("crowd", [0, 5, 400])
+@pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
+def test_bf16_sweep_keeps_its_contract(isa: str, keys_rotated: bool, crowd: int) -> None:
+    """Also where bf16 cannot tell keys apart: ``crowd`` queries sit in a cluster far from the origin."""
+    keys, queries = torch.randn(9000, 24), torch.randn(400, 24)
+    keys[:6000, 8:] = 1000 + torch.randn(6000, 16)
+    queries[:crowd, 8:] = 1000 + torch.randn(crowd, 16)
+    queries[crowd:, 8:] *= 1000
+    widths = [8, 16]
+    rotation = torch.block_diag(rotation_of(8), rotation_of(16))
+    given = keys @ rotation if keys_rotated else keys
+    found = cpu.nearest_neighbors(
+        queries, given, rotation, widths, keys_rotated=keys_rotated, precision="bf16"
+    )
+    oracle = reference.nearest_neighbors(queries, given, rotation, widths, keys_rotated=keys_rotated)
+    true = reference.distance_to(queries, given, rotation, widths, found.index, keys_rotated=keys_rotated)
+    torch.testing.assert_close(found.distance.double(), true, rtol=1e-5, atol=0.0)
+    excess = true / oracle.distance - 1
+    assert float(excess.max()) <= 1e-2
+    assert float(excess.mean()) <= 1e-3
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_takes_rotated_queries(isa: str, metric: str) -> None:
+    queries, keys = heavy_tailed(31, 40), heavy_tailed(700, 40)
+    check_against_oracle(queries, keys, [7, 33], metric=metric, keys_rotated=True, queries_rotated=True)
+    with pytest.raises(ValueError, match="queries_rotated goes with keys_rotated"):
+        cpu.nearest_neighbors(queries, keys, torch.eye(40), [40], queries_rotated=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,6 +140,7 @@ def test_takes_half_precision(isa: str, dtype: torch.dtype, keys_rotated: bool) 
     widths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     dtype=st.sampled_from(DTYPES),
     metric=st.sampled_from(["euclidean", "cosine"]),
+    precision=st.sampled_from(["fp32", "bf16"]),
     keys_rotated=st.booleans(),
     scale=st.sampled_from([1e-6, 1.0, 1e3]),
     strided=st.booleans(),
@@ -114,6 +151,7 @@ def test_any_shape(
     widths: list[int],
     dtype: torch.dtype,
     metric: str,
+    precision: str,
     keys_rotated: bool,
     scale: float,
     strided: bool,
@@ -125,7 +163,7 @@ def test_any_shape(
     rows = [
         (scale * torch.randn(n * step, width + 3)).to(dtype)[::step, 1 : 1 + width] for n in (queries, keys)
     ]
-    check_against_oracle(*rows, widths, metric=metric, keys_rotated=keys_rotated)
+    check_against_oracle(*rows, widths, metric=metric, precision=precision, keys_rotated=keys_rotated)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -217,7 +255,7 @@ def test_no_queries() -> None:
         ({"rotation": torch.eye(8, dtype=torch.bfloat16)}, "rotation is"),
         ({"widths": [8, 0]}, "widths"),
         ({"metric": "manhattan"}, "metric"),
-        ({"precision": "bf16"}, "precision"),
+        ({"precision": "fp8"}, "precision"),
     ],
 )
 def test_refuses_by_name(change: dict[str, object], message: str) -> None:

@@ -1,0 +1,28 @@
+// AVX-512 with the proposal pass in bf16 (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+#include "types.h"
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+
+#include "vector_avx512bf16.h"
+
+#include "ksg_kernel.h"
+#include "search_rerank.h"
+
+namespace ndm {
+
+const Kernels* avx512bf16_kernels() {
+  static const Kernels kernels = {"avx512bf16", 12, {pack_queries<12, Fp32>, sweep_tile<Vec16, 12, Fp32>},
+                                  {pack_queries<12, Bf16Pairs>, sweep_tile<Vec16, 12, Bf16Pairs>}, rerank, 12,
+                                  kKsgTile, ksg_pack_queries<12>, ksg_tile_pass<Vec16, 12>};
+  return &kernels;
+}
+
+}  // namespace ndm
+
+#else
+
+namespace ndm {
+const Kernels* avx512bf16_kernels() { return nullptr; }
+}  // namespace ndm
+
+#endif
