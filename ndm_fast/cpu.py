@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.centring import rotate_centred, sample_mean
 from ndm_fast.reference import Neighbors
 
 # After torch, so that the extension finds torch's OpenMP runtime and brings in none of its own.
@@ -34,14 +35,10 @@ ISA_VARIABLE = "NDM_FAST_CPU_ISA"
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_ROTATE_ELEMENTS = 1 << 21
-"""Elements of a block of rows rotated at once: 8 MB. Blocks that fit in cache lose to BLAS's own barriers."""
 _EXACT_ELEMENTS = 1 << 20
 """Elements of the rotation that are in fp64 at once: 8 MB."""
 _QUERY_ELEMENTS = 5 << 19
 """Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
-_ORIGIN_ROWS = 1024
-"""Rows that the mean is taken of."""
 _NO_ROWS = (0, 0, 0)
 
 
@@ -112,14 +109,16 @@ def nearest_neighbors(
         return _empty_neighbors(len(widths), 0)
     queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
     call = _Search(extension, offsets, metric == "cosine", precision == "bf16")
-    origin = _origin(keys, call.cosine)
+    origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:
         blocks = [
-            _search_rotated(call, rows.double() if queries_rotated else _rotate_exactly(rows, rotation), keys, origin)
+            _search_rotated(
+                call, rows.double() if queries_rotated else _rotate_exactly(rows, rotation), keys, origin
+            )
             for rows in _query_blocks(queries)
         ]
     else:
-        prepared = _rotate_keys(keys, rotation, origin)
+        prepared = _PreparedKeys(origin, *_rotate_with_bound(keys, rotation, origin))
         blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
     if len(blocks) == 1:
         return blocks[0]
@@ -133,18 +132,21 @@ def ksg_radius(
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
 
     Args:
-        queries, keys, rotation, widths: as for :func:`nearest_neighbors`; the keys are not rotated.
+        queries, keys, rotation, widths: as for :func:`nearest_neighbors`.
+        rotated: queries and keys are rotated already.
         variances: [S] total variance of each subspace; where it is 0, so are the distances.
         pairs: [P, 2] int64 numbers of subspaces.
 
     Raises:
         ValueError: one line that names the argument.
     """
-    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
     radius = torch.empty(len(pairs), len(queries))
     _extension().ksg_radius(*arguments.values, radius.data_ptr())
     return radius
@@ -158,29 +160,27 @@ def ksg_counts(
     variances: Tensor,
     pairs: Tensor,
     radius: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
 
     Arguments as for :func:`ksg_radius`, whose result is the radius: both compute the same distances bit for
     bit, so the key that sets a radius is never below it.
     """
-    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
-    return _ksg_counts(arguments, radius, len(pairs), len(queries))
-
-
-def ksg_radius_and_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """:func:`ksg_radius` and :func:`ksg_counts` at that radius; rotates the keys once instead of twice."""
-    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs)
-    radius = torch.empty(len(pairs), len(queries))
-    _extension().ksg_radius(*arguments.values, radius.data_ptr())
-    return radius, _ksg_counts(arguments, radius, len(pairs), len(queries))
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
+    if (
+        radius.shape != (len(pairs), len(queries))
+        or radius.device.type != "cpu"
+        or not radius.is_floating_point()
+    ):
+        raise ValueError(
+            f"radius is {radius.dtype} {list(radius.shape)}: give float32 {[len(pairs), len(queries)]}"
+        )
+    radius = radius.detach().float().contiguous()
+    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64)
+    _extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
+    return counts
 
 
 class _Search(NamedTuple):
@@ -193,10 +193,10 @@ class _Search(NamedTuple):
 
 
 class _PreparedKeys(NamedTuple):
-    rotated: Tensor
-    """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
     origin: Tensor | None
     """[d] fp32."""
+    rotated: Tensor
+    """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
     error: Tensor
     """[K] fp32 bound on the norm of the rotation's rounding error."""
 
@@ -247,17 +247,6 @@ def _query_blocks(queries: Tensor) -> Iterator[Tensor]:
     return iter(queries.split(max(1, math.ceil(len(queries) / blocks))))
 
 
-def _origin(keys: Tensor, cosine: bool) -> Tensor | None:
-    """[d] fp32 offset to subtract from all rows, which leaves euclidean distances alone.
-
-    Any offset is right; one near the mean makes the numbers small, and so their errors. A sample will do.
-    """
-    if cosine:
-        return None
-    step = max(1, len(keys) // _ORIGIN_ROWS)
-    return keys[::step].mean(0, dtype=torch.float32)
-
-
 def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
     """[N, d] float64 product, with only blocks of the rotation's columns in float64 at a time."""
     rows = rows.double()
@@ -268,39 +257,16 @@ def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
     return exact
 
 
-def _rotation_error(rows: Tensor) -> Tensor:
-    """[N] bound on the norm, inside any subspace, of the error of ``rows @ rotation`` in fp32.
+def _rotate_with_bound(rows: Tensor, rotation: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N, d] fp32 ``(rows - origin) @ rotation``, and [N] a bound on the norm of its error in any subspace.
 
     Each of d additions is off by 2^-24 of a partial sum whose norm is at most that of the row; the errors
     have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. A bound in
     probability, then, not for every input.
     """
-    norm = torch.linalg.vector_norm(rows, dim=1)
-    return norm.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
-
-
-def _rotate(
-    rows: Tensor, rotation: Tensor, origin: Tensor | None, out: Tensor, error: Tensor | None = None
-) -> None:
-    """Writes ``(rows - origin) @ rotation`` to ``out`` [N, d] fp32, block by block."""
-    size = min(len(rows), max(512, _ROTATE_ELEMENTS // rows.shape[1]))
-    buffer = torch.empty(size, rows.shape[1])
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        block = buffer[: len(part)]
-        if origin is None:
-            block.copy_(part)
-        else:
-            torch.sub(part, origin, out=block)
-        torch.mm(block, rotation, out=out[start : start + size])
-        if error is not None:
-            error[start : start + size] = _rotation_error(block)
-
-
-def _rotate_keys(keys: Tensor, rotation: Tensor, origin: Tensor | None) -> _PreparedKeys:
-    rotated, error = torch.empty(keys.shape), torch.empty(len(keys))
-    _rotate(keys, rotation, origin, rotated, error)
-    return _PreparedKeys(rotated, origin, error)
+    norms = torch.empty(len(rows))
+    rotated = rotate_centred(rows, rotation, origin, norms=norms)
+    return rotated, norms.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
 
 
 def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
@@ -311,8 +277,7 @@ def _search_raw(
     call: _Search, queries: Tensor, keys: Tensor, rotation: Tensor, prepared: _PreparedKeys
 ) -> Neighbors:
     found = _empty_neighbors(len(call.offsets) - 1, len(queries))
-    rotated, query_error = torch.empty(queries.shape), torch.empty(len(queries))
-    _rotate(queries, rotation, prepared.origin, rotated, query_error)
+    rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin)
     call.extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), call.offsets, call.cosine, call.bf16),
         *(_rows(prepared.rotated), 0, rotated.data_ptr(), 0),
@@ -328,7 +293,15 @@ def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: 
     exact_queries = exact_queries.contiguous()
     found = _empty_neighbors(len(call.offsets) - 1, len(exact_queries))
     call.extension.nearest_neighbors(
-        *(isa(), torch.get_num_threads(), len(exact_queries), len(keys), call.offsets, call.cosine, call.bf16),
+        *(
+            isa(),
+            torch.get_num_threads(),
+            len(exact_queries),
+            len(keys),
+            call.offsets,
+            call.cosine,
+            call.bf16,
+        ),
         *(_rows(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),
@@ -350,6 +323,7 @@ def _ksg_arguments(
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
+    rotated: bool,
 ) -> _KsgArguments:
     offsets = _check_rows(queries, keys, rotation, widths)
     _extension()
@@ -362,21 +336,14 @@ def _ksg_arguments(
     rotation, pairs = rotation.detach().contiguous(), pairs.contiguous()
     positive = variances.detach().double().clamp_min(0)
     inverse = torch.where(positive > 0, 1 / positive, 0).float()
-    origin = _origin(keys, False)
-    rotated_queries, rotated_keys = torch.empty(queries.shape), torch.empty(keys.shape)
-    _rotate(queries.detach(), rotation, origin, rotated_queries)
-    _rotate(keys.detach(), rotation, origin, rotated_keys)
+    if rotated:
+        rotated_queries, rotated_keys = (rows.detach().float().contiguous() for rows in (queries, keys))
+    else:
+        origin = sample_mean(keys.detach())
+        rotated_queries = rotate_centred(queries.detach(), rotation, origin)
+        rotated_keys = rotate_centred(keys.detach(), rotation, origin)
     values = (
         *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, inverse.data_ptr()),
         *(rotated_queries.data_ptr(), rotated_keys.data_ptr(), len(pairs), pairs.data_ptr()),
     )
     return _KsgArguments(values, (inverse, rotated_queries, rotated_keys, pairs))
-
-
-def _ksg_counts(arguments: _KsgArguments, radius: Tensor, pairs: int, queries: int) -> Tensor:
-    if radius.shape != (pairs, queries) or radius.device.type != "cpu" or not radius.is_floating_point():
-        raise ValueError(f"radius is {radius.dtype} {list(radius.shape)}: give float32 [{pairs}, {queries}]")
-    radius = radius.detach().float().contiguous()
-    counts = torch.empty(pairs, 2, queries, dtype=torch.int64)
-    _extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
-    return counts

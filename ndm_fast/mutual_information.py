@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
+from ndm_fast.centring import rotate_centred, sample_mean
 
 
 def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[int]) -> Tensor:
@@ -45,16 +46,13 @@ def mutual_information(
     result = torch.zeros(len(widths), len(widths), dtype=torch.float64)
     if not chosen:
         return result
-    arguments = (
-        queries,
-        keys,
-        rotation,
-        widths,
-        subspace_variances(keys, rotation, widths).float(),
-        torch.tensor(chosen, device=queries.device),
-    )
-    radius = ops.ksg_radius(*arguments, backend=backend)
-    counts = ops.ksg_counts(*arguments, radius, backend=backend).double()
+    origin = sample_mean(keys)
+    rotated_queries, rotated_keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
+    variances = torch.stack([part.sum() for part in rotated_keys.var(0).split(list(widths))])
+    arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
+    which = torch.tensor(chosen, device=queries.device)
+    radius = ops.ksg_radius(*arguments, which, rotated=True, backend=backend)
+    counts = ops.ksg_counts(*arguments, which, radius, rotated=True, backend=backend).double()
     total = torch.tensor(len(keys) + 1, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
     estimates = torch.digamma(one) + torch.digamma(total) - torch.digamma(counts + 1).sum(1).mean(1).cpu()

@@ -39,8 +39,8 @@ def nearest_neighbors(
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
         precision: least precision of the pass that proposes neighbours, ``"fp32"`` or ``"bf16"``. With bf16 a
-            neighbour may be 1 % farther than the nearest (fp32: 1e-6). The distance returned is always computed
-            anew, from the difference of the two rows.
+            neighbour may be 1 % farther than the nearest (fp32: 1e-6). The distance returned is always
+            computed anew, from the difference of the two rows.
         keys_rotated, queries_rotated: what is rotated already; the queries only where the keys are.
         backend: see ``ndm_fast.backends``.
         check_finite: look for NaN and Inf; switch off where the data was checked before.
@@ -71,6 +71,7 @@ def ksg_radius(
     variances: Tensor,
     pairs: Tensor,
     *,
+    rotated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
@@ -81,11 +82,12 @@ def ksg_radius(
         queries, keys, rotation, widths: as for :func:`nearest_neighbors`.
         variances: [S] total variance of each subspace.
         pairs: [P, 2] int64, two different subspaces each.
+        rotated: queries and keys are rotated already.
     """
     _check(queries, keys, rotation, widths, True)
     _check_pairs(variances, pairs, widths)
     chosen = backends.choose(queries.device, backend).name
-    return _ksg_radius(queries, keys, rotation, list(widths), variances, pairs, chosen)
+    return _ksg_radius(queries, keys, rotation, list(widths), variances, pairs, rotated, chosen)
 
 
 def ksg_counts(
@@ -97,6 +99,7 @@ def ksg_counts(
     pairs: Tensor,
     radius: Tensor,
     *,
+    rotated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
@@ -108,7 +111,7 @@ def ksg_counts(
     if radius.shape != (len(pairs), len(queries)):
         raise InputError(f"radius has shape {list(radius.shape)}: give [P, Q] = {[len(pairs), len(queries)]}")
     chosen = backends.choose(queries.device, backend).name
-    return _ksg_counts(queries, keys, rotation, list(widths), variances, pairs, radius, chosen)
+    return _ksg_counts(queries, keys, rotation, list(widths), variances, pairs, radius, rotated, chosen)
 
 
 @torch.library.custom_op("ndm_fast::nearest_neighbors", mutates_args=())
@@ -154,13 +157,20 @@ def _ksg_radius(
     widths: list[int],
     variances: Tensor,
     pairs: Tensor,
+    rotated: bool,
     backend: str,
 ) -> Tensor:
     if backend != "reference":
-        return _MODULES[backend].ksg_radius(queries, keys, rotation, widths, variances, pairs)
+        return _MODULES[backend].ksg_radius(
+            queries, keys, rotation, widths, variances, pairs, rotated=rotated
+        )
     parts = queries.split(_QUERIES_AT_ONCE)
     return torch.cat(
-        [reference.ksg_radius(part, keys, rotation, widths, variances, pairs) for part in parts], dim=1
+        [
+            reference.ksg_radius(part, keys, rotation, widths, variances, pairs, rotated=rotated)
+            for part in parts
+        ],
+        dim=1,
     ).float()
 
 
@@ -172,6 +182,7 @@ def _(
     widths: list[int],
     variances: Tensor,
     pairs: Tensor,
+    rotated: bool,
     backend: str,
 ) -> Tensor:
     return queries.new_empty((pairs.shape[0], queries.shape[0]), dtype=torch.float32)
@@ -186,14 +197,17 @@ def _ksg_counts(
     variances: Tensor,
     pairs: Tensor,
     radius: Tensor,
+    rotated: bool,
     backend: str,
 ) -> Tensor:
     if backend != "reference":
-        return _MODULES[backend].ksg_counts(queries, keys, rotation, widths, variances, pairs, radius)
+        return _MODULES[backend].ksg_counts(
+            queries, keys, rotation, widths, variances, pairs, radius, rotated=rotated
+        )
     parts = zip(queries.split(_QUERIES_AT_ONCE), radius.split(_QUERIES_AT_ONCE, dim=1), strict=True)
     return torch.cat(
         [
-            reference.ksg_counts(part, keys, rotation, widths, variances, pairs, limit)
+            reference.ksg_counts(part, keys, rotation, widths, variances, pairs, limit, rotated=rotated)
             for part, limit in parts
         ],
         dim=2,
@@ -209,6 +223,7 @@ def _(
     variances: Tensor,
     pairs: Tensor,
     radius: Tensor,
+    rotated: bool,
     backend: str,
 ) -> Tensor:
     return queries.new_empty((pairs.shape[0], 2, queries.shape[0]), dtype=torch.int64)

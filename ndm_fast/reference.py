@@ -146,17 +146,24 @@ def mean_distance(
 
 
 def scaled_distances(
-    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], variances: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[S, Q, K] float64 distance in each subspace over the square root of that subspace's variance.
 
     ``variances`` is [S], the total variance of each subspace; a subspace without variance has distance 0
-    to everything.
+    to everything. ``rotated``: queries and keys are rotated already.
     """
-    rotation = rotation.double()
     origin = keys.double().mean(0)
-    query_parts = ((queries.double() - origin) @ rotation).split(list(widths), 1)
-    key_parts = ((keys.double() - origin) @ rotation).split(list(widths), 1)
+    centred = [rows.double() - origin for rows in (queries, keys)]
+    query_parts, key_parts = (
+        (rows if rotated else rows @ rotation.double()).split(list(widths), 1) for rows in centred
+    )
     scaled = []
     for query_part, key_part, variance in zip(query_parts, key_parts, variances.double(), strict=True):
         squared, _ = _squared_distances(query_part, key_part, "euclidean")
@@ -171,13 +178,15 @@ def ksg_radius(
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, Q] distance to the nearest key in the joint space of each pair, in the maximum norm.
 
     ``radius = min_k max(D_a(q, k), D_b(q, k))`` with ``D`` as in :func:`scaled_distances`; ``pairs`` is
     [P, 2] int64. Kraskov, Stögbauer & Grassberger 2004, algorithm 1 with one neighbour.
     """
-    scaled = scaled_distances(queries, keys, rotation, widths, variances)
+    scaled = scaled_distances(queries, keys, rotation, widths, variances, rotated=rotated)
     return torch.stack([torch.maximum(scaled[a], scaled[b]).min(1).values for a, b in pairs.tolist()])
 
 
@@ -189,9 +198,11 @@ def ksg_counts(
     variances: Tensor,
     pairs: Tensor,
     radius: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, 2, Q] int64: keys strictly closer than ``radius`` ([P, Q]) in each subspace of each pair."""
-    scaled = scaled_distances(queries, keys, rotation, widths, variances)
+    scaled = scaled_distances(queries, keys, rotation, widths, variances, rotated=rotated)
     counts = [
         # In the radius's dtype: rounding keeps order, so the key that set the radius is never below it.
         torch.stack([(scaled[side].to(radius.dtype) < limit[:, None]).sum(1) for side in pair])

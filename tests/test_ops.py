@@ -86,10 +86,12 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
 def test_library_ops_pass_opcheck(case, backend):
     pairs, variances = torch.tensor([[0, 1]]), torch.tensor([1.0, 1.0])
     q, k, r = case["queries"], case["keys"], case["rotation"]
-    torch.library.opcheck(ops._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", "fp32", False, False, backend))
-    torch.library.opcheck(ops._ksg_radius, (q, k, r, WIDTHS, variances, pairs, backend))
+    torch.library.opcheck(
+        ops._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", "fp32", False, False, backend)
+    )
+    torch.library.opcheck(ops._ksg_radius, (q, k, r, WIDTHS, variances, pairs, False, backend))
     radius = torch.ones(1, len(q))
-    torch.library.opcheck(ops._ksg_counts, (q, k, r, WIDTHS, variances, pairs, radius, backend))
+    torch.library.opcheck(ops._ksg_counts, (q, k, r, WIDTHS, variances, pairs, radius, False, backend))
 
 
 def test_compiles_into_one_graph(case):
