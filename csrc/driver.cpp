@@ -63,7 +63,7 @@ int64_t search_scratch_floats(const Search& a) {
   }
   const int64_t plain = a.bf16 ? 32 * a.width : 0;
   const int64_t sweep = kMaxPack + 8 * a.width + 16 + plain + packed;
-  const int64_t rerank = 2 * (4 * a.width + 12 * p) + a.width;
+  const int64_t rerank = 2 * (4 * a.width + 16 * p) + a.width;
   return ceil_div(std::max(sweep, rerank), 16) * 16;
 }
 

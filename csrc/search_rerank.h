@@ -9,11 +9,14 @@
 //   1 the group with the least score gives a first U, from fp64 distances of its keys;
 //   2 every group that can hold a key within U is read again; normally none is;
 //   3 rotated form: the fp64 distance decides. Raw form: keys within U of the rotated copy are measured
-//     from the raw rows in fp64, four at a time.
+//     from the raw rows. A query's only such key is measured in fp32, eight queries at once, with sums of 32
+//     terms added up in fp64: the error is at most 2 sqrt(32) 2^-24 |q - k| (as above, in probability). Where
+//     that is too much, or there are several keys, fp64 decides, four at a time.
 // A bf16 sweep (Search::bf16) knows rows only to 2^-8. There a neighbour within kLoosened of the least distance
 // will do, so step 2 asks for groups that hold a key within U (1 - kLoosened); where more than kCrowded are, the
 // query is left to the driver, which decides whether to read them or to sweep that subspace again in fp32.
-// Limit: fp64 product of Q x d x p per subspace in raw form; memory latency of 8-16 rows otherwise.
+// Limit: fp32 product of Q x d x p per subspace in raw form (in fp64, as it was, it took 1.2 times as long as the
+// sweep at d = 2304); memory latency of 8-16 rows otherwise.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +28,8 @@ namespace {
 
 constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
 constexpr int kPending = 64;
+constexpr int64_t kChunk = 32;  // terms summed in fp32
+constexpr double kDistanceError = 8e-6;  // relative; 1e-5 is promised
 constexpr double kLoosened = 8e-3;
 constexpr int kCrowded = 24;
 
@@ -54,26 +59,39 @@ struct Query {
   Best best;
 };
 
+// One lane, for the columns that fill no vector.
+struct Scalar {
+  static constexpr int lanes = 1;
+  float v;
+  static Scalar load(const float* p) { return {*p}; }
+  static Scalar set1(float x) { return {x}; }
+  void store(float* p) const { *p = v; }
+  static Scalar fma(Scalar a, Scalar b, Scalar c) { return {a.v * b.v + c.v}; }
+};
+
 struct Pending {
   int64_t key;
   int query;
   double lower;
 };
 
+template <class V>
 struct Rerank {
+  static constexpr int kAtOnce = V::lanes / 2;  // rows of an fp32 measurement: 2 vectors of sums each
+
   const Search& a;
   int64_t s, column, p;
   int64_t first;          // first query of the block
   Query query[kRerankQueries];
   Pending pending[kPending];
   int waiting = 0;
-  double* doubles;        // scratch: [4 d] rows, [4 p] projections, [8 p] query rows
+  double* doubles;        // scratch: [4 d] rows, [8 p] projections, [8 p] query rows
   float* row;             // scratch: [d]
 
   Rerank(const Search& search, int64_t subspace, int64_t first_query, float* scratch)
       : a(search), s(subspace), column(search.offsets[subspace]), p(search.offsets[subspace + 1] - column),
         first(first_query), doubles(reinterpret_cast<double*>(scratch)),
-        row(scratch + 2 * (4 * search.width + 12 * p)) {}
+        row(scratch + 2 * (4 * search.width + 16 * p)) {}
 
   bool raw() const { return a.exact_queries == nullptr; }
 
@@ -87,7 +105,7 @@ struct Rerank {
   void start_query(int i) {
     Query& q = query[i];
     if (raw()) {
-      double* copy = doubles + 4 * a.width + 4 * p + i * p;
+      double* copy = doubles + 4 * a.width + 8 * p + i * p;
       for (int64_t j = 0; j < p; ++j) copy[j] = a.rotated_queries[(first + i) * a.width + column + j];
       q.row = copy;
     } else {
@@ -235,6 +253,8 @@ struct Rerank {
 
   // Measures the waiting keys from the raw rows.
   void resolve() {
+    drop_if([&](const Pending& x) { return out_of_reach(x); });
+    if (!a.cosine) measure_single_keys();
     const int at_once = a.cosine ? 2 : 4;
     const int total = waiting;
     waiting = 0;
@@ -244,10 +264,94 @@ struct Rerank {
       for (; begin < total && size < at_once; ++begin) {
         const Pending& x = pending[begin];
         // Copies of the best row (padding and first tokens come in thousands) cannot win.
-        if (x.lower > query[x.query].upper * (1 + 1e-14) || same_as_best(x)) continue;
+        if (out_of_reach(x) || same_as_best(x)) continue;
         batch[size++] = x;
       }
       if (size) measure(batch, size);
+    }
+  }
+
+  // Takes those keys off the list whose fp32 distance will do: the only ones of their query.
+  void measure_single_keys() {
+    int keys_of[kRerankQueries] = {};
+    for (int i = 0; i < waiting; ++i) ++keys_of[pending[i].query];
+    int at[kRerankQueries], size = 0;
+    for (int i = 0; i < waiting; ++i)
+      if (keys_of[pending[i].query] == 1 && query[pending[i].query].best.index < 0) at[size++] = i;
+    for (int begin = 0; begin < size; begin += kAtOnce)
+      measure_in_fp32(at + begin, size - begin < kAtOnce ? size - begin : kAtOnce);
+    drop_if([](const Pending& x) { return x.key < 0; });
+  }
+
+  // Since it was put on the list, a nearer key was seen.
+  bool out_of_reach(const Pending& x) const { return x.lower > query[x.query].upper * (1 + 1e-14); }
+
+  template <class F>
+  void drop_if(F condition) {
+    waiting = static_cast<int>(std::remove_if(pending, pending + waiting, condition) - pending);
+  }
+
+  void measure_in_fp32(const int* at, int size) {
+    auto rows = reinterpret_cast<float*>(doubles);  // [kAtOnce][d] differences
+    double squared_norm[kAtOnce];
+    for (int b = 0; b < kAtOnce; ++b) {
+      const Pending& x = pending[at[b < size ? b : 0]];
+      float* difference = rows + b * a.width;
+      read_row(a.raw_queries, first + x.query, 0, a.width, difference);
+      read_row(a.raw_keys, x.key, 0, a.width, row);
+      for (int64_t i = 0; i < a.width; ++i) difference[i] -= row[i];
+      squared_norm[b] = sum_of_squares(difference, a.width);
+    }
+    double* out = doubles + 4 * a.width;  // [kAtOnce][p]
+    std::fill(out, out + kAtOnce * p, 0.0);
+    int64_t c = 0;
+    for (; c + 2 * V::lanes <= p; c += 2 * V::lanes) add_products<V, 2>(rows, c, out);
+    for (; c + V::lanes <= p; c += V::lanes) add_products<V, 1>(rows, c, out);
+    for (; c + 8 <= p; c += 8) add_products<Vec8, 1>(rows, c, out);
+    for (; c < p; ++c) add_products<Scalar, 1>(rows, c, out);
+    for (int b = 0; b < size; ++b) {
+      double squared = 0;
+      for (int64_t j = 0; j < p; ++j) squared += out[b * p + j] * out[b * p + j];
+      const double error = 2 * kUnit * std::sqrt(static_cast<double>(kChunk) * squared_norm[b]);
+      Pending& x = pending[at[b]];
+      if (!(error <= kDistanceError * std::sqrt(squared))) continue;  // NaN stays for fp64
+      improve(query[x.query].best, squared, x.key);
+      x.key = -1;
+    }
+  }
+
+  static double sum_of_squares(const float* x, int64_t count) {
+    Double4 sums = {0, 0, 0, 0};
+    double rest = 0;
+    int64_t i = 0;
+    for (; i + 4 <= count; i += 4) sums += to_double(x + i) * to_double(x + i);
+    for (; i < count; ++i) rest += static_cast<double>(x[i]) * x[i];
+    return sum(sums) + rest;
+  }
+
+  // out[b][c ..] += rows[b][.] . R[., column + c ..], for a few vectors of columns.
+  template <class W, int Vectors>
+  void add_products(const float* rows, int64_t c, double* out) {
+    const float* basis = a.rotation + column + c;
+    for (int64_t begin = 0; begin < a.width; begin += kChunk) {
+      const int64_t end = begin + kChunk < a.width ? begin + kChunk : a.width;
+      W sums[kAtOnce][Vectors];
+      for (auto& of_row : sums)
+        for (W& sum : of_row) sum = W::set1(0);
+      for (int64_t i = begin; i < end; ++i) {
+        W r[Vectors];
+        for (int v = 0; v < Vectors; ++v) r[v] = W::load(basis + i * a.width + v * W::lanes);
+        for (int b = 0; b < kAtOnce; ++b) {
+          const W x = W::set1(rows[b * a.width + i]);
+          for (int v = 0; v < Vectors; ++v) sums[b][v] = W::fma(x, r[v], sums[b][v]);
+        }
+      }
+      for (int b = 0; b < kAtOnce; ++b)
+        for (int v = 0; v < Vectors; ++v) {
+          alignas(64) float parts[W::lanes];
+          sums[b][v].store(parts);
+          for (int l = 0; l < W::lanes; ++l) out[b * p + c + v * W::lanes + l] += parts[l];
+        }
     }
   }
 
@@ -354,7 +458,8 @@ inline bool any_irregular(const Search& a, int64_t s) {
 constexpr Threshold kNothing = {0, 0, 0, -std::numeric_limits<float>::infinity()};
 
 // Reads the group with the least score; what else has to be read for the query.
-inline Threshold first_group(Rerank& work, int i, int64_t tile, int group, bool irregular, float alpha) {
+template <class V>
+Threshold first_group(Rerank<V>& work, int i, int64_t tile, int group, bool irregular, float alpha) {
   const Search& a = work.a;
   work.start_query(i);
   if (irregular || !(work.query[i].sweep_norm2 <= std::numeric_limits<float>::max())) {
@@ -370,11 +475,12 @@ inline Threshold first_group(Rerank& work, int i, int64_t tile, int group, bool 
   return threshold(work.query[i], alpha, a.cosine, a.bf16);
 }
 
+template <class V>
 void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scratch) {
   uint8_t* crowded = a.crowded + (s - a.first) * a.queries + first;
   const int count = static_cast<int>(last - first);
   if (a.crowded_only && !std::any_of(crowded, crowded + count, [](uint8_t x) { return x; })) return;
-  Rerank work(a, s, first, scratch);
+  Rerank<V> work(a, s, first, scratch);
   const float* minima = a.minima + ((s - a.first) * a.tiles * a.padded + first) * kGroups;
   const float alpha = static_cast<float>(work.p + 5) * kUnit;
   int64_t tile[kRerankQueries];

@@ -26,15 +26,19 @@ def test_finds_a_target_rotation(kind):
     assert orthogonality_error(found.matrix) < 1e-5
 
 
+@pytest.mark.parametrize("coherent", [False, True], ids=["random", "coherent"])
+@pytest.mark.parametrize("lr", [0.03, 1e-3])
 @pytest.mark.parametrize("kind", ["lie", "exp"])
-def test_starts_where_it_is_told_and_stays_orthogonal(kind):
+def test_starts_where_it_is_told_and_stays_orthogonal(kind, lr, coherent):
     generator = torch.Generator().manual_seed(1)
     start = random_rotation(48, generator)
     rotation = make_rotation(kind, start, (0.9, 0.999))
     torch.testing.assert_close(rotation.matrix, start, rtol=0, atol=1e-5)
+    always = torch.randn(48, 48, generator=generator)
     for _ in range(300):
-        rotation.step(torch.randn(48, 48, generator=generator), 0.03)
-    assert orthogonality_error(rotation.matrix) <= 1e-5
+        noise = torch.randn(48, 48, generator=generator)
+        rotation.step(always if coherent else noise, lr)
+        assert orthogonality_error(rotation.matrix) <= 1e-5
     assert torch.linalg.det(rotation.matrix.double()) == pytest.approx(
         float(torch.linalg.det(start)), abs=1e-3
     )
