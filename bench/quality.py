@@ -41,11 +41,12 @@ def harvest(steps: int) -> TensorStream:
     return TensorStream(rows.split(BATCH))
 
 
-def settings(steps: int, rotation: str, search_every: int) -> TrainConfig:
+def settings(steps: int, rotation: str, search_every: int, precision: str = "fp32") -> TrainConfig:
     """The published rate and batch, for a number of steps."""
     return TrainConfig(
         rotation=rotation,
         search_every=search_every,
+        precision=precision,
         max_steps=steps,
         lr=3e-4,
         schedule="constant",

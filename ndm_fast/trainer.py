@@ -113,7 +113,7 @@ class Trainer:
             if self.step == first and not self._begin_phase(observer):
                 break
             before = self.step
-            self._train_block(min(self.config.search_every, end - self.step), observer)
+            self.train_block(min(self.config.search_every, end - self.step), observer)
             observer.progress(self)
             if self._crossed(before, self.config.eval_every) or self.step == end:
                 self._evaluate(observer, stale_gap=self.config.search_every > 1)
@@ -134,8 +134,8 @@ class Trainer:
             self.finished = not self._merge(observer)
         return not self.finished
 
-    def _train_block(self, steps: int, observer: Observer) -> None:
-        """One search, then ``steps`` optimiser steps on its neighbours.
+    def train_block(self, steps: int, observer: Observer) -> None:
+        """One search, then ``steps`` optimiser steps on its neighbours: :meth:`run` calls it.
 
         Neighbours up to ``steps`` old can only be farther than the true ones: the loss is majorised.
         """
