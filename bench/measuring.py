@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -48,8 +47,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def result_file(name: str) -> Path:
-    """Where a benchmark's results go: one file per machine."""
-    return RESULTS / f"{name}-{platform.node() or 'machine'}.json"
+    """Where a benchmark's results go: one file per instruction set."""
+    return RESULTS / f"{name}-{cpu.isa()}.json"
 
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,10 +1,10 @@
-"""One training step on the CPU: ours beside the published scheme in eager torch, and the loss that both reach.
+"""One training step on the CPU: ours beside the published scheme in eager torch, and the loss both reach.
 
     python bench/training_step.py [--steps N] [--out FILE]
 
 Activations of the demo's model and text, d 384, 32-wide subspaces, 16,384 keys, 128 queries, rate 3e-4. Both
-train for the same number of steps, in turns of 32, so that a busy machine is busy for both; then the held-out loss
-of both is measured by the fp64 oracle.
+train for the same number of steps, in turns of 32, so that a busy machine is busy for both; then the held-out
+loss of both is measured by the fp64 oracle.
 """
 
 from __future__ import annotations
@@ -84,15 +84,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=result_file("training-step"))
     options = parser.parse_args()
     print(
-        f"{'search':>6} | {'published':>9} {'ours':>6} ms | {'times':>5}        | held-out loss: published, ours"
+        f"{'search':>6} | {'published':>9} {'ours':>6} ms | {'times':>5}        | "
+        "held-out loss: published, ours"
     )
     rows = measure(options.steps)
     for row in rows:
         took = {name: values["median"] for name, values in row["ms_per_step"].items()}
         loss, times, difference = row["heldout"], row["times_published"], row["heldout_difference"]
         print(
-            f"{row['precision']:>6} | {took['published']:>9.1f} {took[row['precision']]:>6.1f}    | {times:>5.1f} "
-            f"{verdict(times, GOAL):>6} | {loss['published']:.4f}, {loss['ours']:.4f} "
+            f"{row['precision']:>6} | {took['published']:>9.1f} {took[row['precision']]:>6.1f}    | "
+            f"{times:>5.1f} {verdict(times, GOAL):>6} | {loss['published']:.4f}, {loss['ours']:.4f} "
             f"({100 * difference:+.2f} %, {verdict(difference, SAME_LOSS, at_most=True)})"
         )
     write_results(options.out, rows)
