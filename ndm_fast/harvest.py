@@ -40,6 +40,15 @@ class TokenRows(NamedTuple):
     document: Tensor
 
 
+class HarvestedRows(NamedTuple):
+    """Packed rows of tokens with the activations of those that count."""
+
+    packed: PackedRows
+    kept: Tensor
+    """[B, L] bool, on the CPU: neither special nor dropped as an outlier; ``rows`` holds these in order."""
+    rows: TokenRows
+
+
 def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
     """A Hugging Face model (without its head) in eval mode, and its fast tokenizer.
 
@@ -110,6 +119,11 @@ class ActivationStream:
 
     def token_rows(self, start: int = 0) -> Iterator[TokenRows]:
         """As :meth:`batches`, with the tokens that the activations belong to."""
+        for harvested in self.harvested_rows(start):
+            yield harvested.rows
+
+    def harvested_rows(self, start: int = 0) -> Iterator[HarvestedRows]:
+        """As :meth:`token_rows`, with the packed rows of text that they come from."""
         passes = repeat(None) if self._config.repeat_data else [None]
         batches = chain.from_iterable(self._pass() for _ in passes)
         for number, rows in enumerate(islice(batches, start, None), start):
@@ -131,7 +145,7 @@ class ActivationStream:
             )
 
     @torch.no_grad()
-    def _forward(self, rows: PackedRows, number: int) -> TokenRows:
+    def _forward(self, rows: PackedRows, number: int) -> HarvestedRows:
         device = next(self._model.parameters()).device
         with collect_activations(self._model, [self.site]) as captured:
             tokens = rows.tokens.to(device)
@@ -150,7 +164,8 @@ class ActivationStream:
         neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
         positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
         columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
-        return TokenRows(activations, *(column.flatten()[kept] for column in columns))
+        found = TokenRows(activations, *(column.flatten()[kept] for column in columns))
+        return HarvestedRows(rows, kept.view_as(rows.special), found)
 
     def _drop_outliers(self, activations: Tensor, keep: Tensor) -> Tensor:
         if self._config.max_norm_ratio is None or not keep.any():
