@@ -105,7 +105,7 @@ class ActivationStream:
         self._tokenizer = tokenizer
         self._open_documents = open_documents
         self._config = config
-        longest = _longest_context(model)
+        longest = longest_context(model)
         self._length = config.context_length or min(longest, _DEFAULT_CONTEXT)
         if self._length > longest:
             raise InputError(
@@ -185,7 +185,7 @@ def _embedded_folder() -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def _longest_context(model: Any) -> int:
+def longest_context(model: Any) -> int:
     """Tokens that the model takes, as far as its config says."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 

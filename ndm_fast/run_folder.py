@@ -31,6 +31,8 @@ class RunFolder:
         self.partition_folder = self.path / "partition"
         self.purity_file = self.path / "purity.json"
         self.figures_folder = self.path / "figures"
+        self.index_folder = self.path / "preimages"
+        self.report_folder = self.path / "report"
 
     def begin(self, config: RunConfig, *, resume: bool) -> None:
         """Claim the folder for a run with these settings, or take up the run that is in it.

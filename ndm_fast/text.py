@@ -62,6 +62,32 @@ def open_documents(data: str, text_field: str = "text", seed: int = 0) -> Callab
     return _open_dataset(data, text_field)
 
 
+class Frame(NamedTuple):
+    """Token ids around a row of text, and between documents."""
+
+    first: list[int]
+    last: list[int]
+    separator: int
+
+
+def frame(tokenizer: Any, bos: bool = False) -> Frame:
+    """What a row begins and ends with, see :func:`pack`.
+
+    Raises:
+        InputError: the tokenizer lacks a special token that is needed.
+    """
+    encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+    separator = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
+    if separator is None:
+        raise InputError(
+            "the tokenizer has neither EOS nor SEP, so documents cannot be kept apart: set eos_token"
+        )
+    if bos and not encoder and tokenizer.bos_token_id is None:
+        raise InputError("the tokenizer has no BOS token: leave --bos away")
+    first = [tokenizer.cls_token_id] if encoder else [tokenizer.bos_token_id] if bos else []
+    return Frame(first, [separator] if encoder else [], separator)
+
+
 def pack(
     documents: Iterable[str], tokenizer: Any, length: int, rows_per_batch: int, *, bos: bool = False
 ) -> Iterator[PackedRows]:
@@ -75,16 +101,7 @@ def pack(
         length: tokens in a row, the special ones included.
         rows_per_batch: rows yielded at once; the last batch may hold fewer.
     """
-    encoder = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
-    separator = tokenizer.sep_token_id if encoder else tokenizer.eos_token_id
-    if separator is None:
-        raise InputError(
-            "the tokenizer has neither EOS nor SEP, so documents cannot be kept apart: set eos_token"
-        )
-    if bos and not encoder and tokenizer.bos_token_id is None:
-        raise InputError("the tokenizer has no BOS token: leave --bos away")
-    first = [tokenizer.cls_token_id] if encoder else [tokenizer.bos_token_id] if bos else []
-    last = [separator] if encoder else []
+    first, last, separator = frame(tokenizer, bos)
     special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)))
     body = length - len(first) - len(last)
     tokens: list[int] = []

@@ -47,16 +47,24 @@ def neighbour_purity(
         queries.activations, keys.activations, partition.rotation, partition.widths, metric=metric
     )
     variances = subspace_variances(keys.activations, partition.rotation, partition.widths)
+    return purity_rows(queries, keys, found.index.cpu(), partition.widths, variances.tolist())
+
+
+def purity_rows(
+    queries: TokenRows, keys: TokenRows, index: Tensor, widths: Sequence[int], variances: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Rows of :func:`neighbour_purity` for neighbours already found: [S, Q] int64 numbers of keys."""
     rows = []
-    for s, index in enumerate(found.index.cpu()):
+    for s, neighbours in enumerate(index):
         shares = {
-            name: round(float(same.double().mean()), 4) for name, same in _agreement(queries, keys, index)
+            name: round(float(same.double().mean()), 4)
+            for name, same in _agreement(queries, keys, neighbours)
         }
         rows.append(
             {
                 "subspace": s,
-                "width": partition.widths[s],
-                "variance_share": round(float(variances[s] / variances.sum()), 4),
+                "width": widths[s],
+                "variance_share": round(variances[s] / sum(variances), 4),
                 **shares,
             }
         )

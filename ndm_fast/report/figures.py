@@ -83,10 +83,11 @@ def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
     if any(event["pairs"] for event in merges):
         yield "merge_tree", tree_figure(merges, max(event["step"] for event in events))
     if folder.purity_file.exists():
-        yield "purity", purity_figure(_purity_tables(folder.purity_file))
+        yield "purity", purity_figure(purity_tables(folder.purity_file))
 
 
-def _purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
+def purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """``purity.json``: rows of ``neighbour_purity`` by method."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:

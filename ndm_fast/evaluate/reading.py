@@ -1,0 +1,42 @@
+"""What a subspace seems to hold, in one line, from its neighbour purity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+_CLEAR, _PARTLY = 0.6, 0.3
+_POSITION_CLEAR, _POSITION_ABOVE_OTHERS = 0.8, 1.5
+_VARIABLES = {
+    "same_token": "current token",
+    "same_previous_token": "previous token",
+    "same_next_token": "next token",
+    "same_document": "document",
+}
+
+
+class Reading(NamedTuple):
+    """One line about a subspace."""
+
+    variable: str
+    """"position", "current token", "previous token", "next token", "document", or "mixed"."""
+    line: str
+
+
+def read_subspace(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Reading:
+    """The variable that nearest neighbours agree on, where the evidence is clear; else "mixed".
+
+    Args:
+        row: of ``purity.neighbour_purity``; rows: those of all subspaces, to compare with.
+    """
+    near = row["position_within_3"]
+    usual = median(other["position_within_3"] for other in rows)
+    if near >= _POSITION_CLEAR and near >= _POSITION_ABOVE_OTHERS * usual:
+        return Reading("position", f"position, within 3 for {100 * near:.0f} % of neighbours")
+    share, name = max((row[share], name) for share, name in _VARIABLES.items())
+    if share >= _CLEAR:
+        return Reading(name, f"{name}, shared by {100 * share:.0f} % of neighbours")
+    if share >= _PARTLY:
+        return Reading("mixed", f"mixed, in part the {name} ({100 * share:.0f} %)")
+    return Reading("mixed", f"no variable stands out; most is the {name} ({100 * share:.0f} %)")

@@ -1,0 +1,195 @@
+"""The report of a run: a static site that needs no network, no script and no server."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ndm_fast.checkpoint import unwritable, write_atomic
+from ndm_fast.errors import InputError
+from ndm_fast.harvest import ActivationStream, load_model
+from ndm_fast.report.figures import draw_run, purity_tables
+from ndm_fast.report.index import PreimageIndex, build_index, harvest_batches
+from ndm_fast.report.survey import SAMPLE, SubspaceSurvey, survey
+from ndm_fast.run_folder import RunFolder
+from ndm_fast.text import open_documents
+from ndm_fast.version import __version__
+
+REPORT_ROWS = 20_000
+"""Activations in the index that a report builds where there is none."""
+_GALLERY_QUERIES, _GALLERY_NEIGHBOURS = 12, 12
+
+_SHARES = (
+    ("same_token", "token"),
+    ("same_previous_token", "previous"),
+    ("same_next_token", "next"),
+    ("same_position", "position"),
+    ("position_within_3", "position ± 3"),
+    ("same_document", "document"),
+)
+_FIGURES = {
+    "loss": ("Loss", "Mean distance to the nearest neighbour during training; dashed lines are merges."),
+    "merge_tree": ("Merge tree", "Which of the first subspaces joined, and when."),
+    "mutual_information": (
+        "Mutual information",
+        "Between all pairs of subspaces at every round of merging, over the sum of both widths.",
+    ),
+    "purity": ("Neighbour purity", "The shares of the table, beside those of other rotations."),
+}
+
+
+def run_index(
+    folder: RunFolder, *, rows: int, dtype: str = "float16", rebuild: bool = False, device: str = "cpu"
+) -> PreimageIndex:
+    """The index of a run's partition; built from the run's model and text where there is none.
+
+    Args:
+        rows: activations in an index that is built, from the start of the text (the held-out ones first).
+        rebuild: build it even where there is one.
+
+    Raises:
+        InputError: the run is not finished, or its index is damaged or of another partition.
+    """
+    partition = folder.partition()
+    if folder.index_folder.exists() and not rebuild:
+        index = PreimageIndex(folder.index_folder)
+        if not index.partition.rotation.equal(partition.rotation) or index.rows.widths != partition.widths:
+            raise InputError(
+                f"{index.folder} was built for another partition than the one in {folder.path}: build it "
+                f"again with `ndm-fast index {folder.path}`"
+            )
+        return index
+    config = folder.config()
+    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
+    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
+    return build_index(harvest_batches(stream, rows), partition, folder.index_folder, tokenizer, dtype=dtype)
+
+
+def write_report(folder: RunFolder, out: Path, *, rows: int = REPORT_ROWS, device: str = "cpu") -> Path:
+    """Write the site into ``out``, and the figures into the run folder as .png and .svg.
+
+    Returns:
+        ``out/index.html``.
+
+    Raises:
+        InputError: the run is not finished, its index is damaged, or ``out`` cannot be written to.
+    """
+    metric = folder.config().train.metric
+    index = run_index(folder, rows=rows, dtype="float32", device=device)
+    figures = draw_run(folder, vector=True)
+    surveys = survey(
+        index,
+        metric=metric,
+        queries=_GALLERY_QUERIES,
+        neighbours=_GALLERY_NEIGHBOURS,
+        purity=_saved_purity(folder, index),
+    )
+    result = folder.result()
+    pages = {
+        "index.html": _page(
+            "overview.html",
+            facts=_facts(folder, index),
+            surveys=surveys,
+            distances=result.get("heldout_distance"),
+            figures=_inlined(figures),
+            shares=_SHARES,
+        ),
+        **{_name(s): _subspace_page(s, folder, index, metric) for s in surveys},
+    }
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from None
+    for name, page in pages.items():
+        write_atomic(out / name, page.encode())
+    return out / "index.html"
+
+
+def templates() -> jinja2.Environment:
+    """The pages' templates; everything that enters them is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("ndm_fast.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _page(template: str, **content: Any) -> str:
+    environment = templates()
+    assert environment.loader is not None
+    style = Markup(environment.loader.get_source(environment, "style.css")[0])
+    return environment.get_template(template).render(style=style, version=__version__, **content)
+
+
+def _subspace_page(s: SubspaceSurvey, folder: RunFolder, index: PreimageIndex, metric: str) -> str:
+    cosine = metric == "cosine"
+    spread = index.spread[s.subspace] or 1.0
+    note = (
+        "Distances are 1 − cosine."
+        if cosine
+        else f"Distances are over the subspace's spread, {spread:.3g}; a random pair is about 1.4 apart."
+    )
+    return _page(
+        "subspace.html",
+        facts=_facts(folder, index),
+        s=s,
+        count=len(index.rows.widths),
+        shares=_SHARES,
+        scale=1.0 if cosine else spread,
+        cosine=cosine,
+        distance_note=note,
+    )
+
+
+def _name(s: SubspaceSurvey) -> str:
+    return f"subspace-{s.subspace:02}.html"
+
+
+def _facts(folder: RunFolder, index: PreimageIndex) -> dict[str, Any]:
+    source, result, config = index.partition.source, folder.result(), folder.config()
+    shown = [
+        ("text", source.get("data", config.harvest.data)),
+        ("steps", f"{result['steps']:,}"),
+        ("held-out distance", f"{result['heldout_loss']:.4f}"),
+        ("activations shown", f"{len(index):,}"),
+        ("metric", config.train.metric),
+    ]
+    return {
+        "model": source.get("model", config.harvest.model),
+        "site": source.get("site", config.harvest.site[0]),
+        "run": str(folder.path),
+        "width": index.partition.width,
+        "rows": f"{len(index):,}",
+        "sample": f"{min(SAMPLE, len(index) // 2):,}",
+        "shown": shown,
+    }
+
+
+def _saved_purity(folder: RunFolder, index: PreimageIndex) -> list[dict[str, Any]] | None:
+    """Rows of ``purity.json`` where there is one of this partition, so that page and command line agree."""
+    if not folder.purity_file.exists():
+        return None
+    rows = purity_tables(folder.purity_file).get("ndm", [])
+    return rows if [row["width"] for row in rows] == list(index.rows.widths) else None
+
+
+def _inlined(figures: list[Path]) -> list[dict[str, str]]:
+    """The vector figures as data URIs, in the order in which they are told about."""
+    drawn = {path.stem: path for path in figures if path.suffix == ".svg"}
+    return [
+        {
+            "name": name,
+            "title": title,
+            "caption": caption,
+            "source": f"data:image/svg+xml;base64,{base64.b64encode(drawn[name].read_bytes()).decode()}",
+        }
+        for name, (title, caption) in _FIGURES.items()
+        if name in drawn
+    ]
