@@ -46,12 +46,15 @@ def view_row(index: PreimageIndex, row: int, window: int) -> RowView:
     sequence, position = divmod(place, index.context_length)
     tokens = index.tokens[sequence].tolist()
     piece = index.pieces[tokens[position]]
+    before = stretches(index, tokens[max(0, position - window) : position])
+    if before:
+        before[0]["text"] = before[0]["text"].lstrip(" ")  # a space before nothing
     return {
         "row": row,
         "token": piece.name,
         "position": position,
         "document": int(index.documents[sequence, position]),
-        "before": stretches(index, tokens[max(0, position - window) : position]),
+        "before": before,
         "target": piece.text,
         "after": stretches(index, tokens[position + 1 : position + 1 + window]),
     }
