@@ -51,9 +51,13 @@ def test_report_writes_a_page_for_every_subspace_and_both_kinds_of_figure(run: P
 
 def test_purity_of_the_command_is_the_purity_of_the_page(copy: Path, ndm: Callable[..., Any]) -> None:
     assert ndm("evaluate", "purity", copy).code == 0
+    shutil.copy(copy / "figures" / "loss.png", copy / "circuits.png")
     rows = json.loads((copy / "purity.json").read_text())["ndm"]
     outcome = ndm("report", copy, "-o", copy / "site")
     assert outcome.out == f"report: {copy / 'site' / 'index.html'}\n"
+    overview = (copy / "site" / "index.html").read_text()
+    assert 'id="circuits"' in overview
+    assert 'id="purity"' in overview
     page = (copy / "site" / "subspace-00.html").read_text()
     for share in SHARES:
         assert f"<dd>{100 * rows[0][share]:.1f} %</dd>" in page

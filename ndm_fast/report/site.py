@@ -39,7 +39,9 @@ _FIGURES = {
         "Between all pairs of subspaces at every round of merging, over the sum of both widths.",
     ),
     "purity": ("Neighbour purity", "The shares of the table, beside those of other rotations."),
+    "circuits": ("Circuits", "What replacing one subspace by that of a counterfactual prompt changes."),
 }
+_MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 def run_index(
@@ -96,7 +98,7 @@ def write_report(folder: RunFolder, out: Path, *, rows: int = REPORT_ROWS, devic
             facts=_facts(folder, index),
             surveys=surveys,
             distances=result.get("heldout_distance"),
-            figures=_inlined(figures),
+            figures=_inlined(figures, folder.path / "circuits.png"),
             shares=_SHARES,
         ),
         **{_name(s): _subspace_page(s, folder, index, metric) for s in surveys},
@@ -180,15 +182,18 @@ def _saved_purity(folder: RunFolder, index: PreimageIndex) -> list[dict[str, Any
     return rows if [row["width"] for row in rows] == list(index.rows.widths) else None
 
 
-def _inlined(figures: list[Path]) -> list[dict[str, str]]:
-    """The vector figures as data URIs, in the order in which they are told about."""
+def _inlined(figures: list[Path], circuits: Path) -> list[dict[str, str]]:
+    """The vector figures and that of circuit tests as data URIs, in the order in which they are told about."""
     drawn = {path.stem: path for path in figures if path.suffix == ".svg"}
+    if circuits.is_file():  # of `ndm-fast evaluate circuits RUN --out RUN`
+        drawn["circuits"] = circuits
     return [
         {
             "name": name,
             "title": title,
             "caption": caption,
-            "source": f"data:image/svg+xml;base64,{base64.b64encode(drawn[name].read_bytes()).decode()}",
+            "source": f"data:{_MEDIA[drawn[name].suffix]};base64,"
+            + base64.b64encode(drawn[name].read_bytes()).decode(),
         }
         for name, (title, caption) in _FIGURES.items()
         if name in drawn

@@ -91,10 +91,11 @@ def survey(
     found = ops.nearest_neighbors(
         rows.activations + origin,
         keys.activations + origin,
-        torch.eye(len(origin)),
+        index.partition.rotation,
         index.rows.widths,
         metric=metric,
         keys_rotated=True,
+        queries_rotated=True,
     )
     purity = purity or purity_rows(rows, keys, found.index, index.rows.widths, [s * s for s in index.spread])
     surveys = []
