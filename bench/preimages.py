@@ -24,7 +24,8 @@ import torch
 from ndm_fast import RunFolder, SubspacePartition, load_model
 from ndm_fast.pool import seeded
 from ndm_fast.provenance import provenance
-from ndm_fast.report.index import PreimageIndex, TextBatch, build_index
+from ndm_fast.report.index import PreimageIndex, TextBatch
+from ndm_fast.report.index_writer import build_index
 from ndm_fast.report.search import nearest_rows
 
 _NOISE = 0.05

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ndm_fast.config import GROUPS, RunConfig, from_flat
+from ndm_fast.devices import check_device
 from ndm_fast.errors import InputError, StoppedError
 from ndm_fast.presets import PRESETS, preset
+from ndm_fast.report.commands import add_report
 from ndm_fast.version import __version__
 
 _EXIT_INPUT, _EXIT_STOPPED = 2, 130
@@ -56,9 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_evaluate(commands)
-    _add_report(commands)
-    _add_index(commands)
-    _add_explore(commands)
+    add_report(commands)
     _add_toy(commands)
     doctor = commands.add_parser("doctor", help="what is installed, which backend runs, and why")
     doctor.set_defaults(run=_doctor)
@@ -143,7 +143,7 @@ def _train(options: argparse.Namespace) -> None:
     from ndm_fast.run import train_run
 
     config = _settings(options)
-    _check_device(options.device)
+    check_device(options.device)
     for folder in train_run(
         config, options.out, resume=options.resume, device=options.device, show_progress=not options.quiet
     ):
@@ -156,24 +156,6 @@ def _train(options: argparse.Namespace) -> None:
         print(f"\n{config.harvest.model} {folder.partition().source['site']}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {name!r}: take cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            f"--device {name}, but torch sees no GPU: use --device cpu or install a CUDA build of torch"
-        )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InputError(f"--device {name}, but torch sees {count} GPU(s): they count from cuda:0")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -193,7 +175,7 @@ def _purity(options: argparse.Namespace) -> None:
     from ndm_fast.evaluate.purity import run_purity
     from ndm_fast.report.table import text_table
 
-    _check_device(options.device)
+    check_device(options.device)
     tables = run_purity(options.folder, options.baseline, device=options.device)
     if options.json:
         print(json.dumps(tables, indent=2))
@@ -201,98 +183,6 @@ def _purity(options: argparse.Namespace) -> None:
     for name, rows in tables.items():
         print(f"\n{name}: share of queries whose nearest neighbour has the same ...")
         print(text_table(rows))
-
-
-def _add_report(commands: Any) -> None:
-    report = commands.add_parser("report", help="write the report of a run: a static site, and its figures")
-    report.add_argument("folder", metavar="RUN", help="folder of a run")
-    report.add_argument("-o", "--out", default=None, help="folder for the site; default: RUN/report")
-    report.add_argument(
-        "--rows", type=int, default=20_000, help="activations to index where there is no index"
-    )
-    report.add_argument(
-        "--figures-only", action="store_true", help="draw the figures into RUN/figures, no site"
-    )
-    report.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... for building the index")
-    report.set_defaults(run=_report)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from ndm_fast.report.figures import draw_run
-    from ndm_fast.report.site import write_report
-    from ndm_fast.run_folder import RunFolder
-
-    folder = RunFolder(options.folder)
-    if options.figures_only:
-        for path in draw_run(folder, vector=True):
-            print(path)
-        return
-    _check_device(options.device)
-    _check_rows(options.rows)
-    out = Path(options.out) if options.out else folder.report_folder
-    print(f"report: {write_report(folder, out, rows=options.rows, device=options.device)}")
-
-
-def _add_index(commands: Any) -> None:
-    index = commands.add_parser(
-        "index", help="store many activations of a run's site, for report and explore"
-    )
-    index.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    index.add_argument("--rows", type=int, default=200_000, help="activations to store")
-    index.add_argument("--dtype", default="float16", help="float16, or float32 for activations as they are")
-    index.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    index.set_defaults(run=_index)
-
-
-def _index(options: argparse.Namespace) -> None:
-    from ndm_fast.report.site import run_index
-    from ndm_fast.run_folder import RunFolder
-
-    _check_device(options.device)
-    _check_rows(options.rows)
-    index = run_index(
-        RunFolder(options.folder),
-        rows=options.rows,
-        dtype=options.dtype,
-        rebuild=True,
-        device=options.device,
-    )
-    print(f"{len(index)} activations in {index.folder}")
-
-
-def _add_explore(commands: Any) -> None:
-    explore = commands.add_parser(
-        "explore", help="serve a live page: type a text, see each token's neighbours"
-    )
-    explore.add_argument("folder", metavar="RUN", help="folder of a finished run, or of one run per site")
-    explore.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    explore.add_argument("--port", type=int, default=8747, help="port to listen on, 0 for a free one")
-    explore.add_argument("--allow-remote", action="store_true", help="let other machines reach the page")
-    explore.add_argument(
-        "--rows", type=int, default=50_000, help="activations to index where there is no index"
-    )
-    explore.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... for the model")
-    explore.set_defaults(run=_explore)
-
-
-def _explore(options: argparse.Namespace) -> None:
-    from ndm_fast.report.server import serve
-
-    _check_device(options.device)
-    _check_rows(options.rows)
-    serve(
-        Path(options.folder),
-        host=options.host,
-        port=options.port,
-        allow_remote=options.allow_remote,
-        rows=options.rows,
-        device=options.device,
-    )
-
-
-def _check_rows(rows: int) -> None:
-    if rows < 100:
-        raise InputError(f"--rows {rows}: an index of less than 100 activations shows nothing, give more")
 
 
 def _add_toy(commands: Any) -> None:

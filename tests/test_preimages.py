@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartition, open_documents
-from ndm_fast.report.index import PreimageIndex, build_index, harvest_batches
+from ndm_fast.report.index import PreimageIndex
+from ndm_fast.report.index_writer import build_index, harvest_batches
 from ndm_fast.report.search import RotatedRows, Shard, nearest_rows
 from ndm_fast.rotation import random_rotation
 

@@ -20,7 +20,7 @@ class Reading(NamedTuple):
     """One line about a subspace."""
 
     variable: str
-    """"position", "current token", "previous token", "next token", "document", or "mixed"."""
+    """One of "position", "current token", "previous token", "next token", "document", "mixed"."""
     line: str
 
 

@@ -15,9 +15,9 @@ from ndm_fast.errors import InputError
 from ndm_fast.harvest import load_model, longest_context
 from ndm_fast.hooks import collect_activations
 from ndm_fast.report.index import PreimageIndex
+from ndm_fast.report.index_writer import run_index
 from ndm_fast.report.preimages import radii, random_row, view_neighbours
 from ndm_fast.report.search import nearest_rows
-from ndm_fast.report.site import run_index
 from ndm_fast.report.tokens import token_pieces
 from ndm_fast.run_folder import RunFolder
 from ndm_fast.text import frame

@@ -10,17 +10,13 @@ import jinja2
 from markupsafe import Markup
 
 from ndm_fast.checkpoint import unwritable, write_atomic
-from ndm_fast.errors import InputError
-from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.report.figures import draw_run, purity_tables
-from ndm_fast.report.index import PreimageIndex, build_index, harvest_batches
+from ndm_fast.report.index import PreimageIndex
+from ndm_fast.report.index_writer import run_index
 from ndm_fast.report.survey import SAMPLE, SubspaceSurvey, survey
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import open_documents
 from ndm_fast.version import __version__
 
-REPORT_ROWS = 20_000
-"""Activations in the index that a report builds where there is none."""
 _GALLERY_QUERIES, _GALLERY_NEIGHBOURS = 12, 12
 
 _SHARES = (
@@ -44,36 +40,11 @@ _FIGURES = {
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
-def run_index(
-    folder: RunFolder, *, rows: int, dtype: str = "float16", rebuild: bool = False, device: str = "cpu"
-) -> PreimageIndex:
-    """The index of a run's partition; built from the run's model and text where there is none.
+def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu") -> Path:
+    """Write the site into ``out``, and the figures into the run folder as .png and .svg.
 
     Args:
-        rows: activations in an index that is built, from the start of the text (the held-out ones first).
-        rebuild: build it even where there is one.
-
-    Raises:
-        InputError: the run is not finished, or its index is damaged or of another partition.
-    """
-    partition = folder.partition()
-    if folder.index_folder.exists() and not rebuild:
-        index = PreimageIndex(folder.index_folder)
-        if not index.partition.rotation.equal(partition.rotation) or index.rows.widths != partition.widths:
-            raise InputError(
-                f"{index.folder} was built for another partition than the one in {folder.path}: build it "
-                f"again with `ndm-fast index {folder.path}`"
-            )
-        return index
-    config = folder.config()
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
-    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
-    return build_index(harvest_batches(stream, rows), partition, folder.index_folder, tokenizer, dtype=dtype)
-
-
-def write_report(folder: RunFolder, out: Path, *, rows: int = REPORT_ROWS, device: str = "cpu") -> Path:
-    """Write the site into ``out``, and the figures into the run folder as .png and .svg.
+        rows: activations in the index that is built where there is none.
 
     Returns:
         ``out/index.html``.
@@ -105,6 +76,8 @@ def write_report(folder: RunFolder, out: Path, *, rows: int = REPORT_ROWS, devic
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for stale in set(out.glob("subspace-*.html")) - {out / name for name in pages}:
+            stale.unlink()
     except OSError as error:
         raise unwritable(out, error) from None
     for name, page in pages.items():
@@ -183,7 +156,7 @@ def _saved_purity(folder: RunFolder, index: PreimageIndex) -> list[dict[str, Any
 
 
 def _inlined(figures: list[Path], circuits: Path) -> list[dict[str, str]]:
-    """The vector figures and that of circuit tests as data URIs, in the order in which they are told about."""
+    """The vector figures and that of circuit tests as data URIs, in the order of ``_FIGURES``."""
     drawn = {path.stem: path for path in figures if path.suffix == ".svg"}
     if circuits.is_file():  # of `ndm-fast evaluate circuits RUN --out RUN`
         drawn["circuits"] = circuits

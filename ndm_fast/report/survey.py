@@ -25,12 +25,16 @@ from ndm_fast.report.search import nearest_rows
 
 SAMPLE = 1024
 """Rows whose nearest neighbours are counted."""
+_KEYS = 32768
+"""Rows among which these are looked for."""
 _CLUSTERED = 4096
 """Rows clustered to choose the queries of a gallery."""
 _ROUNDS = 12
 """Rounds of Lloyd's algorithm; it need not have converged to give queries far apart."""
 _HISTOGRAM_BINS, _MAP_BINS = 32, 20
 _TOKENS = 12
+_SEED = 0
+"""Of the sample and the clusters: the same index gives the same pages."""
 _WINDOW = 8
 
 
@@ -82,10 +86,9 @@ def survey(
         queries: of each gallery, one for each cluster; neighbours: shown for each.
         purity: of the subspaces, where it was measured before; else that of the sample.
     """
-    seed = 0
-    order = torch.randperm(len(index), generator=seeded(seed, 20))
+    order = torch.randperm(len(index), generator=seeded(_SEED, 20))
     count = min(SAMPLE, len(index) // 2)
-    sample, others = order[:count], order[count:]
+    sample, others = order[:count], order[count : count + _KEYS]
     rows, keys = index.token_rows(sample), index.token_rows(others)
     origin = index.rows.origin
     found = ops.nearest_neighbors(
@@ -103,7 +106,7 @@ def survey(
         columns = index.rows.columns[s]
         drawn = _distances(rows.activations, keys.activations[: len(sample)], origin, columns, metric)
         bin_width, near, far = _histograms(found.distance[s], drawn)
-        galleries, shown = _galleries(index, order[:_CLUSTERED], s, metric, queries, neighbours, seed)
+        galleries, shown = _galleries(index, order[:_CLUSTERED], s, metric, queries, neighbours)
         surveys.append(
             SubspaceSurvey(
                 subspace=s,
@@ -158,13 +161,13 @@ def _frequent(index: PreimageIndex, shown: Tensor) -> list[tuple[str, float, flo
 
 
 def _galleries(
-    index: PreimageIndex, rows: Tensor, s: int, metric: str, queries: int, neighbours: int, seed: int
+    index: PreimageIndex, rows: Tensor, s: int, metric: str, queries: int, neighbours: int
 ) -> tuple[list[Gallery], Tensor]:
     """Galleries of a subspace, the largest cluster first, and the numbers of all neighbours in them."""
     points = index.rows.gather(rows, index.rows.columns[s]).float()
     if metric == "cosine":
         points = torch.nn.functional.normalize(points + index.rows.origin[index.rows.columns[s]], dim=1)
-    middles, shares = diverse_points(points, queries, seed)
+    middles, shares = diverse_points(points, queries, _SEED)
     chosen = rows[middles]
     found = nearest_rows(
         index.stored(chosen), index.rows, neighbours, metric=metric, subspaces=[s], exclude=chosen
