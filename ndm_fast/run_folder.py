@@ -19,7 +19,8 @@ class RunFolder:
     """Files of one run.
 
     ``config.json`` settings and versions, ``log.jsonl`` events, ``checkpoint.safetensors`` the last state,
-    ``partition/`` the result for ``SubspacePartition.from_pretrained``, ``result.json`` its figures.
+    ``partition/`` the result for ``SubspacePartition.from_pretrained``, ``result.json`` its figures,
+    ``preimages/`` activations with their tokens, ``report/`` the pages.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 _WAITING = 8
 """Requests that may wait while one is answered; more are turned away."""
 _CONNECTIONS = 64
@@ -55,7 +56,8 @@ def serve(path: Path, *, host: str, port: int, allow_remote: bool, rows: int, de
             raise InputError(
                 "exploring needs starlette and uvicorn: pip install 'ndm-fast[explore]'"
             ) from None
-        app = application(Explorer(path, rows=rows, device=device), allow_remote=allow_remote)
+        hosts = ["*"] if allow_remote else [*LOCAL_HOSTS, host]
+        app = application(Explorer(path, rows=rows, device=device), hosts)
         shown = f"[{host}]" if ":" in host else host
         print(f"explore: http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
         config = uvicorn.Config(
@@ -70,8 +72,13 @@ def serve(path: Path, *, host: str, port: int, allow_remote: bool, rows: int, de
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def application(explorer: Explorer, *, allow_remote: bool = False) -> Starlette:
-    """The web application: the page, its script, ``api/about``, ``api/random`` and ``api/query``."""
+def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
+    """The web application: the page, its script, ``api/about``, ``api/random`` and ``api/query``.
+
+    Args:
+        hosts: names that requests may have for this machine. A page elsewhere can give its own name our
+            address, but not change the name that its requests carry.
+    """
     import anyio
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -119,9 +126,8 @@ def application(explorer: Explorer, *, allow_remote: bool = False) -> Starlette:
         Route("/api/random", random),
         Route("/api/query", query),
     ]
-    # A page elsewhere can give its own name our address; such requests name that host.
-    hosts = ["*"] if allow_remote else ["127.0.0.1", "localhost", "[::1]"]
-    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)])
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return Starlette(routes=routes, middleware=[trusted])
 
 
 def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:

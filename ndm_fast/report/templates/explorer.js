@@ -106,7 +106,7 @@ function card(part) {
 
 function token(piece, answer, isText) {
   const chosen = piece.place === answer.place;
-  if (piece.place === null) return element("span", { class: "special" }, piece.text);
+  if (piece.place === null) return element("span", piece.special ? { class: "special" } : {}, piece.text);
   const change = isText ? { token: piece.place } : { row: piece.place };
   return element(
     "button",
