@@ -33,7 +33,7 @@ def read_subspace(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     near = row["position_within_3"]
     usual = median(other["position_within_3"] for other in rows)
     if near >= _POSITION_CLEAR and near >= _POSITION_ABOVE_OTHERS * usual:
-        return Reading("position", f"position ({100 * near:.0f} % of neighbours within 3)")
+        return Reading("position", f"position ({100 * near:.0f} % within 3)")
     share, name = max((row[share], name) for share, name in _VARIABLES.items())
     if share >= _CLEAR:
         return Reading(name, f"{name} ({100 * share:.0f} % of neighbours)")

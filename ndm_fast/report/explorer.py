@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_fast.config import METRICS
+from ndm_fast.config import METRICS, RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.harvest import load_model, longest_context
 from ndm_fast.hooks import collect_activations
@@ -61,14 +61,15 @@ class Explorer:
     """
 
     def __init__(self, path: Path, *, rows: int, device: str = "cpu") -> None:
-        self._folders: dict[str, RunFolder] = {}
+        self._configs: dict[str, RunConfig] = {}
         self._indexes: dict[str, PreimageIndex] = {}
         self._models: dict[tuple[str, str], tuple[Any, Any]] = {}
         self._device = device
         for folder in _run_folders(path):
             index = run_index(folder, rows=rows, device=device)
-            site = index.partition.source.get("site", folder.config().harvest.site[0])
-            self._folders[site], self._indexes[site] = folder, index
+            config = folder.config()
+            site = index.partition.source.get("site", config.harvest.site[0])
+            self._configs[site], self._indexes[site] = config, index
             self._model(site)
         self._generator = torch.Generator()
         self._generator.seed()
@@ -79,10 +80,10 @@ class Explorer:
             "sites": [
                 {
                     "name": site,
-                    "model": self._folders[site].config().harvest.model,
+                    "model": self._configs[site].harvest.model,
                     "rows": len(index),
                     "widths": list(index.rows.widths),
-                    "metric": self._folders[site].config().train.metric,
+                    "metric": self._configs[site].train.metric,
                 }
                 for site, index in self._indexes.items()
             ],
@@ -152,7 +153,7 @@ class Explorer:
             raise InputError(
                 f"the text has {len(text)} characters, at most {TEXT_LIMIT} are taken: shorten it"
             )
-        metric = asked.get("metric") or self._folders[site].config().train.metric
+        metric = asked.get("metric") or self._configs[site].train.metric
         if metric not in METRICS:
             raise InputError(f"metric is {metric!r}: take one of {', '.join(METRICS)}")
         place = (
@@ -177,7 +178,7 @@ class Explorer:
         return self._indexes[site]
 
     def _model(self, site: str) -> tuple[Any, Any]:
-        config = self._folders[site].config().harvest
+        config = self._configs[site].harvest
         key = (config.model, config.dtype)
         if key not in self._models:
             self._models[key] = load_model(*key, self._device)
@@ -185,12 +186,12 @@ class Explorer:
 
     def _first_token(self, site: str) -> int:
         """Place of a text's first token after what is put before it."""
-        return len(frame(self._model(site)[1], self._folders[site].config().harvest.bos).first)
+        return len(frame(self._model(site)[1], self._configs[site].harvest.bos).first)
 
     def _tokenize(self, site: str, text: str) -> tuple[list[int], list[bool]]:
         """Token ids of a text, framed as in training, and whether each is special."""
         model, tokenizer = self._model(site)
-        around = frame(tokenizer, self._folders[site].config().harvest.bos)
+        around = frame(tokenizer, self._configs[site].harvest.bos)
         ids = [
             *around.first,
             *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
