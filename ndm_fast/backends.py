@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from ndm_fast import cpu
+from ndm_fast import cpu, cuda, triton_ops
 from ndm_fast.errors import InputError
+
+logger = logging.getLogger("ndm_fast")
 
 VARIABLE = "NDM_FAST_BACKEND"
 """Environment variable that names a backend for every op, unless the call names one."""
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+VERIFIED: dict[str, tuple[int, ...]] = {"triton": (), "cuda": ()}
+"""Compute capabilities, such as 90, on which ``bench/gpu_check.py`` has passed; its record is in bench/results."""
 
 
 class Choice(NamedTuple):
@@ -38,6 +44,8 @@ def _cpu_obstacle(device: torch.device) -> str | None:
 _OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
     "reference": _reference_obstacle,
     "cpu": _cpu_obstacle,
+    "triton": triton_ops.why_unavailable,
+    "cuda": cuda.why_unavailable,
 }
 
 
@@ -63,11 +71,35 @@ def choose(device: torch.device | str, name: str | None = None) -> Choice:
         why_not = obstacle(name, device)
         if why_not:
             raise InputError(f"backend {name!r} cannot run: {why_not}; use backend 'auto' or 'reference'")
-        return Choice(name, f"named by {asked_by}")
-    why_not_compiled = _cpu_obstacle(torch.device(device))
-    if why_not_compiled is None:
-        return Choice("cpu", "fastest that is proven on a CPU")
+        return _taken(name, f"named by {asked_by}", torch.device(device))
+    if torch.device(device).type == "cuda":
+        why_not_compiled = triton_ops.why_unavailable(torch.device(device))
+        if why_not_compiled is None:
+            return _taken("triton", "runs on any CUDA card", torch.device(device))
+    else:
+        why_not_compiled = _cpu_obstacle(torch.device(device))
+        if why_not_compiled is None:
+            return Choice("cpu", "fastest that is proven on a CPU")
     return Choice("reference", f"no compiled backend: {why_not_compiled}")
+
+
+def _taken(name: str, reason: str, device: torch.device) -> Choice:
+    if name in VERIFIED and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor not in VERIFIED[name]:
+            _log_unverified(name, 10 * major + minor)
+            reason += f"; never checked on sm_{10 * major + minor}"
+    return Choice(name, reason)
+
+
+@lru_cache
+def _log_unverified(name: str, capability: int) -> None:
+    """Once for each backend and architecture."""
+    logger.warning(
+        "backend %r has never been checked on sm_%d: run bench/gpu_check.py, or use backend 'reference'",
+        name,
+        capability,
+    )
 
 
 def describe() -> list[str]:
@@ -80,6 +112,4 @@ def describe() -> list[str]:
         lines.append(f"{f'chosen on {device}':20} {choice.name}: {choice.reason}")
     if cpu.available():
         lines.append(f"{'instructions':20} {cpu.isa()}")
-    triton = importlib.util.find_spec("triton")
-    lines.append(f"{'triton':20} {'installed' if triton else 'not installed'}, no kernels yet")
     return lines

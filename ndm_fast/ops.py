@@ -8,11 +8,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ndm_fast import backends, cpu, reference
+from ndm_fast import backends, cpu, cuda, reference, triton_ops
 from ndm_fast.errors import InputError
 from ndm_fast.reference import Neighbors
 
-_MODULES: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
+_MODULES: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "triton": triton_ops,
+    "cuda": cuda,
+}
 _QUERIES_AT_ONCE = 16
 """Queries for which the reference backend materialises all distances to the keys."""
 

@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
+
 from hypothesis import settings
 
 settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then

@@ -1,0 +1,167 @@
+"""Tile choices as data, per architecture and width of the subspaces, each with its reasoning.
+
+Not measured yet: they follow from registers and shared memory, which ``tests/test_triton_compile.py`` reads from
+the compiled kernels, and from the bytes of queries a tile of keys reads: a tile of n keys does n operations for
+each byte, and a card needs about its ratio of fp16 rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Sweep(NamedTuple):
+    """Tiles of ``sweep_kernel``."""
+
+    tile: int
+    """Keys kept in place; one minimum is stored for each query and tile."""
+    query_block: int
+    warps: int
+    stages: int
+    """Blocks of queries in flight."""
+
+
+CACHE_VARIABLE = "NDM_FAST_TUNING"
+"""Environment variable that names the file of measured choices; default ~/.cache/ndm_fast/tuning.json."""
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB a block may use, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+
+WIDEST_IN_PLACE = 512
+"""Wider subspaces go through ``sweep_wide_kernel``."""
+WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
+
+_AMPERE = {
+    # mma.sync holds the tile of keys and the sums in registers. 8 warps: 98 registers at 32 columns, 168 at 64,
+    # so 2 and 1 blocks an SM; 4 warps need 255 at 64 columns. Larger tiles spill or leave one warp a scheduler.
+    32: Sweep(128, 128, 8, 3),
+    64: Sweep(128, 128, 8, 3),
+    # Twice the columns, half the keys, for the same registers.
+    128: Sweep(64, 128, 8, 2),
+    256: Sweep(32, 64, 8, 2),
+    512: Sweep(16, 64, 8, 1),
+}
+_SMALL_SHARED = {
+    # As above with 99 KiB: fewer blocks of queries in flight, smaller blocks for wide subspaces.
+    32: Sweep(128, 128, 8, 3),
+    64: Sweep(128, 128, 8, 2),
+    128: Sweep(64, 64, 8, 2),
+    256: Sweep(32, 32, 4, 2),
+    512: Sweep(16, 32, 4, 1),
+}
+_HOPPER = {
+    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 over 8 warps is
+    # 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product. At 64
+    # columns and more two blocks of 4 warps fit, at 226 registers.
+    32: Sweep(128, 128, 8, 3),
+    64: Sweep(128, 128, 4, 3),
+    128: Sweep(128, 128, 4, 2),
+    256: Sweep(128, 64, 4, 2),
+    512: Sweep(64, 64, 4, 2),
+}
+TABLE = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
+"""Sweep by compute capability and padded width up to the key."""
+
+FORM = dict.fromkeys(TABLE, "split")
+"""``split`` rotates keys with cuBLAS and sweeps the copy, ``fused`` rotates tiles of raw keys in the sweep. Fused
+reads every raw key again for each subspace: 2 p operations a byte from L2, where p = 32 needs twice the H100's."""
+
+FP64_IS_FAST = {80, 90, 100}
+"""Half the rate of fp32, with matrix units; elsewhere 1/64, and reranking multiplies in fp32."""
+
+RERANK_ROWS = 32
+"""Candidates a block of ``rerank_kernel`` projects together: 32 x 32 fp64 sums are 16 registers a thread."""
+
+
+class Resolve(NamedTuple):
+    """Shapes of ``resolve_kernel``, which runs one block of 4 warps for each query and subspace."""
+
+    P: int
+    CHUNK: int
+    """Rows of a tile looked at together: CHUNK x P is 2048 numbers, 16 a thread (fp64: 32 registers)."""
+    DEEP: int
+    """Rows of the rotation that are multiplied together."""
+
+
+def resolve_shape(width: int, tile: int, fused: bool) -> Resolve:
+    """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units."""
+    padded = max(16, 1 << (width - 1).bit_length())
+    chunk = max(16 if fused else 1, min(tile, 2048 // padded))
+    return Resolve(padded, chunk, max(1, 2048 // padded))
+
+
+CANDIDATES = [
+    Sweep(tile, block, warps, stages)
+    for tile, block in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64), (256, 128))
+    for warps in (4, 8)
+    for stages in (2, 3)
+]
+"""What :func:`autotune` times: 24 choices, two seconds at most for each."""
+
+
+def pieces(width: int) -> tuple[int, int]:
+    """Two powers of two that cover a width, the second may be 0: 72 is 64 + 16, not 128."""
+    main = max(16, 1 << (width.bit_length() - 1))
+    rest = width - main
+    if rest <= 0:
+        return main, 0
+    padded = max(16, 1 << (rest - 1).bit_length())
+    return (2 * main, 0) if padded == main else (main, padded)
+
+
+def architecture(capability: int) -> int:
+    """The row of the tables for a compute capability such as 90: the nearest one not above it."""
+    return max((known for known in TABLE if known <= capability), default=min(TABLE))
+
+
+def sweep(capability: int, width: int) -> Sweep:
+    """Tiles for subspaces of a width: measured on this machine by :func:`autotune`, or from the table."""
+    if width > WIDEST_IN_PLACE:
+        return WIDE
+    measured = _measured().get(_name(capability, width))
+    if measured:
+        return Sweep(*measured)
+    padded = sum(pieces(width))
+    rows = TABLE[architecture(capability)]
+    return rows[min(limit for limit in rows if limit >= padded)]
+
+
+def autotune(capability: int, width: int, milliseconds: Callable[[Sweep], float]) -> Sweep:
+    """Time every candidate that compiles and write the fastest to the cache file.
+
+    Args:
+        milliseconds: runs a search with these tiles and returns its time; it may raise what a launch raises
+            when a choice needs more than the card has.
+    """
+    times: dict[Sweep, float] = {}
+    problems = []
+    for choice in CANDIDATES:
+        try:
+            times[choice] = milliseconds(choice)
+        except Exception as error:  # triton raises OutOfResources and compiler errors of several types
+            problems.append(f"{choice}: {error}")
+    if not times:
+        raise RuntimeError(f"no choice of tiles runs for width {width}: {problems[0]}")
+    best = min(times, key=lambda choice: times[choice])
+    path = _cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_measured() | {_name(capability, width): list(best)}, indent=1) + "\n")
+    return best
+
+
+def _name(capability: int, width: int) -> str:
+    return f"sm_{capability}/width {width}"
+
+
+def _cache_file() -> Path:
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named) if named else Path.home() / ".cache" / "ndm_fast" / "tuning.json"
+
+
+def _measured() -> dict[str, list[int]]:
+    path = _cache_file()
+    return json.loads(path.read_text()) if path.exists() else {}

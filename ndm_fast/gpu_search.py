@@ -1,0 +1,199 @@
+"""What the GPU backends share: keys and queries made ready for a sweep in fp16 and a search that decides.
+
+All of it is torch, without a host synchronisation. ``kernels/nearest.py`` says why the numbers made here are
+the ones a search needs; glossary as in ``ndm_fast.reference``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FP16_MAX = 65504.0
+_UNIT = 2.0**-24
+"""Unit roundoff of fp32."""
+_ROUNDING = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8, torch.float32: 1.01 * 2.0**-11}
+"""By type of the rotated keys: bound on what rounding them, and then to fp16, moves a point, over its norm."""
+_UNDERFLOW = 2.0**-25
+"""Half the least fp16 number: what underflow moves a coordinate."""
+_ORIGIN_ROWS, _SCALE_ROWS = 1024, 256
+_BLOCK_ELEMENTS = 1 << 26
+
+
+class KeyFrame(NamedTuple):
+    """How keys become the numbers that are compared: ``(rotated - origin) * scale``."""
+
+    raw_origin: Tensor | None
+    """[d] fp32 subtracted before the rotation; None for cosine and for keys that came rotated."""
+    origin: Tensor
+    """[d] fp32 to subtract after it."""
+    scales: Tensor
+    """[S] fp32 powers of two that bring typical coordinates near 1."""
+
+
+class KeyChunk(NamedTuple):
+    """Some of the keys, ready to sweep."""
+
+    first: int
+    """Number of the first of them."""
+    rows: Tensor
+    """[n, d] what the sweep reads: rotated keys, or raw ones for the fused form."""
+    raw: Tensor
+    """[n, d] the keys as they were given."""
+    origin: Tensor | None
+    """[d] fp32 to subtract from the rotated rows; None where that is done."""
+    scales: Tensor
+    """[S] fp32 to multiply by then."""
+    errors: Tensor
+    """[S] fp32 bound on the error of the rotated rows in each subspace, after scaling."""
+
+
+class QueryPack(NamedTuple):
+    """Queries in subspaces of one width."""
+
+    main: Tensor
+    """[s, slots, P1] fp16, scaled (cosine: unit vectors)."""
+    rest: Tensor
+    """[s, slots, P2] fp16, the columns from P1 on; zeros beyond the width."""
+    sizes: Tensor
+    """[s, Q] fp32 norms after scaling; inf where fp16 could not hold the query."""
+    half_norms: Tensor
+    """[s, Q] fp32 half squared norms of the fp16 queries."""
+
+
+def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: bool, rotated: bool) -> KeyFrame:
+    """Origin and scales from a sample of the keys; any are right, good ones make rounding errors small."""
+    sample = keys[:: max(1, len(keys) // _ORIGIN_ROWS)]
+    mean = torch.zeros(keys.shape[1], device=keys.device) if cosine else sampled_mean(keys)
+    some = sample[:: max(1, len(sample) // _SCALE_ROWS)].float() - mean
+    if rotated:
+        origin, raw_origin = mean, None
+    else:
+        with full_fp32():
+            some, origin = some @ rotation, mean @ rotation
+        raw_origin = None if cosine else mean
+    membership = _membership(tuple(widths), keys.device)
+    size = some.abs().mean(0) @ membership / membership.sum(0)
+    exponent = torch.where((size > 0) & size.isfinite(), -torch.log2(size).round(), 0.0)
+    scales = torch.exp2(exponent.clamp(-100, 100))
+    return KeyFrame(raw_origin, origin, scales)
+
+
+def sampled_mean(keys: Tensor) -> Tensor:
+    """[d] fp32 mean of about a thousand of the keys."""
+    return keys[:: max(1, len(keys) // _ORIGIN_ROWS)].mean(0, dtype=torch.float32)
+
+
+def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:
+    """[n, d] keys rotated by a ``rotation`` in half precision, centred, and their scalar unit.
+
+    The origin comes off inside the product, before that is rounded. fp16 that overflows is Inf, which the sweep
+    saturates.
+    """
+    unit = torch.ones((), device=keys.device)
+    if keys.dtype == torch.float32:
+        unit = frame.scales.log2().mean().round().exp2()
+        centred = keys if frame.raw_origin is None else keys - frame.raw_origin
+        return (centred * unit).clamp(-FP16_MAX, FP16_MAX).to(rotation.dtype) @ rotation, unit
+    if frame.raw_origin is None:
+        return keys @ rotation, unit
+    return torch.addmm(-frame.origin.to(keys.dtype), keys, rotation), unit
+
+
+def exact_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:
+    """[n, d] fp32 ``(keys - origin) @ rotation`` and the largest norm of ``keys - origin``, a scalar tensor."""
+    rotated = torch.empty(keys.shape, device=keys.device)
+    largest = torch.zeros((), device=keys.device)
+    size = max(1, _BLOCK_ELEMENTS // keys.shape[1])
+    for start in range(0, len(keys), size):
+        block = keys[start : start + size].float()
+        if frame.raw_origin is not None:
+            block = block - frame.raw_origin
+        with full_fp32():
+            torch.mm(block, rotation, out=rotated[start : start + size])
+        largest = torch.maximum(largest, largest_norm(block))
+    return rotated, largest
+
+
+def largest_norm(rows: Tensor) -> Tensor:
+    """Scalar: the largest norm of a row that is finite; 0 without one."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return torch.where(norms.isfinite(), norms, 0).max()
+
+
+def rotation_errors(frame: KeyFrame, norm: Tensor, unit: float = _UNIT) -> Tensor:
+    """[S] bound, after scaling, on the error of rotating a row of this norm with products of roundoff ``unit``.
+
+    Probabilistic: the d rounding errors have random signs and add to sqrt(d) of one (Higham & Mary 2019),
+    times 2 for safety, as in ``ndm_fast.cpu``.
+    """
+    return 2 * unit * math.sqrt(len(frame.origin) + 4) * norm * frame.scales
+
+
+def underflow_errors(scales: Tensor, widths: Sequence[int]) -> Tensor:
+    """[S] bound, after scaling, on what underflow in a stored fp16 copy does to a row."""
+    return _UNDERFLOW * math.sqrt(max(widths)) * scales
+
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """Bound on how far rounding moves a key stored as ``dtype`` on its way to fp16, over its norm."""
+    return _ROUNDING[dtype]
+
+
+def underflow_of(width: int) -> float:
+    """Bound on how far underflow in fp16 moves a query and a key together."""
+    return 2 * _UNDERFLOW * math.sqrt(width)
+
+
+def pack_queries(
+    rotated: Tensor, scales: Tensor, width: int, cosine: bool, main: int, rest: int, slots: int
+) -> QueryPack:
+    """Queries [Q, s * width] fp64 of s subspaces, packed for the sweep; ``slots`` is Q rounded up."""
+    parts = rotated.unflatten(1, (len(scales), width)).transpose(0, 1)
+    scaled = parts * scales[:, None, None]
+    sizes = torch.linalg.vector_norm(scaled, dim=2)
+    if cosine:
+        scaled = scaled / torch.where(sizes > 0, sizes, 1)[..., None]
+        sizes = torch.where(sizes.isnan(), sizes, 1.0)
+    half = scaled.clamp(-FP16_MAX, FP16_MAX).half()
+    packed = torch.zeros(len(scales), slots, main, dtype=torch.float16, device=rotated.device)
+    packed[:, : len(rotated), : min(width, main)] = half[..., :main]
+    # A kernel that takes no second part still takes an address.
+    packed_rest = torch.zeros(len(scales), slots if rest else 1, max(1, rest), dtype=torch.float16).to(
+        rotated.device
+    )
+    if rest:
+        packed_rest[:, : len(rotated), : width - main] = half[..., main:]
+    beyond = scaled.abs().amax(2) > FP16_MAX
+    half_norms = 0.5 * half.double().square().sum(2)
+    if cosine:
+        half_norms = torch.full_like(half_norms, 0.5)
+    return QueryPack(
+        packed, packed_rest, torch.where(beyond, torch.inf, sizes).float().contiguous(), half_norms.float()
+    )
+
+
+@contextlib.contextmanager
+def full_fp32() -> Iterator[None]:
+    """fp32 products without tf32, whatever the program has chosen for its own."""
+    matmul = torch.backends.cuda.matmul
+    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    before = getattr(matmul, name)
+    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+@lru_cache(maxsize=64)
+def _membership(widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """[d, S] fp32: 1 where the column belongs to the subspace."""
+    subspace = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
+    return torch.nn.functional.one_hot(subspace, len(widths)).float().to(device)
