@@ -1,13 +1,17 @@
-"""Builds the optional C++ extension ``ndm_fast._C``; everything else is in pyproject.toml.
+"""Builds the optional extensions ``ndm_fast._C`` and ``ndm_fast._cuda``; everything else is in pyproject.toml.
 
 The extension needs a C++17 compiler and pybind11, nothing else: no torch, no OpenMP. If it cannot be built
 the package installs without it and runs on its torch code; ``NDM_FAST_REQUIRE_EXT=1`` makes that an error.
+
+``ndm_fast._cuda`` is built where nvcc is found and ``NDM_FAST_CUDA`` is not 0, for the compute capabilities in
+``NDM_FAST_CUDA_ARCHS`` (default 80,90). It links the CUDA runtime statically and never breaks an install.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,6 +40,7 @@ KERNEL_FLAGS = {
         *("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16"),
     ],
 }
+CUDA_SOURCES = ["sweep.cu", "resolve.cu"]
 PLAIN_SOURCES = ["module.cpp", "driver.cpp", "dispatch.cpp", "parallel.cpp"]
 
 
@@ -49,11 +54,26 @@ class BuildExtension(build_ext):
             self._without_extension(error)
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "ndm_fast._cuda":
+            try:
+                ext.extra_objects = [self._compile_cuda(name) for name in CUDA_SOURCES]
+                super().build_extension(ext)
+            except Exception as error:
+                print(
+                    f"\nWARNING: ndm_fast._cuda was not built ({error}); Triton remains.\n", file=sys.stderr
+                )
+            return
         try:
             self._compile_with_own_flags()
             super().build_extension(ext)
         except Exception as error:
             self._without_extension(error)
+
+    def _compile_cuda(self, name: str) -> str:
+        target = Path(self.build_temp) / "csrc" / "cuda" / f"{name}.o"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([str(NVCC), *nvcc_flags(), "-c", f"csrc/cuda/{name}", "-o", str(target)], check=True)
+        return str(target)
 
     def _without_extension(self, error: Exception) -> None:
         if os.environ.get("NDM_FAST_REQUIRE_EXT") == "1":
@@ -97,8 +117,49 @@ class BuildExtension(build_ext):
         return flags if works else []
 
 
+def find_nvcc() -> Path | None:
+    """nvcc in CUDA_HOME or on the path, unless NDM_FAST_CUDA is 0."""
+    if os.environ.get("NDM_FAST_CUDA") == "0" or not sys.platform.startswith("linux"):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=str(Path(home) / "bin") if home else None)
+    return Path(found).resolve() if found else None
+
+
+def nvcc_flags() -> list[str]:
+    """Machine code for each architecture asked for, and portable code of the last for later ones."""
+    archs = os.environ.get("NDM_FAST_CUDA_ARCHS", "80,90").split(",")
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    return ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
+
+
+NVCC = find_nvcc()
+
+
+def cuda_extension(nvcc: Path) -> Extension:
+    # nvcc on the path may be a script that calls the real one.
+    homes = [
+        Path(os.environ.get("CUDA_HOME", nvcc.parent.parent)),
+        nvcc.parent.parent,
+        Path("/usr/local/cuda"),
+    ]
+    return Extension(
+        "ndm_fast._cuda",
+        sources=["csrc/cuda/module.cpp"],
+        depends=[str(path) for path in Path("csrc/cuda").glob("*") if path.name != "module.cpp"],
+        include_dirs=[pybind11.get_include()],
+        library_dirs=[str(home / "lib64") for home in homes],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args=COMMON_FLAGS,
+        language="c++",
+        optional=True,
+    )
+
+
 setup(
     ext_modules=[
+        *([cuda_extension(NVCC)] if NVCC else []),
         Extension(
             "ndm_fast._C",
             sources=[f"csrc/{name}" for name in [*PLAIN_SOURCES, *KERNEL_FLAGS]],
@@ -108,7 +169,7 @@ setup(
             extra_link_args=["-ldl", "-pthread"] if sys.platform.startswith("linux") else [],
             language="c++",
             optional=os.environ.get("NDM_FAST_REQUIRE_EXT") != "1",
-        )
+        ),
     ],
     cmdclass={"build_ext": BuildExtension},
 )

@@ -136,14 +136,13 @@ def sweep_kernel(
         tile *= inverse[:, None]
         if P2:
             tile_rest *= inverse[:, None]
-        half_norm = 0.5 - tl.load(errors + s) * inverse
     rounded = _to_fp16(tile)
+    half_norm = 0.5 * tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), 1)
     if P2:
         rounded_rest = _to_fp16(tile_rest)
-    if not COSINE:
-        half_norm = 0.5 * tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), 1)
-        if P2:
-            half_norm += 0.5 * tl.sum(rounded_rest.to(tl.float32) * rounded_rest.to(tl.float32), 1)
+        half_norm += 0.5 * tl.sum(rounded_rest.to(tl.float32) * rounded_rest.to(tl.float32), 1)
+    if COSINE:  # an error moves a unit vector e |x|^-1, and half a squared distance by at most twice that
+        half_norm = tl.where(inverse > 0, half_norm, 0.5) - 2 * tl.load(errors + s) * inverse
     half_norm = tl.where(usable, half_norm, float("inf"))
 
     queries = tl.arange(0, QUERY_BLOCK)
@@ -202,7 +201,7 @@ def sweep_wide_kernel(
         rounded = _to_fp16(tile).to(tl.float32)
         squared += tl.sum(rounded * rounded, 1)
     inverse = _inverse_norm(squared)
-    half_norm = 0.5 - tl.load(errors + s) * inverse if COSINE else 0.5 * squared
+    half_norm = 0.5 - 2 * tl.load(errors + s) * inverse if COSINE else 0.5 * squared
     half_norm = tl.where(valid & (clean == clean), half_norm, float("inf"))
     queries = tl.arange(0, QUERY_BLOCK)
     for start in range(0, query_slots, QUERY_BLOCK):
@@ -273,13 +272,12 @@ def resolve_kernel(
     depth,
     origin,
     scales,
-    query_scales,  # [S] fp32
     errors,
     queries,  # [Q, d] fp64 rotated; centred like the keys are after CENTRE
     exact_queries,  # [Q, d] fp64 rotated, not centred
     query_stride,
     sizes,  # [S, Q] fp32 |q| after scaling (cosine: 1); inf: visit everything
-    half_norms,  # [S, Q] fp32 |q^|^2/2 (cosine: 1/2)
+    half_norms,  # [S, Q] fp32 |q^|^2/2 (a zero vector's cosine: 1/2)
     raw_queries,  # [Q, d], RAW only, from column 0 on
     raw_query_stride,
     raw_keys,  # [K, d], RAW only
@@ -312,11 +310,11 @@ def resolve_kernel(
     column = s * WIDTH
     columns = tl.arange(0, P)
     inside = columns < WIDTH
-    scale, query_scale = tl.load(scales + s), tl.load(query_scales + s)
+    scale = tl.load(scales + s)
     error = tl.load(errors + s)
     size, half_norm = tl.load(sizes + at), tl.load(half_norms + at)
     exact_query = tl.load(exact_queries + q * query_stride + column + columns, mask=inside, other=0.0)
-    centred = tl.load(queries + q * query_stride + column + columns, mask=inside, other=0.0) * query_scale
+    centred = tl.load(queries + q * query_stride + column + columns, mask=inside, other=0.0) * scale
     if COSINE:
         centred = centred * _inverse_norm(tl.sum(centred * centred, 0))
     centred = centred.to(tl.float32)
@@ -331,9 +329,11 @@ def resolve_kernel(
         numbers = segment + tl.arange(0, SEGMENT)
         lows = tl.load(minima + at * tiles + numbers, mask=numbers < tiles, other=float("inf"))
         low = tl.min(lows, 0)
-        reach = _reach(tl.min(held, 0), query_scale, MODE, COSINE)
-        while (low < float("inf")) & (visited < most_tiles) & (
-            low <= _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+        reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+        while (
+            (low < float("inf"))
+            & (visited < most_tiles)
+            & (low <= _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE))
         ):
             number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
             lows = tl.where(numbers == number, float("inf"), lows)
@@ -389,7 +389,7 @@ def resolve_kernel(
                             better = (exact < held) | ((exact == held) & (row < held_index))
                             held = tl.where(better, exact, held)
                             held_index = tl.where(better, row, held_index)
-                            reach = _reach(tl.min(held, 0), query_scale, MODE, COSINE)
+                            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
                             nearest = tl.min(near, 0)
                     else:
                         worst, last = _worst(held, held_index)
@@ -407,7 +407,7 @@ def resolve_kernel(
                             near = tl.where(rows == row, float("inf"), near)
                             nearest = tl.min(near, 0)
                             row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
-            reach = _reach(tl.min(held, 0), query_scale, MODE, COSINE)
+            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
             low = tl.min(lows, 0)
     tl.store(best + at * SLOT_COUNT + slots, held)
     tl.store(index + at * SLOT_COUNT + slots, held_index)
@@ -431,9 +431,7 @@ def _reach(best, scale, MODE: tl.constexpr, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _threshold(
-    reach, size, half_norm, error, rounding, absolute, WIDTH: tl.constexpr, COSINE: tl.constexpr
-):
+def _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH: tl.constexpr, COSINE: tl.constexpr):
     """Least value of the sweep above which a tile holds no key within reach."""
     around = 2 * size + reach
     far = reach + rounding * around + absolute

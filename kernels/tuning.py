@@ -59,9 +59,10 @@ _HOPPER = {
     # columns and more two blocks of 4 warps fit, at 226 registers.
     32: Sweep(128, 128, 8, 3),
     64: Sweep(128, 128, 4, 3),
-    128: Sweep(128, 128, 4, 2),
-    256: Sweep(128, 64, 4, 2),
-    512: Sweep(64, 64, 4, 2),
+    # Wider, 4 warps spill.
+    128: Sweep(128, 128, 8, 2),
+    256: Sweep(128, 64, 8, 2),
+    512: Sweep(64, 64, 8, 2),
 }
 TABLE = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
 """Sweep by compute capability and padded width up to the key."""

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.centring import sample_mean
+
 FP16_MAX = 65504.0
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
@@ -22,7 +24,7 @@ _ROUNDING = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8, tor
 """By type of the rotated keys: bound on what rounding them, and then to fp16, moves a point, over its norm."""
 _UNDERFLOW = 2.0**-25
 """Half the least fp16 number: what underflow moves a coordinate."""
-_ORIGIN_ROWS, _SCALE_ROWS = 1024, 256
+_SCALE_ROWS = 256
 _BLOCK_ELEMENTS = 1 << 26
 
 
@@ -69,9 +71,9 @@ class QueryPack(NamedTuple):
 
 def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: bool, rotated: bool) -> KeyFrame:
     """Origin and scales from a sample of the keys; any are right, good ones make rounding errors small."""
-    sample = keys[:: max(1, len(keys) // _ORIGIN_ROWS)]
-    mean = torch.zeros(keys.shape[1], device=keys.device) if cosine else sampled_mean(keys)
-    some = sample[:: max(1, len(sample) // _SCALE_ROWS)].float() - mean
+    mean = torch.zeros(keys.shape[1], device=keys.device) if cosine else sample_mean(keys)
+    mean = torch.where(mean.isfinite(), mean, 0)  # a bad row in the sample must not spoil all others
+    some = keys[:: max(1, len(keys) // _SCALE_ROWS)].float() - mean
     if rotated:
         origin, raw_origin = mean, None
     else:
@@ -85,25 +87,15 @@ def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: boo
     return KeyFrame(raw_origin, origin, scales)
 
 
-def sampled_mean(keys: Tensor) -> Tensor:
-    """[d] fp32 mean of about a thousand of the keys."""
-    return keys[:: max(1, len(keys) // _ORIGIN_ROWS)].mean(0, dtype=torch.float32)
-
-
-def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:
-    """[n, d] keys rotated by a ``rotation`` in half precision, centred, and their scalar unit.
+def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> Tensor:
+    """[n, d] keys in half precision, rotated by a ``rotation`` in theirs, and centred.
 
     The origin comes off inside the product, before that is rounded. fp16 that overflows is Inf, which the sweep
     saturates.
     """
-    unit = torch.ones((), device=keys.device)
-    if keys.dtype == torch.float32:
-        unit = frame.scales.log2().mean().round().exp2()
-        centred = keys if frame.raw_origin is None else keys - frame.raw_origin
-        return (centred * unit).clamp(-FP16_MAX, FP16_MAX).to(rotation.dtype) @ rotation, unit
     if frame.raw_origin is None:
-        return keys @ rotation, unit
-    return torch.addmm(-frame.origin.to(keys.dtype), keys, rotation), unit
+        return keys @ rotation
+    return torch.addmm(-frame.origin.to(keys.dtype), keys, rotation)
 
 
 def exact_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:
@@ -172,11 +164,17 @@ def pack_queries(
         packed_rest[:, : len(rotated), : width - main] = half[..., main:]
     beyond = scaled.abs().amax(2) > FP16_MAX
     half_norms = 0.5 * half.double().square().sum(2)
-    if cosine:
-        half_norms = torch.full_like(half_norms, 0.5)
+    if cosine:  # a zero vector has cosine 0 with everything
+        half_norms = torch.where(half_norms == 0, 0.5, half_norms)
     return QueryPack(
         packed, packed_rest, torch.where(beyond, torch.inf, sizes).float().contiguous(), half_norms.float()
     )
+
+
+def unit_columns(rows: Tensor) -> Tensor:
+    """The same rows with neighbouring columns next to each other; rows may stay strided."""
+    rows = rows.detach()
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 @contextlib.contextmanager

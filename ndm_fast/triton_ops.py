@@ -15,26 +15,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ndm_fast import gpu_search
-from ndm_fast.gpu_search import KeyChunk, KeyFrame
+from ndm_fast import gpu_frame, gpu_search
+from ndm_fast.centring import sample_mean
+from ndm_fast.gpu_frame import Frame, Search
+from ndm_fast.gpu_search import KeyChunk
 from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
 
-_KEY_BYTES = 1 << 30
-"""Rotated keys held at once."""
-_MINIMA_BYTES = 1 << 28
-"""Minima held at once; bounds the queries that are searched together."""
 _DISTANCE_BYTES = 1 << 25
 """Distances of the KSG estimate held at once: what a large card's second-level cache holds."""
 _SEGMENT = 4096
 """Minima of one query in registers at once."""
-_MOST_TILES = {"fp32": 1 << 30, "bf16": 64}
-"""Tiles a query may visit. In half precision a bound: it then keeps the best of those it saw."""
-_TF32X3_UNIT = 2.0**-21
-"""Roundoff of a product of fp32 numbers split into two tf32 each."""
+_MOST_TILES = 64
+"""Tiles a query may visit in half precision; it then keeps the best of those it saw."""
 _OPTIONS = {"enable_fp_fusion": True}
 """Products and sums may fuse into one rounding; triton 3.9 warns where that is left open."""
-_NONE = torch.iinfo(torch.int64).max
 
 
 def available() -> bool:
@@ -66,19 +61,6 @@ def _can_interpret() -> bool:
     return isinstance(tl.sum, InterpretedFunction)
 
 
-class _Settings(NamedTuple):
-    cosine: bool
-    precision: str
-    rotated: bool
-    fused: bool
-    capability: int
-
-    @property
-    def mode(self) -> int:
-        """Of ``resolve_kernel``."""
-        return 0 if self.rotated else 1 if self.precision == "fp32" else 2
-
-
 def nearest_neighbors(
     queries: Tensor,
     keys: Tensor,
@@ -88,6 +70,7 @@ def nearest_neighbors(
     metric: str = "euclidean",
     precision: str = "fp32",
     keys_rotated: bool = False,
+    queries_rotated: bool = False,
     form: str | None = None,
 ) -> Neighbors:
     """Nearest key of every query inside every subspace.
@@ -98,9 +81,10 @@ def nearest_neighbors(
         rotation: [d, d] orthogonal.
         widths: S widths that sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: ``"fp32"`` rotates keys in fp32 and decides in fp64, and is exact; ``"bf16"`` rotates them in
-            half precision and decides, in fp32 or better, between the few nearest found with that.
-        keys_rotated: the keys are rotated already. Then the result is exact for either precision.
+        precision: ``"fp32"`` rotates keys in fp32 and decides in fp64, and is exact; ``"bf16"`` rotates fp16 and
+            bf16 keys in their type and decides, in fp32 or better, between the few nearest found with that.
+        keys_rotated, queries_rotated: they are rotated already; the queries only where the keys are. Then the
+            result is exact for either precision.
         form: ``"split"`` makes a rotated copy of (at most 1 GB of) the keys, ``"fused"`` none; default by
             architecture (``kernels/tuning.py``). Subspaces wider than 512 are always split.
 
@@ -110,14 +94,15 @@ def nearest_neighbors(
     """
     from ndm_fast.kernels import tuning
 
-    queries, keys = _unit_columns(queries), _unit_columns(keys)
+    queries, keys = gpu_search.unit_columns(queries), gpu_search.unit_columns(keys)
     rotation = rotation.detach().float().contiguous()
-    capability = _capability(queries.device)
-    form = form or tuning.FORM[tuning.architecture(capability)]
+    form = form or tuning.FORM[tuning.architecture(_capability(queries.device))]
     fused = form == "fused" and not keys_rotated and max(widths) <= tuning.WIDEST_IN_PLACE
-    settings = _Settings(metric == "cosine", precision, keys_rotated, fused, capability)
+    search = gpu_frame.make_search(
+        keys, metric, precision, keys_rotated=keys_rotated, queries_rotated=queries_rotated, fused=fused
+    )
     with _device_of(queries):
-        return _search(queries, keys, rotation, list(widths), settings)
+        return _search(queries, keys, rotation, list(widths), search)
 
 
 def ksg_radius(
@@ -127,11 +112,14 @@ def ksg_radius(
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
 
     Args:
-        queries, keys, rotation, widths: as for :func:`nearest_neighbors`; the keys are not rotated.
+        queries, keys, rotation, widths: as for :func:`nearest_neighbors`.
+        rotated: queries and keys are rotated already.
         variances: [S] total variance of each subspace; where it is 0, so are the distances.
         pairs: [P, 2] int64 numbers of subspaces.
     """
@@ -139,7 +127,7 @@ def ksg_radius(
 
     radius = torch.empty(len(pairs), len(queries), device=queries.device)
     pairs = pairs.contiguous()
-    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances):
+    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
         part = torch.empty(len(pairs), distances.shape[1], device=queries.device)
         ksg.radius_kernel[part.shape](
             distances, distances.shape[1], len(keys), pairs, part, KEY_BLOCK=1024, num_warps=4, **_OPTIONS
@@ -156,37 +144,46 @@ def ksg_counts(
     variances: Tensor,
     pairs: Tensor,
     radius: Tensor,
+    *,
+    rotated: bool = False,
 ) -> Tensor:
     """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
 
-    Arguments as for :func:`ksg_radius`, whose result is the radius: both read distances made by one kernel, so
-    the key that sets a radius is never below it.
+    Arguments as for :func:`ksg_radius`, whose result is the radius: both read distances made by one kernel,
+    so the key that sets a radius is never below it.
     """
     from ndm_fast.kernels import ksg
 
     counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64, device=queries.device)
     pairs = pairs.contiguous()
-    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances):
+    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
         limits = radius[:, group].float().contiguous()
         part = torch.empty(len(pairs), 2, distances.shape[1], dtype=torch.int64, device=queries.device)
         ksg.counts_kernel[limits.shape](
-            distances, distances.shape[1], len(keys), pairs, limits, part, KEY_BLOCK=1024, num_warps=4, **_OPTIONS
+            distances,
+            distances.shape[1],
+            len(keys),
+            pairs,
+            limits,
+            part,
+            KEY_BLOCK=1024,
+            num_warps=4,
+            **_OPTIONS,
         )
         counts[:, :, group] = part
     return counts
 
 
 def _scaled_distances(
-    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], variances: Tensor
+    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], variances: Tensor, rotated: bool
 ) -> Iterator[tuple[slice, Tensor]]:
     """Groups of queries and their [S, q, K] fp32 distances over the root of each subspace's variance."""
     from ndm_fast.kernels import ksg
 
-    rotation = rotation.detach().float()
-    origin = gpu_search.sampled_mean(keys)
+    origin, turn = sample_mean(keys), rotation.detach().float()
+    centred = (rows.detach().float() - origin for rows in (queries, keys))
     with gpu_search.full_fp32():
-        query_columns = ((queries.detach().float() - origin) @ rotation).T.contiguous()
-        key_columns = ((keys.detach().float() - origin) @ rotation).T.contiguous()
+        query_columns, key_columns = ((rows if rotated else rows @ turn).T.contiguous() for rows in centred)
     positive = variances.detach().double().clamp_min(0)
     inverse = torch.where(positive > 0, 1 / positive, 0).float()
     size = max(1, _DISTANCE_BYTES // (4 * len(widths) * len(keys)))
@@ -207,107 +204,33 @@ def _scaled_distances(
         yield group, distances
 
 
-class _Frame(NamedTuple):
-    """Keys' frame and what belongs to a search in it."""
-
-    keys: KeyFrame
-    turn: Tensor
-    """[d, d] by which keys are rotated: fp32, or rounded to the type of the product."""
-    rotated: Tensor
-    """[Q, d] fp64 queries, rotated by ``turn``, minus the keys' origin."""
-    exact: Tensor
-    """[Q, d] fp64 queries rotated by the given rotation; not used (then ``rotated``) in half precision."""
-    raw: Tensor
-    """[Q, d] the queries as given."""
-    rotation: Tensor
-    """[d, d] fp32 as given."""
-
-
-def _search(
-    queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], settings: _Settings
-) -> Neighbors:
-    frame = _frame(queries, keys, rotation, widths, settings)
-    slots = 1 if settings.mode != 2 else 8 if keys.dtype == torch.bfloat16 else 4
+def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], search: Search) -> Neighbors:
+    frame = gpu_frame.make_frame(queries, keys, rotation, widths, search, exact=False)
+    slots = 1 if not search.in_half else 8 if keys.dtype == torch.bfloat16 else 4
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
-    index = torch.full(shape, -1 if settings.mode == 2 else _NONE, device=keys.device)
-    for chunk in _chunks(keys, frame, widths, settings):
+    index = torch.full(shape, -1 if search.in_half else gpu_frame.NO_KEY, device=keys.device)
+    for chunk in gpu_frame.chunks(keys, frame, widths, search):
         for subspaces, columns in equal_width_runs(widths):
-            for group in _groups(len(queries), len(chunk.rows), subspaces.stop - subspaces.start):
+            # No tile has fewer keys than 16; most have 128.
+            for group in gpu_frame.groups(
+                len(queries), len(chunk.rows), subspaces.stop - subspaces.start, 64
+            ):
                 state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
-                _search_run(frame, chunk, subspaces, columns, group, settings, state)
+                _search_run(frame, chunk, subspaces, columns, group, search, state)
                 best[subspaces, group], index[subspaces, group] = state
-    if settings.mode == 2:
-        best, index = _rerank(frame, keys, index, widths, settings)
-    best, index = best.view(shape[:2]), index.view(shape[:2])
-    found = best.isfinite()
-    distance = torch.where(found, best if settings.cosine else best.sqrt(), torch.nan)
-    return Neighbors(distance.float(), torch.where(found, index, 0))
-
-
-def _frame(
-    queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], settings: _Settings
-) -> _Frame:
-    half = settings.mode == 2
-    product = torch.float16 if keys.dtype == torch.float32 else keys.dtype
-    turn = rotation.to(product) if half and not (settings.fused and keys.dtype == torch.float32) else rotation
-    key_frame = gpu_search.key_frame(keys, turn.float(), widths, settings.cosine, settings.rotated)
-    origin = key_frame.origin.double()
-    exact = None
-    if not half or settings.cosine:
-        exact = queries.double() @ rotation.double()
-    if half:
-        with gpu_search.full_fp32():
-            rotated = (queries.float() @ turn.float()).double()
-        if not settings.fused and keys.dtype != torch.float32:
-            origin = key_frame.origin.to(keys.dtype).double()
-    else:
-        assert exact is not None
-        rotated = exact
-        if key_frame.raw_origin is not None and not settings.fused:
-            origin = key_frame.raw_origin.double() @ rotation.double()
-    rotated = rotated - origin
-    return _Frame(key_frame, turn, rotated, rotated if exact is None else exact, queries, rotation)
-
-
-def _chunks(keys: Tensor, frame: _Frame, widths: list[int], settings: _Settings) -> Iterator[KeyChunk]:
-    """The keys in as many parts as keep a rotated copy small; one where none is made."""
-    scales, none = frame.keys.scales, torch.zeros_like(frame.keys.scales)
-    origin = None if settings.cosine else frame.keys.origin
-    if settings.rotated:
-        yield KeyChunk(0, keys, keys, origin, scales, none)
-        return
-    if settings.fused:
-        errors = none
-        if frame.turn.dtype == torch.float32:
-            errors = gpu_search.rotation_errors(frame.keys, gpu_search.largest_norm(keys), _TF32X3_UNIT)
-        yield KeyChunk(0, keys, keys, origin, scales, errors)
-        return
-    size = max(1, _KEY_BYTES // (keys.shape[1] * frame.turn.element_size()))
-    for start in range(0, len(keys), size):
-        part = keys[start : start + size]
-        if settings.mode == 2:
-            copy, unit = gpu_search.rounded_keys(part, frame.turn, frame.keys)
-            errors = gpu_search.underflow_errors(scales / unit, widths)
-            yield KeyChunk(start, copy, part, None, scales / unit, errors)
-        else:
-            copy, largest = gpu_search.exact_keys(part, frame.turn, frame.keys)
-            yield KeyChunk(start, copy, part, None, scales, gpu_search.rotation_errors(frame.keys, largest))
-
-
-def _groups(queries: int, keys: int, subspaces: int) -> list[slice]:
-    """Groups of queries whose minima fit, for tiles of 64 keys or more."""
-    size = max(128, _MINIMA_BYTES // (4 * subspaces * -(-keys // 64)) // 128 * 128)
-    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    if search.in_half:
+        best, index = _rerank(frame, keys, index, widths, search)
+    return gpu_frame.result(best.view(shape[:2]), index.view(shape[:2]), search.cosine)
 
 
 def _search_run(
-    frame: _Frame,
+    frame: Frame,
     chunk: KeyChunk,
     subspaces: slice,
     columns: slice,
     group: slice,
-    settings: _Settings,
+    search: Search,
     state: tuple[Tensor, Tensor],
 ) -> None:
     """Sweep and resolve for subspaces of one width and some of the queries; updates the state in place."""
@@ -315,26 +238,26 @@ def _search_run(
 
     count = subspaces.stop - subspaces.start
     width = (columns.stop - columns.start) // count
-    tiles = tuning.sweep(settings.capability, width)
+    tiles = tuning.sweep(_capability(chunk.rows.device), width)
     main, rest = tuning.pieces(width)
     wide = width > tuning.WIDEST_IN_PLACE
     if wide:
         main, rest = -(-width // 64) * 64, 0
     rotated = frame.rotated[group]
     slots = -(-len(rotated) // tiles.query_block) * tiles.query_block
-    # Queries carry the frame's scales; those of a chunk also hold the unit its rows are stored in.
     pack = gpu_search.pack_queries(
-        rotated[:, columns], frame.keys.scales[subspaces], width, settings.cosine, main, rest, slots
+        rotated[:, columns], frame.keys.scales[subspaces], width, search.cosine, main, rest, slots
     )
-    rows = chunk.rows if settings.fused else chunk.rows[:, columns]
-    turn = frame.turn[:, columns]
+    rows = chunk.rows if search.fused else chunk.rows[:, columns]
+    # Triton's interpreter multiplies the bits of bf16 as integers; in fp32 the products are the same.
+    turn = (frame.turn if rows.is_cuda else frame.turn.float())[:, columns]
     origin = frame.keys.origin[columns] if chunk.origin is None else chunk.origin[columns]
     scales, errors = chunk.scales[subspaces], chunk.errors[subspaces]
     tile_count = -(-len(rows) // tiles.tile)
     minima = torch.empty(count, len(rotated), tile_count, device=rows.device)
     projection = {
         "CENTRE": chunk.origin is not None,
-        "PROJECT": settings.fused,
+        "PROJECT": search.fused,
         "DEPTH_BLOCK": 64 if frame.turn.dtype != torch.float32 else 32,
         "DOT": "tf32x3",
     }
@@ -345,35 +268,36 @@ def _search_run(
             *(rows, rows.stride(0), len(rows), origin, scales, errors, pack.main),
             *(len(rotated), slots, minima, tile_count),
             WIDTH=width, PADDED=main, TILE=tiles.tile, QUERY_BLOCK=tiles.query_block, PIECE=64,
-            CENTRE=projection["CENTRE"], COSINE=settings.cosine, **launch,
+            CENTRE=projection["CENTRE"], COSINE=search.cosine, **launch,
         )  # fmt: skip
     else:
         nearest.sweep_kernel[grid](
             *(rows, rows.stride(0), len(rows), turn, turn.stride(0), len(turn), origin, scales, errors),
             *(pack.main, pack.rest, len(rotated), slots, minima, tile_count),
             WIDTH=width, P1=main, P2=rest, TILE=tiles.tile, QUERY_BLOCK=tiles.query_block,
-            STAGES=tiles.stages, COSINE=settings.cosine, **projection, **launch,
+            STAGES=tiles.stages, COSINE=search.cosine, **projection, **launch,
         )  # fmt: skip
-    shape = tuning.resolve_shape(width, tiles.tile, settings.fused)
+    shape = tuning.resolve_shape(width, tiles.tile, search.fused)
     exact, raw = frame.exact[group][:, columns], frame.raw[group]
     rotated, exact_turn = rotated[:, columns], frame.rotation[:, columns]
+    mode = 0 if search.keys_rotated else 2 if search.in_half else 1  # as named in kernels/nearest.py
     nearest.resolve_kernel[(len(rotated), count)](
         *(minima, tile_count, rows, rows.stride(0), len(rows), chunk.first),
-        *(turn, turn.stride(0), len(turn), origin, scales, frame.keys.scales[subspaces], errors),
+        *(turn, turn.stride(0), len(turn), origin, scales, errors),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),
         *(raw, raw.stride(0), chunk.raw, chunk.raw.stride(0), exact_turn, exact_turn.stride(0)),
         *state,
-        gpu_search.rounding_of(chunk.rows.dtype if settings.mode == 2 else torch.float32),
+        gpu_search.rounding_of(chunk.rows.dtype if search.in_half else torch.float32),
         gpu_search.underflow_of(width),
-        _MOST_TILES[settings.precision],
-        WIDTH=width, TILE=tiles.tile, SLOT_COUNT=state[0].shape[2], MODE=settings.mode,
-        SEGMENT=min(_SEGMENT, _power_of_two(tile_count)), COSINE=settings.cosine, **shape._asdict(),
+        _MOST_TILES if search.in_half else 1 << 30,
+        WIDTH=width, TILE=tiles.tile, SLOT_COUNT=state[0].shape[2], MODE=mode,
+        SEGMENT=min(_SEGMENT, _power_of_two(tile_count)), COSINE=search.cosine, **shape._asdict(),
         **projection, num_warps=4, **_OPTIONS,
     )  # fmt: skip
 
 
 def _rerank(
-    frame: _Frame, keys: Tensor, candidates: Tensor, widths: list[int], settings: _Settings
+    frame: Frame, keys: Tensor, candidates: Tensor, widths: list[int], search: Search
 ) -> tuple[Tensor, Tensor]:
     """Nearest of the candidates by their raw rows, [S, Q] fp64 and its index."""
     from ndm_fast.kernels import nearest, tuning
@@ -381,7 +305,7 @@ def _rerank(
     best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
     slots = candidates.shape[2]
-    double = settings.cosine or tuning.architecture(settings.capability) in tuning.FP64_IS_FAST
+    double = search.cosine or tuning.architecture(_capability(keys.device)) in tuning.FP64_IS_FAST
     block = tuning.RERANK_ROWS // slots
     for subspaces, columns in equal_width_runs(widths):
         count = subspaces.stop - subspaces.start
@@ -392,14 +316,9 @@ def _rerank(
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
             *(candidates[subspaces], best[subspaces], index[subspaces]),
             WIDTH=width, P=min(32, max(16, _power_of_two(width))), QUERY_BLOCK=block, SLOT_COUNT=slots,
-            DEPTH_BLOCK=32, DOUBLE=double, COSINE=settings.cosine, num_warps=4, **_OPTIONS,
+            DEPTH_BLOCK=32, DOUBLE=double, COSINE=search.cosine, num_warps=4, **_OPTIONS,
         )  # fmt: skip
     return best, index
-
-
-def _unit_columns(rows: Tensor) -> Tensor:
-    rows = rows.detach()
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def _power_of_two(number: int) -> int:

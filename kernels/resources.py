@@ -1,0 +1,160 @@
+"""Registers, shared memory and spills of every shipped kernel, compiled ahead of time; no GPU is needed.
+
+    python -m ndm_fast.kernels.resources [--arch 80 90] [--json PATH]
+
+Not with TRITON_INTERPRET set, which makes kernels that cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ndm_fast.kernels import ksg, nearest, tuning
+
+WIDTHS = (32, 64, 72, 128, 256, 432)
+"""One subspace width of each class of the tables, and those of the published runs."""
+
+_TYPES = {
+    "keys": "*fp16",
+    "rotation": "*fp16",
+    "packed": "*fp16",
+    "packed_rest": "*fp16",
+    "raw_queries": "*fp16",
+    "raw_keys": "*fp16",
+    "exact_rotation": "*fp32",
+    "queries": "*fp64",
+    "exact_queries": "*fp64",
+    "best": "*fp64",
+    **dict.fromkeys(("index", "candidates", "pairs", "counts"), "*i64"),
+    **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), "*fp32"),
+    **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
+    **dict.fromkeys(("rounding", "absolute"), "fp32"),
+}
+_EVEN = ("key_stride", "rotation_stride", "depth", "query_slots", "query_stride", "raw_key_stride")
+"""Numbers that are multiples of 16 where d is."""
+
+
+class Case(NamedTuple):
+    """One kernel with its compile-time choices."""
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    options: dict[str, int]
+    types: dict[str, str]
+
+
+class Usage(NamedTuple):
+    """What a block of a compiled kernel takes."""
+
+    registers: int
+    stack: int
+    """Bytes of local memory for a thread: spills, or arrays that did not fit in registers."""
+    shared: int
+    """Bytes."""
+    tensor_core: str
+    """Matrix instruction it uses, or ``-``."""
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every kernel at every shape class of an architecture."""
+    projection = {"CENTRE": False, "PROJECT": False, "COSINE": False, "DEPTH_BLOCK": 64, "DOT": "tf32x3"}
+    for width in WIDTHS:
+        tiles = tuning.sweep(arch, width)
+        main, rest = tuning.pieces(width)
+        sweep = {"WIDTH": width, "P1": main, "P2": rest, "TILE": tiles.tile, "STAGES": tiles.stages}
+        sweep |= {"QUERY_BLOCK": tiles.query_block, **projection}
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+        yield Case(f"sweep {width}", nearest.sweep_kernel, sweep, options, {})
+        if width in (32, 72):
+            fused = sweep | {"PROJECT": True, "CENTRE": True}
+            yield Case(f"sweep {width} fused", nearest.sweep_kernel, fused, options, {})
+        search = {"WIDTH": width, "TILE": tiles.tile, "SEGMENT": 4096, **projection}
+        search |= tuning.resolve_shape(width, tiles.tile, False)._asdict()
+        if width in (32, 432):
+            for mode, slots in (("rotated", 1), ("raw", 1), ("slots", 4)):
+                chosen = search | {"MODE": getattr(nearest, mode.upper()).value, "SLOT_COUNT": slots}
+                yield Case(f"resolve {width} {mode}", nearest.resolve_kernel, chosen, {"num_warps": 4}, {})
+    wide = tuning.WIDE
+    shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
+    options = {"num_warps": wide.warps, "num_stages": wide.stages}
+    shape |= {"CENTRE": False, "COSINE": False}
+    yield Case("sweep 768 wide", nearest.sweep_wide_kernel, shape, options, {})
+    rerank = {
+        "P": 32,
+        "SLOT_COUNT": 4,
+        "QUERY_BLOCK": tuning.RERANK_ROWS // 4,
+        "DEPTH_BLOCK": 32,
+        "WIDTH": 72,
+    }
+    rerank |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False}
+    exact = {"rotation": "*fp32"}
+    yield Case("rerank", nearest.rerank_kernel, rerank, {"num_warps": 4}, exact)
+    distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}
+    columns = {"queries": "*fp32", "keys": "*fp32"}
+    yield Case("ksg distances", ksg.distances_kernel, distances, {"num_warps": 4}, columns)
+    yield Case("ksg radius", ksg.radius_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
+    yield Case("ksg counts", ksg.counts_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
+
+
+def compile_case(case: Case, arch: int) -> Usage:
+    """Compile for a compute capability such as 90 and read what the assembler reports."""
+    signature, attributes = {}, {}
+    for number, name in enumerate(case.kernel.arg_names):
+        if name in case.constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = case.types.get(name, _TYPES.get(name, "i32"))
+        if signature[name].startswith("*") or name in _EVEN:
+            attributes[(number,)] = [["tt.divisibility", 16]]
+    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    options = {**case.options, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+        command = [str(tool), "--dump-resource-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    code = compiled.asm["ptx"]
+    instruction = next((i for i in ("wgmma", "tcgen05", "mma.sync") if i in code), "-")
+    return Usage(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared, instruction)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for arch in arguments.arch:
+        for case in cases(arch):
+            usage = compile_case(case, arch)
+            limit = tuning.SHARED_MEMORY[tuning.architecture(arch)] * 1024
+            rows.append(
+                {"arch": arch, "kernel": case.name, "limit": limit, **usage._asdict(), **case.options}
+            )
+            print(
+                f"sm_{arch} {case.name:20} {usage.registers:4} registers {usage.stack:5} B stack "
+                f"{usage.shared:7} B shared  {case.options['num_warps']} warps  {usage.tensor_core}",
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
