@@ -1,10 +1,10 @@
-"""Builds the optional extensions ``ndm_fast._C`` and ``ndm_fast._cuda``; everything else is in pyproject.toml.
+"""Builds the optional extensions ``ndm_fast._C`` and ``ndm_fast._cuda``; all else is in pyproject.toml.
 
 The extension needs a C++17 compiler and pybind11, nothing else: no torch, no OpenMP. If it cannot be built
 the package installs without it and runs on its torch code; ``NDM_FAST_REQUIRE_EXT=1`` makes that an error.
 
-``ndm_fast._cuda`` is built where nvcc is found and ``NDM_FAST_CUDA`` is not 0, for the compute capabilities in
-``NDM_FAST_CUDA_ARCHS`` (default 80,90). It links the CUDA runtime statically and never breaks an install.
+``ndm_fast._cuda`` is built where nvcc is found and ``NDM_FAST_CUDA`` is not 0, for the compute capabilities
+in ``NDM_FAST_CUDA_ARCHS`` (default 80,90). It links the CUDA runtime statically and never breaks an install.
 """
 
 from __future__ import annotations

@@ -11,15 +11,15 @@ from ``q^``: a tile whose least value is above that holds no such key, whatever 
 visits tiles in the order of their least value until none can hold a nearer key.
 
 The tile of keys stays in place while all queries pass: keys are read, centred, rounded and normed once, any
-number of queries fills the card, and the projection of raw keys (``PROJECT``) is just another way to get a tile.
+number of queries fills the card, and projecting raw keys (``PROJECT``) is just another way to get a tile.
 """
 
 import triton
 import triton.language as tl
 
 ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What a search does with a key in reach: the given rotated key is exact already; evaluate the raw row in fp64;
-or keep the nearest few for ``rerank_kernel``."""
+"""What a search does with a key in reach: nothing, the given rotated key is exact already; evaluate the raw row
+in fp64; or keep the nearest few for ``rerank_kernel``."""
 
 _FP16_MAX = tl.constexpr(65504.0)
 _NO_ROW = tl.constexpr(9223372036854775807)
@@ -184,7 +184,7 @@ def sweep_wide_kernel(
 ):
     """:func:`sweep_kernel` for subspaces too wide to keep a tile in place: reads keys again for each block.
 
-    A cosine is scaled after the product, so a key is saturated relative to its own subspace, not as a unit vector.
+    A cosine is scaled after the product: keys are rounded as they are, not as unit vectors.
     """
     tile_number, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tile_number.to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -194,8 +194,8 @@ def sweep_wide_kernel(
     clean = tl.zeros([TILE], tl.float32)
     for start in range(0, WIDTH, PIECE):
         tile = _coordinates(
-            keys, key_stride, rows, valid, s * WIDTH, start + tl.arange(0, PIECE), keys, key_stride, 0, origin,
-            scale, WIDTH, CENTRE, False, 16, "ieee",
+            keys, key_stride, rows, valid, s * WIDTH, start + tl.arange(0, PIECE), keys, key_stride, 0,
+            origin, scale, WIDTH, CENTRE, False, 16, "ieee",
         )  # fmt: skip
         clean += tl.sum(tile, 1)
         rounded = _to_fp16(tile).to(tl.float32)

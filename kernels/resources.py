@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from ndm_fast.kernels import ksg, nearest, tuning
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from ndm_fast.kernels import ksg, nearest, tuning
 
 WIDTHS = (32, 64, 72, 128, 256, 432)
 """One subspace width of each class of the tables, and those of the published runs."""

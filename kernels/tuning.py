@@ -1,8 +1,8 @@
 """Tile choices as data, per architecture and width of the subspaces, each with its reasoning.
 
-Not measured yet: they follow from registers and shared memory, which ``tests/test_triton_compile.py`` reads from
-the compiled kernels, and from the bytes of queries a tile of keys reads: a tile of n keys does n operations for
-each byte, and a card needs about its ratio of fp16 rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
+Not measured yet: they follow from registers and shared memory, which ``resources.py`` reads from the compiled
+kernels, and from the bytes of queries that a tile of keys reads: a tile of n keys does n operations for each,
+and a card needs about its ratio of fp16 rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ CACHE_VARIABLE = "NDM_FAST_TUNING"
 """Environment variable that names the file of measured choices; default ~/.cache/ndm_fast/tuning.json."""
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KiB a block may use, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+"""KiB a block may use, by compute capability (CUDA C++ programming guide, technical specifications)."""
 
 WIDEST_IN_PLACE = 512
 """Wider subspaces go through ``sweep_wide_kernel``."""
 WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
 
 _AMPERE = {
-    # mma.sync holds the tile of keys and the sums in registers. 8 warps: 98 registers at 32 columns, 168 at 64,
-    # so 2 and 1 blocks an SM; 4 warps need 255 at 64 columns. Larger tiles spill or leave one warp a scheduler.
+    # mma.sync holds the tile of keys and the sums in registers. 8 warps: 98 registers at 32 columns, 168 at
+    # 64, so 2 and 1 blocks an SM; 4 warps need 255 at 64 columns. Larger tiles spill.
     32: Sweep(128, 128, 8, 3),
     64: Sweep(128, 128, 8, 3),
     # Twice the columns, half the keys, for the same registers.
@@ -54,8 +54,8 @@ _SMALL_SHARED = {
     512: Sweep(16, 32, 4, 1),
 }
 _HOPPER = {
-    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 over 8 warps is
-    # 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product. At 64
+    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 over 8 warps
+    # is 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product. At 64
     # columns and more two blocks of 4 warps fit, at 226 registers.
     32: Sweep(128, 128, 8, 3),
     64: Sweep(128, 128, 4, 3),
@@ -64,12 +64,21 @@ _HOPPER = {
     256: Sweep(128, 64, 8, 2),
     512: Sweep(64, 64, 8, 2),
 }
-TABLE = {80: _AMPERE, 86: _SMALL_SHARED, 89: _SMALL_SHARED, 90: _HOPPER, 100: _HOPPER, 120: _SMALL_SHARED}
+# tcgen05 sums in tensor memory, but sums pass through registers to be reduced: 4 warps spill at 64 columns.
+_BLACKWELL = _HOPPER | {64: Sweep(128, 128, 8, 3)}
+TABLE = {
+    80: _AMPERE,
+    86: _SMALL_SHARED,
+    89: _SMALL_SHARED,
+    90: _HOPPER,
+    100: _BLACKWELL,
+    120: _SMALL_SHARED,
+}
 """Sweep by compute capability and padded width up to the key."""
 
 FORM = dict.fromkeys(TABLE, "split")
-"""``split`` rotates keys with cuBLAS and sweeps the copy, ``fused`` rotates tiles of raw keys in the sweep. Fused
-reads every raw key again for each subspace: 2 p operations a byte from L2, where p = 32 needs twice the H100's."""
+"""``split`` rotates keys with cuBLAS and sweeps the copy, ``fused`` rotates tiles of raw keys in the sweep: it
+reads every raw key again for each subspace, p operations for each byte, of which a card needs about 130."""
 
 FP64_IS_FAST = {80, 90, 100}
 """Half the rate of fp32, with matrix units; elsewhere 1/64, and reranking multiplies in fp32."""

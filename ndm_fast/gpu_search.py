@@ -21,7 +21,7 @@ FP16_MAX = 65504.0
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
 _ROUNDING = {torch.float16: 1.01 * 2.0**-11, torch.bfloat16: 1.01 * 2.0**-8, torch.float32: 1.01 * 2.0**-11}
-"""By type of the rotated keys: bound on what rounding them, and then to fp16, moves a point, over its norm."""
+"""By type of the rotated keys: bound on what rounding, once to fp16 too, moves a point, over its norm."""
 _UNDERFLOW = 2.0**-25
 """Half the least fp16 number: what underflow moves a coordinate."""
 _SCALE_ROWS = 256
@@ -90,8 +90,8 @@ def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: boo
 def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> Tensor:
     """[n, d] keys in half precision, rotated by a ``rotation`` in theirs, and centred.
 
-    The origin comes off inside the product, before that is rounded. fp16 that overflows is Inf, which the sweep
-    saturates.
+    The origin comes off inside the product, before that is rounded. fp16 that overflows is Inf, which the
+    sweep saturates.
     """
     if frame.raw_origin is None:
         return keys @ rotation
@@ -99,7 +99,7 @@ def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> Tensor:
 
 
 def exact_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:
-    """[n, d] fp32 ``(keys - origin) @ rotation`` and the largest norm of ``keys - origin``, a scalar tensor."""
+    """[n, d] fp32 ``(keys - origin) @ rotation`` and the scalar largest norm of ``keys - origin``."""
     rotated = torch.empty(keys.shape, device=keys.device)
     largest = torch.zeros((), device=keys.device)
     size = max(1, _BLOCK_ELEMENTS // keys.shape[1])
@@ -120,7 +120,7 @@ def largest_norm(rows: Tensor) -> Tensor:
 
 
 def rotation_errors(frame: KeyFrame, norm: Tensor, unit: float = _UNIT) -> Tensor:
-    """[S] bound, after scaling, on the error of rotating a row of this norm with products of roundoff ``unit``.
+    """[S] bound, after scaling, on the error of rotating a row of this norm, products with roundoff ``unit``.
 
     Probabilistic: the d rounding errors have random signs and add to sqrt(d) of one (Higham & Mary 2019),
     times 2 for safety, as in ``ndm_fast.cpu``.

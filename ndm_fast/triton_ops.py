@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +80,8 @@ def nearest_neighbors(
         rotation: [d, d] orthogonal.
         widths: S widths that sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: ``"fp32"`` rotates keys in fp32 and decides in fp64, and is exact; ``"bf16"`` rotates fp16 and
-            bf16 keys in their type and decides, in fp32 or better, between the few nearest found with that.
+        precision: ``"fp32"`` rotates keys in fp32 and decides in fp64, and is exact; ``"bf16"`` rotates fp16
+            and bf16 keys in their type and decides, in fp32 or better, between the few nearest by that.
         keys_rotated, queries_rotated: they are rotated already; the queries only where the keys are. Then the
             result is exact for either precision.
         form: ``"split"`` makes a rotated copy of (at most 1 GB of) the keys, ``"fused"`` none; default by

@@ -21,8 +21,10 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 def test_no_spills(arch: int, tmp_path: Path) -> None:
     for name in ("sweep", "resolve"):
         done = subprocess.run(
-            ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
-            + [str(SOURCES / f"{name}.cu"), "-o", str(tmp_path / "out.cubin")],
+            [
+                *("nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"),
+                *(str(SOURCES / f"{name}.cu"), "-o", str(tmp_path / "out.cubin")),
+            ],
             capture_output=True,
             text=True,
             check=False,

@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration, compiled ahead of time: no spills, shared memory within the card's limit.
+"""Every shipped Triton configuration, compiled ahead of time: no spills, shared memory within the limit.
 
 In a process of its own: in this one the kernels belong to the interpreter.
 """
