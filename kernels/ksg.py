@@ -1,7 +1,7 @@
 """Distances and reductions of the KSG estimator (Kraskov, Stögbauer & Grassberger 2004, algorithm 1, k = 1).
 
 The distances of a block of queries are written once, [S, Q, K], and both passes read what this one kernel
-wrote: so a key that sets a radius is never below it, and each pair costs a maximum and a minimum, not a product.
+wrote: so a key that sets a radius is never below it, and a pair costs a maximum and a minimum, not a product.
 """
 
 import triton

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What a search does with a key in reach: nothing, the given rotated key is exact already; evaluate the raw row
-in fp64; or keep the nearest few for ``rerank_kernel``."""
+"""What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
+fp64; or keep the nearest few for ``rerank_kernel``."""
 
 _FP16_MAX = tl.constexpr(65504.0)
 _NO_ROW = tl.constexpr(9223372036854775807)

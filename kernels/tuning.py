@@ -54,9 +54,9 @@ _SMALL_SHARED = {
     512: Sweep(16, 32, 4, 1),
 }
 _HOPPER = {
-    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 over 8 warps
-    # is 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product. At 64
-    # columns and more two blocks of 4 warps fit, at 226 registers.
+    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 on 8 warps
+    # are 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product.
+    # At 64 columns and more two blocks of 4 warps fit, at 226 registers.
     32: Sweep(128, 128, 8, 3),
     64: Sweep(128, 128, 4, 3),
     # Wider, 4 warps spill.
@@ -77,7 +77,7 @@ TABLE = {
 """Sweep by compute capability and padded width up to the key."""
 
 FORM = dict.fromkeys(TABLE, "split")
-"""``split`` rotates keys with cuBLAS and sweeps the copy, ``fused`` rotates tiles of raw keys in the sweep: it
+"""``split`` rotates keys with cuBLAS and sweeps the copy; ``fused`` rotates tiles of keys in the sweep and
 reads every raw key again for each subspace, p operations for each byte, of which a card needs about 130."""
 
 FP64_IS_FAST = {80, 90, 100}

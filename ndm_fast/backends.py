@@ -21,7 +21,7 @@ VARIABLE = "NDM_FAST_BACKEND"
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 VERIFIED: dict[str, tuple[int, ...]] = {"triton": (), "cuda": ()}
-"""Compute capabilities, such as 90, on which ``bench/gpu_check.py`` passed; the records are in bench/results."""
+"""Compute capabilities, such as 90, on which ``bench/gpu_check.py`` passed; its records: bench/results."""
 
 
 class Choice(NamedTuple):

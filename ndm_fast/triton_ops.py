@@ -204,6 +204,8 @@ def _scaled_distances(
 
 
 def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], search: Search) -> Neighbors:
+    from ndm_fast.kernels import tuning
+
     frame = gpu_frame.make_frame(queries, keys, rotation, widths, search, exact=False)
     slots = 1 if not search.in_half else 8 if keys.dtype == torch.bfloat16 else 4
     shape = (len(widths), len(queries), slots)
@@ -211,10 +213,9 @@ def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], 
     index = torch.full(shape, -1 if search.in_half else gpu_frame.NO_KEY, device=keys.device)
     for chunk in gpu_frame.chunks(keys, frame, widths, search):
         for subspaces, columns in equal_width_runs(widths):
-            # No tile has fewer keys than 16; most have 128.
-            for group in gpu_frame.groups(
-                len(queries), len(chunk.rows), subspaces.stop - subspaces.start, 64
-            ):
+            count = subspaces.stop - subspaces.start
+            tile = tuning.sweep(_capability(keys.device), (columns.stop - columns.start) // count).tile
+            for group in gpu_frame.groups(len(queries), len(chunk.rows), count, tile):
                 state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
                 _search_run(frame, chunk, subspaces, columns, group, search, state)
                 best[subspaces, group], index[subspaces, group] = state
