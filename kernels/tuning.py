@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,7 +111,7 @@ CANDIDATES = [
     for warps in (4, 8)
     for stages in (2, 3)
 ]
-"""What :func:`autotune` times: 24 choices, two seconds at most for each."""
+"""What :func:`autotune` times."""
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -132,6 +133,8 @@ def sweep(capability: int, width: int) -> Sweep:
     """Tiles for subspaces of a width: measured on this machine by :func:`autotune`, or from the table."""
     if width > WIDEST_IN_PLACE:
         return WIDE
+    if _forced:
+        return _forced[-1]
     measured = _measured().get(_name(capability, width))
     if measured:
         return Sweep(*measured)
@@ -140,27 +143,34 @@ def sweep(capability: int, width: int) -> Sweep:
     return rows[min(limit for limit in rows if limit >= padded)]
 
 
-def autotune(capability: int, width: int, milliseconds: Callable[[Sweep], float]) -> Sweep:
+def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> Sweep:
     """Time every candidate that compiles and write the fastest to the cache file.
 
     Args:
-        milliseconds: runs a search with these tiles and returns its time; it may raise what a launch raises
-            when a choice needs more than the card has.
+        milliseconds: runs a search of subspaces of this width and returns its time; it may raise what a launch
+            raises when a choice needs more than the card has.
     """
     times: dict[Sweep, float] = {}
     problems = []
     for choice in CANDIDATES:
+        _forced.append(choice)
         try:
-            times[choice] = milliseconds(choice)
+            times[choice] = milliseconds()
         except Exception as error:  # triton raises OutOfResources and compiler errors of several types
             problems.append(f"{choice}: {error}")
+        finally:
+            _forced.pop()
     if not times:
         raise RuntimeError(f"no choice of tiles runs for width {width}: {problems[0]}")
     best = min(times, key=lambda choice: times[choice])
     path = _cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_measured() | {_name(capability, width): list(best)}, indent=1) + "\n")
+    _measured.cache_clear()
     return best
+
+
+_forced: list[Sweep] = []
 
 
 def _name(capability: int, width: int) -> str:
@@ -172,6 +182,7 @@ def _cache_file() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "ndm_fast" / "tuning.json"
 
 
+@lru_cache(maxsize=1)
 def _measured() -> dict[str, list[int]]:
     path = _cache_file()
     return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,65 @@
+"""Tile tables, and the cache that a measurement writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ndm_fast.kernels import tuning
+from ndm_fast.kernels.tuning import Sweep
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "folder" / "tuning.json"
+    monkeypatch.setenv(tuning.CACHE_VARIABLE, str(path))
+    tuning._measured.cache_clear()
+    return path
+
+
+@pytest.mark.parametrize("width", range(1, 513))
+def test_pieces_cover_a_width_with_little_waste(width: int) -> None:
+    main, rest = tuning.pieces(width)
+    assert all(part & (part - 1) == 0 and part >= 16 for part in (main, rest) if part)
+    assert width <= main + rest < max(width * 4 / 3, width + 16)
+
+
+def test_every_architecture_has_tiles_for_every_width() -> None:
+    for arch in tuning.TABLE:
+        for width in (1, 32, 33, 72, 129, 512):
+            assert tuning.sweep(arch, width) in tuning.TABLE[arch].values()
+        assert tuning.sweep(arch, 513) == tuning.WIDE
+        assert arch in tuning.SHARED_MEMORY
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"), [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120)]
+)
+def test_unknown_architectures_take_the_row_below(capability: int, row: int) -> None:
+    assert tuning.architecture(capability) == row
+
+
+def test_autotune_keeps_the_fastest_choice_that_runs(cache: Path) -> None:
+    tried: list[Sweep] = []
+
+    def milliseconds() -> float:
+        tried.append(tuning.sweep(90, 64))
+        if tried[-1].tile == 256:
+            raise RuntimeError("out of resources")
+        return abs(tried[-1].query_block - 64) + tried[-1].tile + tried[-1].warps + tried[-1].stages
+
+    assert tuning.autotune(90, 64, milliseconds) == Sweep(64, 64, 4, 2)
+    assert tried == tuning.CANDIDATES
+    assert cache.exists()
+    assert tuning.sweep(90, 64) == Sweep(64, 64, 4, 2)
+    assert tuning.sweep(80, 64) == tuning.TABLE[80][64]
+
+
+def test_autotune_says_why_nothing_runs(cache: Path) -> None:
+    def milliseconds() -> float:
+        raise RuntimeError("no card")
+
+    with pytest.raises(RuntimeError, match=r"width 64: .*no card"):
+        tuning.autotune(90, 64, milliseconds)
+    assert not cache.exists()
