@@ -11,9 +11,9 @@ import argparse
 
 import torch
 import triton.testing
+from ndm_fast.kernels import tuning
 
 from ndm_fast import triton_ops
-from ndm_fast.kernels import tuning
 
 
 def main() -> None:

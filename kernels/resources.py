@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ndm_fast.kernels import ksg, nearest, tuning
+from ndm_fast.kernels import ksg, nearest, resolve, tuning
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -84,8 +84,8 @@ def cases(arch: int) -> Iterator[Case]:
         search |= tuning.resolve_shape(width, tiles.tile, False)._asdict()
         if width in (32, 432):
             for mode, slots in (("rotated", 1), ("raw", 1), ("slots", 4)):
-                chosen = search | {"MODE": getattr(nearest, mode.upper()).value, "SLOT_COUNT": slots}
-                yield Case(f"resolve {width} {mode}", nearest.resolve_kernel, chosen, {"num_warps": 4}, {})
+                chosen = search | {"MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
+                yield Case(f"resolve {width} {mode}", resolve.resolve_kernel, chosen, {"num_warps": 4}, {})
     wide = tuning.WIDE
     shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
@@ -100,7 +100,7 @@ def cases(arch: int) -> Iterator[Case]:
     }
     rerank |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False}
     exact = {"rotation": "*fp32"}
-    yield Case("rerank", nearest.rerank_kernel, rerank, {"num_warps": 4}, exact)
+    yield Case("rerank", resolve.rerank_kernel, rerank, {"num_warps": 4}, exact)
     distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}
     columns = {"queries": "*fp32", "keys": "*fp32"}
     yield Case("ksg distances", ksg.distances_kernel, distances, {"num_warps": 4}, columns)

@@ -29,6 +29,9 @@ class Sweep(NamedTuple):
 CACHE_VARIABLE = "NDM_FAST_TUNING"
 """Environment variable that names the file of measured choices; default ~/.cache/ndm_fast/tuning.json."""
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Of every launch. Products and sums may fuse into one rounding; triton 3.9 warns where that is left open."""
+
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB a block may use, by compute capability (CUDA C++ programming guide, technical specifications)."""
 
@@ -144,11 +147,11 @@ def sweep(capability: int, width: int) -> Sweep:
 
 
 def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> Sweep:
-    """Time every candidate that compiles and write the fastest to the cache file.
+    """Time every candidate that runs and write the fastest to the cache file.
 
     Args:
-        milliseconds: runs a search of subspaces of this width and returns its time; it may raise what a launch
-            raises when a choice needs more than the card has.
+        milliseconds: runs a search of subspaces of this width and returns its time; it may raise what a
+            launch raises when a choice needs more than the card has.
     """
     times: dict[Sweep, float] = {}
     problems = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -114,3 +115,8 @@ def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:
     found = best.isfinite()
     distance = torch.where(found, best if cosine else best.sqrt(), torch.nan)
     return Neighbors(distance.float(), torch.where(found, index, 0))
+
+
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's device the current one, on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -157,9 +157,8 @@ def pack_queries(
     packed = torch.zeros(len(scales), slots, main, dtype=torch.float16, device=rotated.device)
     packed[:, : len(rotated), : min(width, main)] = half[..., :main]
     # A kernel that takes no second part still takes an address.
-    packed_rest = torch.zeros(len(scales), slots if rest else 1, max(1, rest), dtype=torch.float16).to(
-        rotated.device
-    )
+    shape = (len(scales), slots if rest else 1, max(1, rest))
+    packed_rest = torch.zeros(shape, dtype=torch.float16, device=rotated.device)
     if rest:
         packed_rest[:, : len(rotated), : width - main] = half[..., main:]
     beyond = scaled.abs().amax(2) > FP16_MAX

@@ -6,29 +6,32 @@ Shapes and names as in ``ndm_fast.reference``, which says what each op means; ``
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ndm_fast import gpu_frame, gpu_search
-from ndm_fast.centring import sample_mean
 from ndm_fast.gpu_frame import Frame, Search
-from ndm_fast.gpu_search import KeyChunk
+from ndm_fast.gpu_search import KeyChunk, QueryPack
 from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
+from ndm_fast.triton_ksg import ksg_counts, ksg_radius
 
-_DISTANCE_BYTES = 1 << 25
-"""Distances of the KSG estimate held at once: what a large card's second-level cache holds."""
+if TYPE_CHECKING:
+    from ndm_fast.kernels.tuning import Sweep
+
+__all__ = ["available", "ksg_counts", "ksg_radius", "nearest_neighbors", "why_unavailable"]
+
+_PIECE = 64
+"""Columns of a wide subspace that are multiplied at once."""
 _SEGMENT = 4096
 """Minima of one query in registers at once."""
 _MOST_TILES = 64
 """Tiles a query may visit in half precision; it then keeps the best of those it saw."""
-_OPTIONS = {"enable_fp_fusion": True}
-"""Products and sums may fuse into one rounding; triton 3.9 warns where that is left open."""
 
 
 def available() -> bool:
@@ -100,107 +103,8 @@ def nearest_neighbors(
     search = gpu_frame.make_search(
         keys, metric, precision, keys_rotated=keys_rotated, queries_rotated=queries_rotated, fused=fused
     )
-    with _device_of(queries):
+    with gpu_frame.device_of(queries):
         return _search(queries, keys, rotation, list(widths), search)
-
-
-def ksg_radius(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
-    *,
-    rotated: bool = False,
-) -> Tensor:
-    """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
-
-    Args:
-        queries, keys, rotation, widths: as for :func:`nearest_neighbors`.
-        rotated: queries and keys are rotated already.
-        variances: [S] total variance of each subspace; where it is 0, so are the distances.
-        pairs: [P, 2] int64 numbers of subspaces.
-    """
-    from ndm_fast.kernels import ksg
-
-    radius = torch.empty(len(pairs), len(queries), device=queries.device)
-    pairs = pairs.contiguous()
-    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
-        part = torch.empty(len(pairs), distances.shape[1], device=queries.device)
-        ksg.radius_kernel[part.shape](
-            distances, distances.shape[1], len(keys), pairs, part, KEY_BLOCK=1024, num_warps=4, **_OPTIONS
-        )
-        radius[:, group] = part
-    return radius
-
-
-def ksg_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
-    radius: Tensor,
-    *,
-    rotated: bool = False,
-) -> Tensor:
-    """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
-
-    Arguments as for :func:`ksg_radius`, whose result is the radius: both read distances made by one kernel,
-    so the key that sets a radius is never below it.
-    """
-    from ndm_fast.kernels import ksg
-
-    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64, device=queries.device)
-    pairs = pairs.contiguous()
-    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
-        limits = radius[:, group].float().contiguous()
-        part = torch.empty(len(pairs), 2, distances.shape[1], dtype=torch.int64, device=queries.device)
-        ksg.counts_kernel[limits.shape](
-            distances,
-            distances.shape[1],
-            len(keys),
-            pairs,
-            limits,
-            part,
-            KEY_BLOCK=1024,
-            num_warps=4,
-            **_OPTIONS,
-        )
-        counts[:, :, group] = part
-    return counts
-
-
-def _scaled_distances(
-    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], variances: Tensor, rotated: bool
-) -> Iterator[tuple[slice, Tensor]]:
-    """Groups of queries and their [S, q, K] fp32 distances over the root of each subspace's variance."""
-    from ndm_fast.kernels import ksg
-
-    origin, turn = sample_mean(keys), rotation.detach().float()
-    centred = (rows.detach().float() - origin for rows in (queries, keys))
-    with gpu_search.full_fp32():
-        query_columns, key_columns = ((rows if rotated else rows @ turn).T.contiguous() for rows in centred)
-    positive = variances.detach().double().clamp_min(0)
-    inverse = torch.where(positive > 0, 1 / positive, 0).float()
-    size = max(1, _DISTANCE_BYTES // (4 * len(widths) * len(keys)))
-    for start in range(0, len(queries), size):
-        group = slice(start, min(start + size, len(queries)))
-        count = group.stop - start
-        distances = torch.empty(len(widths), count, len(keys), device=keys.device)
-        for subspaces, columns in equal_width_runs(widths):
-            run = subspaces.stop - subspaces.start
-            part, other = query_columns[columns, group], key_columns[columns]
-            with _device_of(queries):
-                ksg.distances_kernel[(-(-len(keys) // 128), -(-count // 32), run)](
-                    *(part, part.stride(0), count, other, other.stride(0), len(keys)),
-                    *(inverse[subspaces], distances[subspaces]),
-                    WIDTH=(columns.stop - columns.start) // run, QUERY_BLOCK=32, KEY_BLOCK=128,
-                    num_warps=4, **_OPTIONS,
-                )  # fmt: skip
-        yield group, distances
 
 
 def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], search: Search) -> Neighbors:
@@ -217,90 +121,119 @@ def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], 
             tile = tuning.sweep(_capability(keys.device), (columns.stop - columns.start) // count).tile
             for group in gpu_frame.groups(len(queries), len(chunk.rows), count, tile):
                 state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
-                _search_run(frame, chunk, subspaces, columns, group, search, state)
+                _search_part(_Part(frame, chunk, search, subspaces, columns, group), state)
                 best[subspaces, group], index[subspaces, group] = state
     if search.in_half:
         best, index = _rerank(frame, keys, index, widths, search)
     return gpu_frame.result(best.view(shape[:2]), index.view(shape[:2]), search.cosine)
 
 
-def _search_run(
-    frame: Frame,
-    chunk: KeyChunk,
-    subspaces: slice,
-    columns: slice,
-    group: slice,
-    search: Search,
-    state: tuple[Tensor, Tensor],
-) -> None:
-    """Sweep and resolve for subspaces of one width and some of the queries; updates the state in place."""
+class _Part(NamedTuple):
+    """Subspaces of one width, some of the keys and some of the queries: what one launch searches."""
+
+    frame: Frame
+    chunk: KeyChunk
+    search: Search
+    subspaces: slice
+    columns: slice
+    group: slice
+
+    @property
+    def subspace_count(self) -> int:
+        return self.subspaces.stop - self.subspaces.start
+
+    @property
+    def width(self) -> int:
+        return (self.columns.stop - self.columns.start) // self.subspace_count
+
+    def keys(self) -> tuple[Tensor, int, int]:
+        """Arguments of both kernels: rows, their stride and number."""
+        rows = self.chunk.rows if self.search.fused else self.chunk.rows[:, self.columns]
+        return rows, rows.stride(0), len(rows)
+
+    def turn(self) -> tuple[Tensor, int, int]:
+        """Arguments of both kernels: rotation, its stride and depth."""
+        # Triton's interpreter multiplies the bits of bf16 as integers; in fp32 the products are the same.
+        turn = self.frame.turn if self.chunk.rows.is_cuda else self.frame.turn.float()
+        return turn[:, self.columns], turn.stride(0), len(turn)
+
+    def scaling(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments of both kernels: origin (not read where it is off), scales and errors."""
+        origin = self.frame.keys.origin if self.chunk.origin is None else self.chunk.origin
+        return origin[self.columns], self.chunk.scales[self.subspaces], self.chunk.errors[self.subspaces]
+
+    def options(self) -> dict[str, object]:
+        """Compile-time choices that both kernels share."""
+        return {
+            "WIDTH": self.width,
+            "CENTRE": self.chunk.origin is not None,
+            "COSINE": self.search.cosine,
+        }
+
+    def projection(self) -> dict[str, object]:
+        """How a tile of raw keys is rotated, where that is not done before."""
+        depth = 32 if self.frame.turn.dtype == torch.float32 else 64
+        return {"PROJECT": self.search.fused, "DEPTH_BLOCK": depth, "DOT": "tf32x3"}
+
+
+def _sweep(part: _Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
+    """[s, q, tiles] least value of every query over every tile of keys, and the queries as swept."""
     from ndm_fast.kernels import nearest, tuning
 
-    count = subspaces.stop - subspaces.start
-    width = (columns.stop - columns.start) // count
-    tiles = tuning.sweep(_capability(chunk.rows.device), width)
-    main, rest = tuning.pieces(width)
-    wide = width > tuning.WIDEST_IN_PLACE
-    if wide:
-        main, rest = -(-width // 64) * 64, 0
-    rotated = frame.rotated[group]
+    rotated = part.frame.rotated[part.group][:, part.columns]
     slots = -(-len(rotated) // tiles.query_block) * tiles.query_block
-    pack = gpu_search.pack_queries(
-        rotated[:, columns], frame.keys.scales[subspaces], width, search.cosine, main, rest, slots
-    )
-    rows = chunk.rows if search.fused else chunk.rows[:, columns]
-    # Triton's interpreter multiplies the bits of bf16 as integers; in fp32 the products are the same.
-    turn = (frame.turn if rows.is_cuda else frame.turn.float())[:, columns]
-    origin = frame.keys.origin[columns] if chunk.origin is None else chunk.origin[columns]
-    scales, errors = chunk.scales[subspaces], chunk.errors[subspaces]
-    tile_count = -(-len(rows) // tiles.tile)
-    minima = torch.empty(count, len(rotated), tile_count, device=rows.device)
-    projection = {
-        "CENTRE": chunk.origin is not None,
-        "PROJECT": search.fused,
-        "DEPTH_BLOCK": 64 if frame.turn.dtype != torch.float32 else 32,
-        "DOT": "tf32x3",
-    }
-    launch = {"num_warps": tiles.warps, "num_stages": tiles.stages, **_OPTIONS}
-    grid = (tile_count, count)
+    wide = part.width > tuning.WIDEST_IN_PLACE
+    main, rest = (-(-part.width // _PIECE) * _PIECE, 0) if wide else tuning.pieces(part.width)
+    scales = part.frame.keys.scales[part.subspaces]
+    pack = gpu_search.pack_queries(rotated, scales, part.width, part.search.cosine, main, rest, slots)
+    tile_count = -(-len(part.chunk.rows) // tiles.tile)
+    minima = torch.empty(part.subspace_count, len(rotated), tile_count, device=rotated.device)
+    queries = (len(rotated), slots, minima, tile_count)
+    options = {"TILE": tiles.tile, "QUERY_BLOCK": tiles.query_block, **part.options()}
+    options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
+    grid = (tile_count, part.subspace_count)
     if wide:
         nearest.sweep_wide_kernel[grid](
-            *(rows, rows.stride(0), len(rows), origin, scales, errors, pack.main),
-            *(len(rotated), slots, minima, tile_count),
-            WIDTH=width, PADDED=main, TILE=tiles.tile, QUERY_BLOCK=tiles.query_block, PIECE=64,
-            CENTRE=projection["CENTRE"], COSINE=search.cosine, **launch,
-        )  # fmt: skip
+            *part.keys(), *part.scaling(), pack.main, *queries, PADDED=main, PIECE=_PIECE, **options
+        )
     else:
         nearest.sweep_kernel[grid](
-            *(rows, rows.stride(0), len(rows), turn, turn.stride(0), len(turn), origin, scales, errors),
-            *(pack.main, pack.rest, len(rotated), slots, minima, tile_count),
-            WIDTH=width, P1=main, P2=rest, TILE=tiles.tile, QUERY_BLOCK=tiles.query_block,
-            STAGES=tiles.stages, COSINE=search.cosine, **projection, **launch,
-        )  # fmt: skip
-    shape = tuning.resolve_shape(width, tiles.tile, search.fused)
-    exact, raw = frame.exact[group][:, columns], frame.raw[group]
-    rotated, exact_turn = rotated[:, columns], frame.rotation[:, columns]
-    mode = 0 if search.keys_rotated else 2 if search.in_half else 1  # as named in kernels/nearest.py
-    nearest.resolve_kernel[(len(rotated), count)](
-        *(minima, tile_count, rows, rows.stride(0), len(rows), chunk.first),
-        *(turn, turn.stride(0), len(turn), origin, scales, errors),
+            *(*part.keys(), *part.turn(), *part.scaling(), pack.main, pack.rest, *queries),
+            **{"P1": main, "P2": rest, "STAGES": tiles.stages, **part.projection(), **options},
+        )
+    return minima, pack
+
+
+def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
+    """Sweeps and resolves; brings best and index, [s, q, slots], up to date."""
+    from ndm_fast.kernels import resolve, tuning
+
+    search, frame = part.search, part.frame
+    tiles = tuning.sweep(_capability(part.chunk.rows.device), part.width)
+    minima, pack = _sweep(part, tiles)
+    rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
+    raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
+    mode = resolve.ROTATED if search.keys_rotated else resolve.SLOTS if search.in_half else resolve.RAW
+    shape = tuning.resolve_shape(part.width, tiles.tile, search.fused)
+    resolve.resolve_kernel[(len(rotated), part.subspace_count)](
+        *(minima, minima.shape[2], *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),
-        *(raw, raw.stride(0), chunk.raw, chunk.raw.stride(0), exact_turn, exact_turn.stride(0)),
-        *state,
-        gpu_search.rounding_of(chunk.rows.dtype if search.in_half else torch.float32),
-        gpu_search.underflow_of(width),
+        *(raw, raw.stride(0), keys, keys.stride(0), rotation, rotation.stride(0), *state),
+        gpu_search.rounding_of(part.chunk.rows.dtype if search.in_half else torch.float32),
+        gpu_search.underflow_of(part.width),
         _MOST_TILES if search.in_half else 1 << 30,
-        WIDTH=width, TILE=tiles.tile, SLOT_COUNT=state[0].shape[2], MODE=mode,
-        SEGMENT=min(_SEGMENT, _power_of_two(tile_count)), COSINE=search.cosine, **shape._asdict(),
-        **projection, num_warps=4, **_OPTIONS,
-    )  # fmt: skip
+        **{"TILE": tiles.tile, "SLOT_COUNT": state[0].shape[2], "MODE": mode.value, **shape._asdict()},
+        SEGMENT=min(_SEGMENT, _power_of_two(minima.shape[2])),
+        num_warps=4,
+        **{**part.options(), **part.projection(), **tuning.OPTIONS},
+    )
 
 
 def _rerank(
     frame: Frame, keys: Tensor, candidates: Tensor, widths: list[int], search: Search
 ) -> tuple[Tensor, Tensor]:
     """Nearest of the candidates by their raw rows, [S, Q] fp64 and its index."""
-    from ndm_fast.kernels import nearest, tuning
+    from ndm_fast.kernels import resolve, tuning
 
     best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
@@ -311,12 +244,12 @@ def _rerank(
         count = subspaces.stop - subspaces.start
         width = (columns.stop - columns.start) // count
         turn, exact = frame.rotation[:, columns], frame.exact[:, columns]
-        nearest.rerank_kernel[(-(-len(frame.raw) // block), count)](
+        resolve.rerank_kernel[(-(-len(frame.raw) // block), count)](
             *(frame.raw, frame.raw.stride(0), len(frame.raw), keys, keys.stride(0)),
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
             *(candidates[subspaces], best[subspaces], index[subspaces]),
             WIDTH=width, P=min(32, max(16, _power_of_two(width))), QUERY_BLOCK=block, SLOT_COUNT=slots,
-            DEPTH_BLOCK=32, DOUBLE=double, COSINE=search.cosine, num_warps=4, **_OPTIONS,
+            DEPTH_BLOCK=32, DOUBLE=double, COSINE=search.cosine, num_warps=4, **tuning.OPTIONS,
         )  # fmt: skip
     return best, index
 
@@ -330,8 +263,3 @@ def _capability(device: torch.device) -> int:
         return 80
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on torch's current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ndm_fast import backends, cuda
+from ndm_fast import backends, cuda, triton_ops
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # half a minute for each
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_spills(arch: int, tmp_path: Path) -> None:
@@ -33,6 +33,20 @@ def test_no_spills(arch: int, tmp_path: Path) -> None:
         frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
         assert len(frames) == (9 if name == "sweep" else 1), done.stderr
         assert all(frame == ("0", "0") for frame in frames), done.stderr
+
+
+@pytest.mark.skipif(cuda._cuda is None, reason=str(cuda._OBSTACLE))
+@pytest.mark.skipif(not triton_ops.available(), reason="needs the cuobjdump that triton carries")
+def test_what_was_built_keeps_everything_in_registers() -> None:
+    import triton.backends.nvidia
+
+    assert cuda._cuda is not None
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(cuda._cuda.__file__)]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stacks = re.findall(r"REG:\d+ STACK:(\d+)", report)
+    assert len(stacks) % 10 == 0  # nine sweeps and one resolve for each architecture
+    assert set(stacks) == {"0"}
 
 
 def test_says_why_it_cannot_run_on_a_cpu() -> None:

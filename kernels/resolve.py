@@ -1,0 +1,311 @@
+"""The search that decides which key is nearest, after the sweep of ``nearest.py``, which has the bound."""
+
+import triton
+import triton.language as tl
+from ndm_fast.kernels.nearest import coordinates, inverse_norm
+
+ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
+fp64; or keep the nearest few for ``rerank_kernel``."""
+
+_NO_ROW = tl.constexpr(9223372036854775807)
+
+
+@triton.jit
+def _exact_raw(
+    raw_query,  # [d]
+    raw_key,  # [d]
+    rotation,  # [d, d] fp32
+    rotation_stride,
+    depth,
+    column,
+    rotated_query,  # [P] fp64
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    DEEP: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """Squared distance, or 1 - cos, of two raw rows in one subspace, in fp64."""
+    columns = tl.arange(0, P)
+    inside = columns < WIDTH
+    total = tl.zeros([P], tl.float64)
+    for start in range(0, depth, DEEP):
+        deep = start + tl.arange(0, DEEP)
+        row = tl.load(raw_key + deep, mask=deep < depth, other=0.0).to(tl.float64)
+        if not COSINE:
+            row = tl.load(raw_query + deep, mask=deep < depth, other=0.0).to(tl.float64) - row
+        basis = tl.load(
+            rotation + deep[:, None] * rotation_stride + (column + columns)[None, :],
+            mask=(deep < depth)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        total += tl.sum(row[:, None] * basis.to(tl.float64), 0)
+    if COSINE:
+        norms = tl.sum(total * total, 0) * tl.sum(rotated_query * rotated_query, 0)
+        return 1 - tl.sum(total * rotated_query, 0) * inverse_norm(norms)
+    return tl.sum(total * total, 0)
+
+
+@triton.jit
+def resolve_kernel(
+    minima,  # [S, Q, tiles] fp32, of sweep_kernel
+    tiles,
+    keys,  # as in sweep_kernel
+    key_stride,
+    key_count,
+    first_key,  # number of the first of these keys among all
+    rotation,
+    rotation_stride,
+    depth,
+    origin,
+    scales,
+    errors,
+    queries,  # [Q, d] fp64 rotated; centred like the keys are after CENTRE
+    exact_queries,  # [Q, d] fp64 rotated, not centred
+    query_stride,
+    sizes,  # [S, Q] fp32 |q| after scaling (cosine: 1); inf: visit everything
+    half_norms,  # [S, Q] fp32 |q^|^2/2 (a zero vector's cosine: 1/2)
+    raw_queries,  # [Q, d], RAW only, from column 0 on
+    raw_query_stride,
+    raw_keys,  # [K, d], RAW only
+    raw_key_stride,
+    exact_rotation,  # [d, d] fp32, RAW only
+    exact_rotation_stride,
+    best,  # [S, Q, SLOT_COUNT] fp64: squared distance, 1 - cos, or (SLOTS) approximate scaled distance
+    index,  # [S, Q, SLOT_COUNT] int64
+    rounding,  # u of the module's docstring
+    absolute,  # error where fp16 underflows
+    most_tiles,
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    DEEP: tl.constexpr,
+    SLOT_COUNT: tl.constexpr,
+    MODE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (Q, S). Goes on from the state in ``best`` and ``index``; ties go to the lowest index."""
+    q, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    count = tl.num_programs(0)
+    at = s * count + q
+    column = s * WIDTH
+    columns = tl.arange(0, P)
+    inside = columns < WIDTH
+    scale = tl.load(scales + s)
+    error = tl.load(errors + s)
+    size, half_norm = tl.load(sizes + at), tl.load(half_norms + at)
+    exact_query = tl.load(exact_queries + q * query_stride + column + columns, mask=inside, other=0.0)
+    centred = tl.load(queries + q * query_stride + column + columns, mask=inside, other=0.0) * scale
+    if COSINE:
+        centred = centred * inverse_norm(tl.sum(centred * centred, 0))
+    centred = centred.to(tl.float32)
+    span = tl.sqrt(tl.sum(centred * centred, 0))
+    exact_norm = tl.sum(exact_query * exact_query, 0)
+
+    slots = tl.arange(0, SLOT_COUNT)
+    held = tl.load(best + at * SLOT_COUNT + slots)
+    held_index = tl.load(index + at * SLOT_COUNT + slots)
+    visited = 0
+    for segment in range(0, tiles, SEGMENT):
+        numbers = segment + tl.arange(0, SEGMENT)
+        lows = tl.load(minima + at * tiles + numbers, mask=numbers < tiles, other=float("inf"))
+        low = tl.min(lows, 0)
+        reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+        while (
+            (low < float("inf"))
+            & (visited < most_tiles)
+            & (low <= _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE))
+        ):
+            number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
+            lows = tl.where(numbers == number, float("inf"), lows)
+            visited += 1
+            for start in range(0, TILE, CHUNK):
+                rows = number.to(tl.int64) * TILE + start + tl.arange(0, CHUNK)
+                valid = rows < key_count
+                if MODE == ROTATED:
+                    tile = tl.load(
+                        keys + rows[:, None] * key_stride + (column + columns)[None, :],
+                        mask=valid[:, None] & inside[None, :],
+                        other=0.0,
+                    ).to(tl.float64)
+                    if COSINE:
+                        norms = tl.sum(tile * tile, 1) * exact_norm
+                        found = 1 - tl.sum(tile * exact_query[None, :], 1) * inverse_norm(norms)
+                    else:
+                        delta = tile - exact_query[None, :]
+                        found = tl.sum(delta * delta, 1)
+                    found = tl.where(valid & (found == found), found, float("inf"))
+                    nearest = tl.min(found, 0)
+                    row = tl.min(tl.where(found == nearest, rows + first_key, _NO_ROW), 0)
+                    better = (nearest < held) | ((nearest == held) & (row < held_index))
+                    held = tl.where(better, nearest, held)
+                    held_index = tl.where(better, row, held_index)
+                else:
+                    tile = coordinates(
+                        keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth,
+                        origin, scale, WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+                    )  # fmt: skip
+                    slack = tl.zeros([CHUNK], tl.float32) + error
+                    if COSINE:
+                        inverse = inverse_norm(tl.sum(tile * tile, 1))
+                        tile *= inverse[:, None]
+                        slack = error * inverse
+                    delta = tile - centred[None, :]
+                    near = tl.sqrt(tl.sum(delta * delta, 1))
+                    if COSINE:  # a zero vector has cosine 0 with everything
+                        near = tl.where(inverse * exact_norm == 0, 1.4142135, near)
+                    near = tl.where(valid & (near == near), near, float("inf"))
+                    if MODE == RAW:
+                        near = tl.maximum(near * (1 - 1e-6) - slack, 0.0)
+                        nearest = tl.min(near, 0)
+                        while (nearest < float("inf")) & (nearest <= reach + 1e-6 * span):
+                            row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+                            near = tl.where(rows == row, float("inf"), near)
+                            exact = _exact_raw(
+                                raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride,
+                                exact_rotation, exact_rotation_stride, depth, column, exact_query,
+                                WIDTH, P, DEEP, COSINE,
+                            )  # fmt: skip
+                            row += first_key
+                            better = (exact < held) | ((exact == held) & (row < held_index))
+                            held = tl.where(better, exact, held)
+                            held_index = tl.where(better, row, held_index)
+                            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+                            nearest = tl.min(near, 0)
+                    else:
+                        worst, last = _worst(held, held_index)
+                        nearest = tl.min(near, 0)
+                        row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+                        while (nearest < worst) | (
+                            (nearest == worst) & (nearest < float("inf")) & (row + first_key < last)
+                        ):
+                            slot = tl.min(
+                                tl.where((held == worst) & (held_index == last), slots, SLOT_COUNT), 0
+                            )
+                            held = tl.where(slots == slot, nearest.to(tl.float64), held)
+                            held_index = tl.where(slots == slot, row + first_key, held_index)
+                            worst, last = _worst(held, held_index)
+                            near = tl.where(rows == row, float("inf"), near)
+                            nearest = tl.min(near, 0)
+                            row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+            low = tl.min(lows, 0)
+    tl.store(best + at * SLOT_COUNT + slots, held)
+    tl.store(index + at * SLOT_COUNT + slots, held_index)
+
+
+@triton.jit
+def _worst(held, held_index):
+    """The entry to give up first: the farthest, of those the one with the highest index."""
+    worst = tl.max(held, 0)
+    return worst, tl.max(tl.where(held == worst, held_index, -1), 0)
+
+
+@triton.jit
+def _reach(best, scale, MODE: tl.constexpr, COSINE: tl.constexpr):
+    """Scaled distance of the best key known; for cosine, that between the unit vectors."""
+    if MODE == SLOTS:
+        return best.to(tl.float32)
+    if COSINE:
+        return tl.sqrt(2 * tl.maximum(best, 0.0)).to(tl.float32)
+    return (tl.sqrt(best) * scale).to(tl.float32)
+
+
+@triton.jit
+def _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH: tl.constexpr, COSINE: tl.constexpr):
+    """Least value of the sweep above which a tile holds no key within reach."""
+    around = 2 * size + reach
+    far = reach + rounding * around + absolute
+    if not COSINE:  # there the sweep has taken it off already, key by key
+        far += error
+    # fp32 accumulation in the tensor cores, which may truncate, and of the norms.
+    accumulation = (WIDTH / 8 + 8) * 1.2e-7
+    return 0.5 * far * far - half_norm + accumulation * around * around
+
+
+@triton.jit
+def rerank_kernel(
+    raw_queries,  # [Q, d]
+    raw_query_stride,
+    query_count,
+    raw_keys,  # [K, d]
+    raw_key_stride,
+    rotation,  # [d, d] fp32, from the first column of these subspaces on
+    rotation_stride,
+    depth,
+    queries,  # [Q, d] fp64 rotated, COSINE only
+    query_stride,
+    candidates,  # [S, Q, SLOT_COUNT] int64, -1 for none
+    best,  # [S, Q] fp64: squared distance, or 1 - cos
+    index,  # [S, Q] int64
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    SLOT_COUNT: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """Grid (query blocks, S). The nearest of each query's candidates, from the raw rows.
+
+    Projects ``q - k``, so that what query and key share cancels before it is rounded. Sums over blocks of the
+    depth are in fp64; with DOUBLE the products are too.
+    """
+    s = tl.program_id(1).to(tl.int64)
+    entries = tl.arange(0, QUERY_BLOCK * SLOT_COUNT)
+    first = tl.program_id(0).to(tl.int64) * QUERY_BLOCK
+    q = first + entries // SLOT_COUNT
+    row = tl.load(
+        candidates + (s * query_count + first) * SLOT_COUNT + entries, mask=q < query_count, other=-1
+    )
+    real = row >= 0
+    found = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    query_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    key_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    for piece in range(0, WIDTH, P):
+        columns = piece + tl.arange(0, P)
+        inside = columns < WIDTH
+        total = tl.zeros([QUERY_BLOCK * SLOT_COUNT, P], tl.float64)
+        for start in range(0, depth, DEPTH_BLOCK):
+            deep = start + tl.arange(0, DEPTH_BLOCK)
+            mask = real[:, None] & (deep < depth)[None, :]
+            part = tl.load(raw_keys + row[:, None] * raw_key_stride + deep[None, :], mask=mask, other=0.0)
+            part = part.to(tl.float64 if DOUBLE else tl.float32)
+            if not COSINE:
+                query = tl.load(
+                    raw_queries + q[:, None] * raw_query_stride + deep[None, :], mask=mask, other=0.0
+                )
+                part = query.to(part.dtype) - part
+            basis = tl.load(
+                rotation + deep[:, None] * rotation_stride + (s * WIDTH + columns)[None, :],
+                mask=(deep < depth)[:, None] & inside[None, :],
+                other=0.0,
+            ).to(part.dtype)
+            total += tl.dot(part, basis, input_precision="ieee", out_dtype=part.dtype).to(tl.float64)
+        if COSINE:
+            query = tl.load(
+                queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],
+                mask=real[:, None] & inside[None, :],
+                other=0.0,
+            )
+            found += tl.sum(total * query, 1)
+            key_norm += tl.sum(total * total, 1)
+            query_norm += tl.sum(query * query, 1)
+        else:
+            found += tl.sum(total * total, 1)
+    if COSINE:
+        found = 1 - found * inverse_norm(key_norm * query_norm)
+    found = tl.where(real & (found == found), found, float("inf"))
+    found = tl.reshape(found, [QUERY_BLOCK, SLOT_COUNT])
+    row = tl.reshape(row, [QUERY_BLOCK, SLOT_COUNT])
+    nearest = tl.min(found, 1)
+    chosen = tl.min(tl.where(found == nearest[:, None], row, _NO_ROW), 1)
+    q = first + tl.arange(0, QUERY_BLOCK)
+    tl.store(best + s * query_count + q, nearest, mask=q < query_count)
+    tl.store(index + s * query_count + q, chosen, mask=q < query_count)
