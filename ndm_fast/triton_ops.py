@@ -49,7 +49,8 @@ def why_unavailable(device: torch.device) -> str | None:
     if not available():
         return "triton is not installed: pip install triton"
     if device.type == "cuda" and torch.version.hip is None:
-        return None
+        old = torch.cuda.get_device_capability(device) < (8, 0)
+        return "its kernels need compute capability 8.0" if old else None
     if device.type == "cpu" and interpreted():
         return None if _can_interpret() else "set TRITON_INTERPRET=1 before triton is imported"
     return f"it runs on CUDA devices (and, slowly, on the CPU with TRITON_INTERPRET=1), not on {device.type}"

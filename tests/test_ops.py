@@ -94,6 +94,20 @@ def test_library_ops_pass_opcheck(case, backend):
     torch.library.opcheck(ops._ksg_counts, (q, k, r, WIDTHS, variances, pairs, radius, False, backend))
 
 
+def test_an_architecture_without_a_record_is_logged_once(monkeypatch, caplog):
+    monkeypatch.setitem(backends._OBSTACLES, "triton", lambda device: None)
+    monkeypatch.setattr(backends.triton_ops, "why_unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 9))
+    backends._log_unverified.cache_clear()
+    for name in ("auto", "triton", None):
+        choice = backends.choose("cuda", name)
+        assert choice.name == "triton"
+        assert "never checked on sm_99" in choice.reason
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    monkeypatch.setitem(backends.VERIFIED, "triton", (99,))
+    assert "never" not in backends.choose("cuda").reason
+
+
 def test_compiles_into_one_graph(case):
     def mean_distance(queries, keys, rotation):
         found = ops.nearest_neighbors(queries, keys, rotation, WIDTHS, check_finite=False)
