@@ -27,11 +27,11 @@ bench: $(STAMP)
 	$(BIN)/python bench/mutual_information.py
 	$(BIN)/python bench/training_step.py
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ndm_fast/_C*.so
+	rm -rf $(VENV) build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so
