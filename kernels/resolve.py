@@ -287,7 +287,10 @@ def rerank_kernel(
                 mask=(deep < depth)[:, None] & inside[None, :],
                 other=0.0,
             ).to(part.dtype)
-            total += tl.dot(part, basis, input_precision="ieee", out_dtype=part.dtype).to(tl.float64)
+            if DOUBLE:  # not tl.dot, whose fp64 form triton 3.6 fails to compile
+                total += tl.sum(part[:, :, None] * basis[None, :, :], 1)
+            else:
+                total += tl.dot(part, basis, input_precision="ieee").to(tl.float64)
         if COSINE:
             query = tl.load(
                 queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],

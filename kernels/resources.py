@@ -95,10 +95,10 @@ def cases(arch: int) -> Iterator[Case]:
         "P": 32,
         "SLOT_COUNT": 4,
         "QUERY_BLOCK": tuning.RERANK_ROWS // 4,
-        "DEPTH_BLOCK": 32,
         "WIDTH": 72,
     }
-    rerank |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False}
+    double = arch in tuning.FP64_IS_FAST
+    rerank |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.rerank_depth(double)}
     exact = {"rotation": "*fp32"}
     yield Case("rerank", resolve.rerank_kernel, rerank, {"num_warps": 4}, exact)
     distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}

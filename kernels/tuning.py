@@ -85,10 +85,15 @@ FORM = dict.fromkeys(TABLE, "split")
 reads every raw key again for each subspace, p operations for each byte, of which a card needs about 130."""
 
 FP64_IS_FAST = {80, 90, 100}
-"""Half the rate of fp32, with matrix units; elsewhere 1/64, and reranking multiplies in fp32."""
+"""Half the rate of fp32; elsewhere 1/64, and reranking multiplies in fp32."""
 
 RERANK_ROWS = 32
 """Candidates a block of ``rerank_kernel`` projects together: 32 x 32 fp64 sums are 16 registers a thread."""
+
+
+def rerank_depth(double: bool) -> int:
+    """Depth that is multiplied at once: 32 x 4 x 32 fp64 products are 64 registers a thread."""
+    return 4 if double else 32
 
 
 class Resolve(NamedTuple):

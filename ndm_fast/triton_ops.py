@@ -250,7 +250,8 @@ def _rerank(
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
             *(candidates[subspaces], best[subspaces], index[subspaces]),
             WIDTH=width, P=min(32, max(16, _power_of_two(width))), QUERY_BLOCK=block, SLOT_COUNT=slots,
-            DEPTH_BLOCK=32, DOUBLE=double, COSINE=search.cosine, num_warps=4, **tuning.OPTIONS,
+            DEPTH_BLOCK=tuning.rerank_depth(double), DOUBLE=double, COSINE=search.cosine, num_warps=4,
+            **tuning.OPTIONS,
         )  # fmt: skip
     return best, index
 
