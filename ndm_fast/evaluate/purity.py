@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ndm_fast import ops
 from ndm_fast.checkpoint import write_json
-from ndm_fast.errors import InputError
-from ndm_fast.evaluate.baselines import BASELINES, baseline_partition
+from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
 from ndm_fast.harvest import ActivationStream, TokenRows, load_model
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
@@ -119,9 +118,7 @@ def run_purity(path: str | Path, baselines: Sequence[str] = (), *, device: str =
     Returns:
         Rows of :func:`neighbour_purity` by method: ``"ndm"`` and each baseline.
     """
-    unknown = [kind for kind in baselines if kind not in BASELINES]
-    if unknown:
-        raise InputError(f"unknown baseline {unknown[0]!r}: take one of {', '.join(BASELINES)}")
+    check_baselines(baselines)
     folder = RunFolder(path)
     partition = folder.partition().to(device)
     queries, keys = held_out_rows(folder, device)
