@@ -1,7 +1,8 @@
 """Partitions in the format of the paper's authors.
 
-``R-<model>-<site>.pt`` has ``R_config-<model>-<site>.json`` beside it. The matrix lies in a torch dictionary under ``R.parametrizations.weight.0.base`` and is used as ``h @ R``; the
-JSON file holds ``{"partition": [widths]}``.
+``R-<model>-<site>.pt`` has ``R_config-<model>-<site>.json`` beside it. The matrix lies in a torch dictionary
+under ``R.parametrizations.weight.0.base`` and is used as ``h @ R``; the JSON file holds
+``{"partition": [widths]}``.
 """
 
 from __future__ import annotations
