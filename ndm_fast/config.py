@@ -19,6 +19,7 @@ ROTATIONS = ("lie", "exp")
 STARTS = ("identity", "random", "pca")
 SCHEDULES = ("constant", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
 
 
 def _described(default: Any, meaning: str) -> Any:
@@ -139,7 +140,11 @@ _POSITIVE = [
 class MergeConfig:
     """When subspaces merge, and which."""
 
-    merge_threshold: float = _described(0.04, "merge pairs with MI / (p_a + p_b) above this, nats per width")
+    merge_threshold: float | str = _described(
+        0.04,
+        "merge pairs with MI / (p_a + p_b) above this, nats per width; 'auto': found at the first check from "
+        "the widest gap in the tree of merges",
+    )
     merge_start: int | None = _described(None, "step of the first check; default: never")
     merge_interval: int = _described(200, "steps between checks")
     merge_lr: float | None = _described(None, "peak learning rate after the first check; default: lr")
@@ -148,6 +153,8 @@ class MergeConfig:
     mi_keys: int = _described(16384, "keys of the mutual-information estimate")
 
     def __post_init__(self) -> None:
+        if isinstance(self.merge_threshold, str) and self.merge_threshold != AUTO:
+            raise InputError(f"merge_threshold is {self.merge_threshold!r}: give a number or '{AUTO}'")
         for name in ("merge_interval", "mi_queries", "mi_keys"):
             _positive(name, getattr(self, name))
         for name in ("merge_start", "merge_lr", "target_subspaces"):
@@ -203,6 +210,11 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if item.startswith("tuple["):
         item = item.removeprefix("tuple[").split(",")[0]
         return tuple(_typed(name, v, item) for v in (value if isinstance(value, list | tuple) else [value]))
+    if item == "float | str":
+        item = "str"
+        with suppress(ValueError, TypeError):
+            float(value)
+            item = "float"
     if item == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML reads 3e-4 as a string

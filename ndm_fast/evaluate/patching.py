@@ -21,11 +21,14 @@ from ndm_fast.hooks import Replacement
 from ndm_fast.partition import SubspacePartition
 
 Metric = Callable[[Tensor, Tensor], Tensor]
-"""From logits [n, R, V] at the positions read, and the numbers [n] of the prompts, to values [n]."""
+"""From logits [n, R, V] at the positions read and the numbers [n] of the prompts to values [n] or [n, M]."""
 
 
 class PatchEffects(NamedTuple):
-    """What a metric loses by patching: clean value minus patched value, for each of N prompts."""
+    """What a metric loses by patching: clean value minus patched value, for each of N prompts.
+
+    Where the metric has M values a prompt, every tensor has a last dimension M.
+    """
 
     clean: Tensor
     """[N] the metric without a patch."""
@@ -36,7 +39,7 @@ class PatchEffects(NamedTuple):
 
     @property
     def means(self) -> Tensor:
-        """[G] mean drop of every group, fp64."""
+        """[G] mean drop over the prompts, fp64."""
         return self.by_group.double().mean(1)
 
 
@@ -160,7 +163,7 @@ def patch_effects(
             activations = torch.cat([patch(here, there, partition, group, *where) for group in some])
             which = batch.repeat(len(some))
             logits = cut.above(activations, prompts.rows(which), reading[which])
-            values.append(metric(logits, which).view(len(some), len(batch)))
+            values.append(metric(logits, which).unflatten(0, (len(some), len(batch))))
         patched.append(torch.cat(values))
     clean, *after = torch.cat(patched, 1)
     drops = clean - torch.stack(after)

@@ -1,0 +1,218 @@
+"""``ndm-fast evaluate``: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ndm_fast.devices import check_device
+from ndm_fast.errors import InputError
+
+
+def add_evaluate(commands: Any) -> None:
+    """Add ``evaluate`` and its kinds to the command line."""
+    evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
+    for add in (_add_purity, _add_planted, _add_circuits, _add_conflict, _add_mi):
+        add(kinds)
+
+
+def _kind(kinds: Any, name: str, about: str, run: Callable[[argparse.Namespace], None]) -> Any:
+    parser = kinds.add_parser(name, help=about, description=about)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+
+    def checked(options: argparse.Namespace) -> None:
+        check_device(options.device)
+        run(options)
+
+    parser.set_defaults(run=checked)
+    return parser
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2))
+
+
+def _add_purity(kinds: Any) -> None:
+    about = "what a query shares with its nearest neighbour in each subspace"
+    purity = _kind(kinds, "purity", about, _purity)
+    purity.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    purity.add_argument(
+        "--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca, pca_ascending"
+    )
+
+
+def _purity(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.purity import run_purity
+    from ndm_fast.report.table import text_table
+
+    tables = run_purity(options.folder, options.baseline, device=options.device)
+    if options.json:
+        _print_json(tables)
+        return
+    for name, rows in tables.items():
+        print(f"\n{name}: share of queries whose nearest neighbour has the same ...")
+        print(text_table(rows))
+
+
+def _add_circuits(kinds: Any) -> None:
+    about = "effects of patching each subspace on IOI and greater-than prompts"
+    circuits = _kind(kinds, "circuits", about, _circuits)
+    circuits.add_argument(
+        "partitions", nargs="+", metavar="RUN", help="run folder, saved partition, or R-<model>-<site>.pt"
+    )
+    circuits.add_argument("--model", default="gpt2", help="Hugging Face name or folder, with its head")
+    circuits.add_argument(
+        "--tests", nargs="+", default=None, metavar="TEST", help="1 2 3 3b 4; default: those for the site"
+    )
+    circuits.add_argument("--prompts", type=int, default=1000, help="prompts of each test")
+    circuits.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    circuits.add_argument(
+        "--data", default=None, help="text for variances and PCA; default: what the run was trained on"
+    )
+    circuits.add_argument("--context-length", type=int, default=None, help="tokens in a row of that text")
+    circuits.add_argument("--rows", type=int, default=64, help="prompts in one forward pass")
+    circuits.add_argument("--out", default="runs/circuits", help="folder for circuits.json and circuits.png")
+
+
+def _circuits(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.circuits import circuit_rows, mean_ginis, run_circuits
+    from ndm_fast.evaluate.effect_figure import draw_effects
+    from ndm_fast.evaluate.published import load_partition
+    from ndm_fast.report.table import text_table
+
+    results = run_circuits(
+        {path: load_partition(path) for path in options.partitions},
+        options.model,
+        tests=options.tests,
+        prompts=options.prompts,
+        seed=options.seed,
+        data=options.data,
+        rows=options.rows,
+        device=options.device,
+        context_length=options.context_length,
+    )
+    out = _save(results, options.out, "circuits")
+    draw_effects(results, out.with_suffix(".png"))
+    if options.json:
+        _print_json(results)
+        return
+    print(text_table(circuit_rows(results)))
+    means = ", ".join(f"{kind} {value:.3f}" for kind, value in mean_ginis(results).items())
+    print(f"mean Gini over tests and normalisations: {means}\n{out}, {out.with_suffix('.png')}")
+
+
+def _save(content: Any, folder: str, name: str) -> Path:
+    from ndm_fast.checkpoint import unwritable, write_json
+
+    path = Path(folder) / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(path.parent, error) from None
+    write_json(path, content)
+    return path
+
+
+def _add_mi(kinds: Any) -> None:
+    about = "mutual information between subspaces, beside identity and random"
+    mi = _kind(kinds, "mi", about, _mi)
+    mi.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-<model>-<site>.pt")
+    mi.add_argument("--model", default=None, help="default: the one that the partition names")
+    mi.add_argument("--data", default=None, help="text; default: what the run was trained on")
+    mi.add_argument("--context-length", type=int, default=None, help="tokens in a row of text")
+    mi.add_argument("--queries", type=int, default=512, help="queries of the estimate")
+    mi.add_argument("--keys", type=int, default=16384, help="keys of the estimate")
+
+
+def _mi(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.information import run_information
+    from ndm_fast.evaluate.published import load_partition
+    from ndm_fast.report.table import text_table
+
+    found = run_information(
+        load_partition(options.partition),
+        model_name=options.model,
+        data=options.data,
+        queries=options.queries,
+        keys=options.keys,
+        context_length=options.context_length,
+        device=options.device,
+    )
+    if options.json:
+        _print_json(found)
+        return
+    print(text_table([{k: v for k, v in row.items() if k != "matrix"} for row in found]))
+
+
+def _add_conflict(kinds: Any) -> None:
+    about = "which subspaces carry what the context says, and which what the model knows"
+    conflict = _kind(kinds, "conflict", about, _conflict)
+    conflict.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
+    conflict.add_argument("--model", default=None, help="default: the one that the partition names")
+    conflict.add_argument("--entities", required=True, help="RAVEL's ravel_<kind>_entity_attributes.json")
+    conflict.add_argument("--texts", required=True, help="RAVEL's ravel_<kind>_attribute_to_prompts.json")
+    conflict.add_argument("--attribute", required=True, help="for instance Country")
+    conflict.add_argument("--prompts", type=int, default=500, help="most prompts to make")
+    conflict.add_argument("--unknown", action="store_true", help="keep entities that the model does not know")
+    conflict.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    conflict.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
+    conflict.add_argument("--out", default="runs/conflict", help="folder for conflict.json")
+
+
+def _conflict(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.knowledge_conflict import conflict_table, read_ravel, run_conflict
+    from ndm_fast.evaluate.published import load_partition
+    from ndm_fast.report.table import text_table
+
+    found = run_conflict(
+        load_partition(options.partition),
+        read_ravel(options.entities, options.texts),
+        options.attribute,
+        model_name=options.model,
+        count=options.prompts,
+        known_only=not options.unknown,
+        seed=options.seed,
+        rows=options.rows,
+        device=options.device,
+    )
+    path = _save(found, options.out, "conflict")
+    if options.json:
+        _print_json(found)
+        return
+    for kind, result in found.items():
+        print(f"\n{kind}: separation {result['separation']:.3f}, {result['conflicts']} prompts")
+        print(text_table(conflict_table(result)))
+    print(path)
+
+
+def _add_planted(kinds: Any) -> None:
+    about = "train a tiny GPT-2 with known variables, and see whether NDM finds them"
+    planted = _kind(kinds, "planted", about, _planted)
+    planted.add_argument("--variables", type=int, default=6, help="independent variables")
+    planted.add_argument("--values", type=int, default=8, help="values of each")
+    planted.add_argument("--seed", type=int, default=0, help="seed of model, data and starts")
+    planted.add_argument("--merge", action="store_true", help="also merge 4-wide units by the auto threshold")
+    planted.add_argument("--starts", type=int, default=4, help="random starts, of which the three best go on")
+    planted.add_argument("--out", default="runs/planted", help="folder for planted.json")
+
+
+def _planted(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.planted import planted_rows, run_planted
+    from ndm_fast.report.table import text_table
+
+    if options.device != "cpu":
+        raise InputError("the planted model is too small for a GPU: leave --device away")
+    found = run_planted(
+        options.variables, options.values, seed=options.seed, starts=options.starts, merge=options.merge
+    )
+    path = _save(found, options.out, "planted")
+    if options.json:
+        _print_json(found)
+        return
+    print(text_table(planted_rows(found)))
+    print(f"largest possible Gini {found['largest_gini']:.3f}; {found['seconds']:.0f} s; {path}")
