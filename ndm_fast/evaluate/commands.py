@@ -16,7 +16,7 @@ def add_evaluate(commands: Any) -> None:
     """Add ``evaluate`` and its kinds to the command line."""
     evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for add in (_add_purity, _add_planted, _add_circuits, _add_conflict, _add_mi):
+    for add in (_add_purity, _add_planted, _add_circuits, _add_conflict, _add_mi, _add_shift):
         add(kinds)
 
 
@@ -44,19 +44,26 @@ def _add_purity(kinds: Any) -> None:
     purity.add_argument(
         "--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca, pca_ascending"
     )
+    purity.add_argument("--top", type=int, default=1, help="nearest neighbours that count")
+    purity.add_argument(
+        "--labels", default=None, metavar="FILE", help="JSON {token: label}; adds the share of the same label"
+    )
 
 
 def _purity(options: argparse.Namespace) -> None:
     from ndm_fast.evaluate.purity import run_purity
     from ndm_fast.report.table import text_table
 
-    tables = run_purity(options.folder, options.baseline, device=options.device)
+    tables = run_purity(
+        options.folder, options.baseline, top=options.top, labels=options.labels, device=options.device
+    )
     if options.json:
         _print_json(tables)
         return
     for name, rows in tables.items():
-        print(f"\n{name}: share of queries whose nearest neighbour has the same ...")
-        print(text_table(rows))
+        nearest = "whose nearest neighbour has" if options.top == 1 else f"and {options.top} neighbours with"
+        print(f"\n{name}: share of queries {nearest} the same ...")
+        print(text_table([{k: v for k, v in row.items() if k != "intervals"} for row in rows]))
 
 
 def _add_circuits(kinds: Any) -> None:
@@ -188,6 +195,37 @@ def _conflict(options: argparse.Namespace) -> None:
         print(f"\n{kind}: separation {result['separation']:.3f}, {result['conflicts']} prompts")
         print(text_table(conflict_table(result)))
     print(path)
+
+
+def _add_shift(kinds: Any) -> None:
+    about = "patch each subspace from the text moved by some tokens; does the model's position follow?"
+    shift = _kind(kinds, "shift", about, _shift)
+    shift.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    shift.add_argument("--tokens", type=int, default=5, help="tokens to move the text by")
+    shift.add_argument(
+        "--later", default=None, help="site to read positions at; default: the last block's output"
+    )
+    shift.add_argument("--rows", type=int, default=48, help="rows of text to patch")
+    shift.add_argument("--references", type=int, default=512, help="rows of text to read positions from")
+
+
+def _shift(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.position_shift import run_position_shift
+    from ndm_fast.report.table import text_table
+
+    found = run_position_shift(
+        options.folder,
+        options.tokens,
+        later=options.later,
+        references=options.references,
+        rows=options.rows,
+        device=options.device,
+    )
+    if options.json:
+        _print_json(found)
+        return
+    print(f"text moved by {options.tokens} tokens; position read minus true position, mean over tokens")
+    print(text_table(found))
 
 
 def _add_planted(kinds: Any) -> None:

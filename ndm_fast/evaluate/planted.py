@@ -32,7 +32,11 @@ finds its twin there. Measured at 6 variables of 8 values: 16,384 keys end at a 
 _FIRST_STEPS, _TRIES, _ESCAPE_STEPS, _RATE = 500, 40, 100, 5e-2
 _KEPT, _MORE_TRIES, _LAST_STEPS, _LAST_RATE = 3, 150, 1000, 5e-3
 
-_UNIT, _UNIT_STARTS, _MERGE_INTERVAL, _MERGE_RATE, _MI_KEYS = 4, 2, 300, 1e-2, 4096
+_UNIT, _UNIT_STARTS, _UNIT_KEYS = 4, 2, 64
+"""Units narrower than a variable see each of its coordinates take few values; only few keys make a mixture of
+them dear. Measured on one model: with 512 keys the units' mean Gini is 0.51, with 64 it is 0.85."""
+
+_MERGE_INTERVAL, _MERGE_RATE, _MI_KEYS = 300, 1e-2, 4096
 
 _PROMPTS = 30
 """What the random numbers are for."""
@@ -181,7 +185,7 @@ def refine(start: Trained, activations: Tensor, seed: int) -> Trained:
 
 def merge_units(activations: Tensor, seed: int) -> Trained:
     """From 4-wide units, merged by the automatic threshold; then trained on at a low rate."""
-    settings = first_settings(seed, _UNIT)
+    settings = dataclasses.replace(first_settings(seed, _UNIT), keys=_UNIT_KEYS, heldout_keys=_UNIT_KEYS)
     units = best(random_starts(activations, settings, _UNIT_STARTS))
     steps = len(units.partition) * _MERGE_INTERVAL
     merging = dataclasses.replace(settings, escape_tries=0, max_steps=steps, lr=_MERGE_RATE)
