@@ -1,4 +1,4 @@
-"""Does NDM find planted variables, and does a lower loss mean cleaner ones? Seeds, and many starts of one seed.
+"""Does NDM find planted variables, and does a lower loss mean cleaner ones?
 
     for seed in 0 1 2 3 4; do OMP_NUM_THREADS=1 python bench/planted.py --seed $seed; done
     OMP_NUM_THREADS=1 python bench/planted.py --seed 0 --starts 12

@@ -16,7 +16,16 @@ def add_evaluate(commands: Any) -> None:
     """Add ``evaluate`` and its kinds to the command line."""
     evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
-    for add in (_add_purity, _add_planted, _add_circuits, _add_conflict, _add_mi, _add_shift):
+    for add in (
+        _add_purity,
+        _add_planted,
+        _add_circuits,
+        _add_conflict,
+        _add_mi,
+        _add_shift,
+        _add_stability,
+        _add_sae,
+    ):
         add(kinds)
 
 
@@ -226,6 +235,84 @@ def _shift(options: argparse.Namespace) -> None:
         return
     print(f"text moved by {options.tokens} tokens; position read minus true position, mean over tokens")
     print(text_table(found))
+
+
+def _add_stability(kinds: Any) -> None:
+    about = "whether several runs, for instance of several seeds, found the same subspaces"
+    stability = _kind(kinds, "stability", about, _stability)
+    stability.add_argument("partitions", nargs="+", metavar="RUN", help="run folders or saved partitions")
+    stability.add_argument("--out", default="runs/stability", help="folder for stability.json and .png")
+
+
+def _stability(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.published import load_partition
+    from ndm_fast.evaluate.stability import draw_stability, stability
+    from ndm_fast.report.table import text_table
+
+    found = stability({path: load_partition(path) for path in options.partitions})
+    out = _save(found, options.out, "stability")
+    draw_stability(found, out.with_suffix(".png"))
+    if options.json:
+        _print_json(found)
+        return
+    names = ("first", "second", "score", "chance")
+    print(text_table([{name: pair[name] for name in names} for pair in found["pairs"]]))
+    print(f"mean score {found['score']:.3f}, chance {found['chance']:.3f}; {out}, {out.with_suffix('.png')}")
+
+
+def _add_sae(kinds: Any) -> None:
+    about = "whether the features of a sparse autoencoder lie inside single subspaces"
+    sae = _kind(kinds, "sae", about, _sae)
+    sae.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
+    sae.add_argument("--decoder", required=True, metavar="FILE", help="safetensors file of the autoencoder")
+    sae.add_argument("--tensor", default=None, help="name of the decoder in it; default: W_dec and the like")
+
+
+def _sae(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.autoencoder import compare_autoencoder, read_decoder
+    from ndm_fast.evaluate.published import load_partition
+    from ndm_fast.report.table import text_table
+
+    partition = load_partition(options.partition)
+    found = compare_autoencoder(partition, read_decoder(options.decoder, partition.width, options.tensor))
+    if options.json:
+        _print_json(found)
+        return
+    print(text_table(found))
+
+
+def _add_sensitivity(kinds: Any) -> None:
+    about = "how the result depends on keys, threshold and width of the units, for equal steps"
+    sensitivity = _kind(kinds, "sensitivity", about, _sensitivity)
+    sensitivity.add_argument("folder", metavar="RUN", help="folder of a run, whose settings are varied")
+    sensitivity.add_argument("--keys", type=int, nargs="+", default=[], help="numbers of keys to try")
+    sensitivity.add_argument(
+        "--thresholds", type=float, nargs="+", default=[], help="merge thresholds to try"
+    )
+    sensitivity.add_argument("--units", type=int, nargs="+", default=[], help="unit sizes to try")
+    sensitivity.add_argument("--steps", type=int, default=None, help="steps of each; default: the run's")
+    sensitivity.add_argument("--out", default="runs/sensitivity", help="folder for sensitivity.json and .png")
+
+
+def _sensitivity(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.sensitivity import draw_sensitivity, run_sensitivity
+    from ndm_fast.report.table import text_table
+
+    found = run_sensitivity(
+        options.folder,
+        keys=options.keys,
+        thresholds=options.thresholds,
+        units=options.units,
+        steps=options.steps,
+        device=options.device,
+    )
+    out = _save(found, options.out, "sensitivity")
+    draw_sensitivity(found, out.with_suffix(".png"))
+    if options.json:
+        _print_json(found)
+        return
+    print(text_table([{name: v for name, v in row.items() if name != "widths"} for row in found]))
+    print(f"{out}, {out.with_suffix('.png')}")
 
 
 def _add_planted(kinds: Any) -> None:
