@@ -20,6 +20,7 @@ STARTS = ("identity", "random", "pca")
 SCHEDULES = ("constant", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
+MODES = ("grow", "split")
 
 
 def _described(default: Any, meaning: str) -> Any:
@@ -73,8 +74,12 @@ class TrainConfig:
     heldout_queries: int = _described(2048, "held-out queries, never trained on")
     heldout_keys: int = _described(16384, "held-out keys, never trained on")
     precision: str = _described("fp32", "proposal pass of the search: fp32 or bf16")
-    escape_tries: int = _described(0, "random re-initialisations of a pair before the first merge")
+    escape_tries: int = _described(
+        0, "random re-initialisations of a pair before the first merge, kept where the held-out loss falls"
+    )
     escape_steps: int = _described(200, "steps after which a re-initialisation is kept or undone")
+    mode: str = _described("grow", "grow: units merge; split: one space is split, then trained as a whole")
+    split_steps: int = _described(300, "mode split: steps of every split that is tried")
     log_every: int = _described(20, "steps between lines of training loss in the log")
     eval_every: int = _described(100, "steps between held-out evaluations")
     checkpoint_every: int = _described(200, "steps between checkpoints")
@@ -84,6 +89,7 @@ class TrainConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {list(self.betas)}: give two numbers from 0 to below 1")
         _one_of("metric", self.metric, METRICS)
+        _one_of("mode", self.mode, MODES)
         _one_of("rotation", self.rotation, ROTATIONS)
         _one_of("start", self.start, STARTS)
         _one_of("schedule", self.schedule, SCHEDULES)
@@ -130,6 +136,7 @@ _POSITIVE = [
     "heldout_queries",
     "heldout_keys",
     "escape_steps",
+    "split_steps",
     "log_every",
     "eval_every",
     "checkpoint_every",

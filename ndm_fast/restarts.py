@@ -36,7 +36,7 @@ def train_on(
         train: its start and widths do not count.
     """
     needed = train.heldout_queries + train.heldout_keys + train.pool_rows + train.max_steps * train.queries
-    passes = 1 + needed // len(activations)
+    passes = 2 + 2 * needed // len(activations)  # what is left of a batch or of the text is not used
     settings = dataclasses.replace(train, start="identity", initial_widths=start.widths)
     stream = TensorStream(start.rotate(activations).split(_BATCH) * passes)
     trainer = Trainer(stream, settings, merge)

@@ -25,6 +25,7 @@ def add_evaluate(commands: Any) -> None:
         _add_shift,
         _add_stability,
         _add_sae,
+        _add_sensitivity,
     ):
         add(kinds)
 

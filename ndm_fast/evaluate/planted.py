@@ -188,9 +188,7 @@ def merge_units(activations: Tensor, seed: int) -> Trained:
     settings = dataclasses.replace(first_settings(seed, _UNIT), keys=_UNIT_KEYS, heldout_keys=_UNIT_KEYS)
     units = best(random_starts(activations, settings, _UNIT_STARTS))
     steps = len(units.partition) * _MERGE_INTERVAL
-    merging = dataclasses.replace(
-        first_settings(seed), escape_tries=0, max_steps=steps, lr=_MERGE_RATE, eval_every=steps
-    )
+    merging = dataclasses.replace(settings, escape_tries=0, max_steps=steps, lr=_MERGE_RATE)
     merge = MergeConfig(
         "auto", merge_start=_MERGE_INTERVAL, merge_interval=_MERGE_INTERVAL, mi_queries=512, mi_keys=_MI_KEYS
     )
