@@ -7,6 +7,7 @@ whose position resembles it most lie ``k`` tokens farther on.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ndm_fast.harvest import load_model
 from ndm_fast.hooks import collect_activations, replace_activations
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.sites import number_of_blocks
+from ndm_fast.sites import number_of_blocks, resolve_site
 from ndm_fast.text import open_documents, pack
 
 _DIRECTIONS = 8
@@ -125,6 +126,15 @@ def _run(model: nn.Module, tokens: Tensor, site: str) -> Tensor:
     return captured[site]
 
 
+def _next_block(model: nn.Module, site: str) -> str:
+    """The output of the first block that lies wholly above a site."""
+    name = resolve_site(model, site).name
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block is None:
+        raise InputError(f"which block comes after {name!r} is not known: give --later")
+    return f"blocks.{min(int(block[1]) + 1, number_of_blocks(model) - 1)}.hook_resid_post"
+
+
 def run_position_shift(
     path: str | Path,
     shift: int,
@@ -137,14 +147,15 @@ def run_position_shift(
     """:func:`position_shift` of a finished run, on its own text.
 
     Args:
-        later: site to read positions at; default the output of the model's last block.
+        later: site to read positions at; default the output of the next block, as a model's last layers say
+            little of position.
         references, rows: packed rows to read positions from, and to patch.
     """
     folder = RunFolder(path)
     config = folder.config().harvest
     partition = folder.partition().to(device)
     model, tokenizer = load_model(config.model, config.dtype, device)
-    later = later or f"blocks.{number_of_blocks(model) - 1}.hook_resid_post"
+    later = later or _next_block(model, config.site[0])
     documents = open_documents(config.data, config.text_field, folder.config().train.seed)
     length = config.context_length or 128
     packed = pack(documents(), tokenizer, length, config.rows_per_batch, bos=config.bos)
