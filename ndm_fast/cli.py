@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from ndm_fast.config import GROUPS, RunConfig, from_flat
 from ndm_fast.devices import check_device
 from ndm_fast.errors import InputError, StoppedError
+from ndm_fast.evaluate.commands import add_evaluate
 from ndm_fast.presets import PRESETS, preset
 from ndm_fast.report.commands import add_report
 from ndm_fast.version import __version__
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ndm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
-    _add_evaluate(commands)
+    add_evaluate(commands)
     add_report(commands)
     _add_toy(commands)
     doctor = commands.add_parser("doctor", help="what is installed, which backend runs, and why")
@@ -85,7 +86,7 @@ def _add_train(commands: Any) -> None:
     train.set_defaults(run=_train)
 
 
-_TYPES = {"int": int, "float": float, "str": str}
+_TYPES = {"int": int, "float": float, "str": str, "float | str": str}  # a number in words is one too
 
 
 def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
@@ -156,33 +157,6 @@ def _train(options: argparse.Namespace) -> None:
         print(f"\n{config.harvest.model} {folder.partition().source['site']}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser("evaluate", help="measure what the subspaces of a run carry")
-    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND")
-    purity = kinds.add_parser(
-        "purity", help="what a query shares with its nearest neighbour in each subspace"
-    )
-    purity.add_argument("folder", metavar="RUN", help="folder of a finished run")
-    purity.add_argument("--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca")
-    purity.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    purity.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    purity.set_defaults(run=_purity)
-
-
-def _purity(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.purity import run_purity
-    from ndm_fast.report.table import text_table
-
-    check_device(options.device)
-    tables = run_purity(options.folder, options.baseline, device=options.device)
-    if options.json:
-        print(json.dumps(tables, indent=2))
-        return
-    for name, rows in tables.items():
-        print(f"\n{name}: share of queries whose nearest neighbour has the same ...")
-        print(text_table(rows))
 
 
 def _add_toy(commands: Any) -> None:

@@ -19,6 +19,8 @@ ROTATIONS = ("lie", "exp")
 STARTS = ("identity", "random", "pca")
 SCHEDULES = ("constant", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
+AUTO = "auto"
+MODES = ("grow", "split")
 
 
 def _described(default: Any, meaning: str) -> Any:
@@ -72,8 +74,12 @@ class TrainConfig:
     heldout_queries: int = _described(2048, "held-out queries, never trained on")
     heldout_keys: int = _described(16384, "held-out keys, never trained on")
     precision: str = _described("fp32", "proposal pass of the search: fp32 or bf16")
-    escape_tries: int = _described(0, "random re-initialisations of a pair before the first merge")
+    escape_tries: int = _described(
+        0, "random re-initialisations of a pair before the first merge, kept where the held-out loss falls"
+    )
     escape_steps: int = _described(200, "steps after which a re-initialisation is kept or undone")
+    mode: str = _described("grow", "grow: units merge; split: one space is split, then trained as a whole")
+    split_steps: int = _described(300, "mode split: steps of every split that is tried")
     log_every: int = _described(20, "steps between lines of training loss in the log")
     eval_every: int = _described(100, "steps between held-out evaluations")
     checkpoint_every: int = _described(200, "steps between checkpoints")
@@ -83,6 +89,7 @@ class TrainConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {list(self.betas)}: give two numbers from 0 to below 1")
         _one_of("metric", self.metric, METRICS)
+        _one_of("mode", self.mode, MODES)
         _one_of("rotation", self.rotation, ROTATIONS)
         _one_of("start", self.start, STARTS)
         _one_of("schedule", self.schedule, SCHEDULES)
@@ -129,6 +136,7 @@ _POSITIVE = [
     "heldout_queries",
     "heldout_keys",
     "escape_steps",
+    "split_steps",
     "log_every",
     "eval_every",
     "checkpoint_every",
@@ -139,7 +147,11 @@ _POSITIVE = [
 class MergeConfig:
     """When subspaces merge, and which."""
 
-    merge_threshold: float = _described(0.04, "merge pairs with MI / (p_a + p_b) above this, nats per width")
+    merge_threshold: float | str = _described(
+        0.04,
+        "merge pairs with MI / (p_a + p_b) above this, nats per width; 'auto': found at the first check from "
+        "the widest gap in the tree of merges",
+    )
     merge_start: int | None = _described(None, "step of the first check; default: never")
     merge_interval: int = _described(200, "steps between checks")
     merge_lr: float | None = _described(None, "peak learning rate after the first check; default: lr")
@@ -148,6 +160,8 @@ class MergeConfig:
     mi_keys: int = _described(16384, "keys of the mutual-information estimate")
 
     def __post_init__(self) -> None:
+        if isinstance(self.merge_threshold, str) and self.merge_threshold != AUTO:
+            raise InputError(f"merge_threshold is {self.merge_threshold!r}: give a number or '{AUTO}'")
         for name in ("merge_interval", "mi_queries", "mi_keys"):
             _positive(name, getattr(self, name))
         for name in ("merge_start", "merge_lr", "target_subspaces"):
@@ -203,6 +217,11 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     if item.startswith("tuple["):
         item = item.removeprefix("tuple[").split(",")[0]
         return tuple(_typed(name, v, item) for v in (value if isinstance(value, list | tuple) else [value]))
+    if item == "float | str":
+        item = "str"
+        with suppress(ValueError, TypeError):
+            float(value)
+            item = "float"
     if item == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML reads 3e-4 as a string

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ndm_fast.config import HarvestConfig
@@ -49,11 +49,14 @@ class HarvestedRows(NamedTuple):
     rows: TokenRows
 
 
-def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any]:
-    """A Hugging Face model (without its head) in eval mode, and its fast tokenizer.
+def load_model(
+    name: str, dtype: str = "float32", device: str = "cpu", *, head: bool = False
+) -> tuple[Any, Any]:
+    """A Hugging Face model in eval mode, and its fast tokenizer.
 
     Args:
         name: Hugging Face name, local folder, or ``"minilm"`` for the embedded model.
+        head: with its language-model head, for logits.
 
     Raises:
         InputError: there is no such model, or it cannot be loaded.
@@ -67,7 +70,8 @@ def load_model(name: str, dtype: str = "float32", device: str = "cpu") -> tuple[
             if len(tokenizer) <= len(tokenizer.all_special_ids):
                 # Where the files are missing, transformers 5 makes up a tokenizer without a word.
                 raise ValueError("its tokenizer has no vocabulary")
-            model = AutoModel.from_pretrained(source, dtype=getattr(torch, dtype))
+            kind = AutoModelForCausalLM if head else AutoModel
+            model = kind.from_pretrained(source, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(

@@ -9,10 +9,12 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,8 +23,10 @@ from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError, StoppedError
 from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.partition import SubspacePartition
+from ndm_fast.pool import take_rows
 from ndm_fast.run_folder import RunFolder
 from ndm_fast.sites import resolve_sites
+from ndm_fast.split import split_space
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
 
@@ -140,12 +144,19 @@ def _train_one(
     )
     counted = _Counted(stream, rows, show)
     source = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
+    splits = _Events()
     try:
-        trainer = Trainer(counted, train, config.merge, device=device, source=source, state=state)
+        first = _split_first(config, counted, rows, device, splits) if train.mode == "split" else None
+        if first:
+            train = dataclasses.replace(train, start="identity", initial_widths=first.widths)
+        rows_of = _Rotated(counted, first) if first else counted
+        trainer = Trainer(rows_of, train, config.merge, device=device, source=source, state=state)
     finally:
         counted.close()
     recorder = _Recorder(folder, state[1]["log_bytes"] if state else 0, trainer.step, train.max_steps, show)
     try:
+        for event in [] if state else splits.records:
+            recorder.event(event)
         with _stop_on_signal(recorder):
             partition = trainer.run(recorder)
     finally:
@@ -155,7 +166,40 @@ def _train_one(
             f"stopped at step {trainer.step}, state saved: go on with "
             f"`ndm-fast train --out {folder.path} --resume`"
         )
+    if first:
+        partition = SubspacePartition(first.rotation @ partition.rotation, partition.widths, source)
     folder.save_result(partition, _figures(trainer, partition, stream))
+
+
+class _Events(Observer):
+    """Keeps what it is told until there is a log."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def event(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+
+@dataclass(frozen=True)
+class _Rotated:
+    """A stream in the coordinates of a partition."""
+
+    stream: _Counted
+    partition: SubspacePartition
+
+    def batches(self, start: int = 0) -> Iterator[Tensor]:
+        rotation = self.partition.rotation
+        for rows in self.stream.batches(start):
+            yield self.partition.rotate(rows.to(rotation))
+
+
+def _split_first(
+    config: RunConfig, stream: _Counted, rows: int, device: str, observer: Observer
+) -> SubspacePartition:
+    """Split the space of a run's first activations; a resumed run does so again, to the same result."""
+    activations, _ = take_rows(stream.batches(), rows)
+    return split_space(activations.to(device, torch.float32), config.train, config.merge, observer)
 
 
 def _figures(trainer: Trainer, partition: SubspacePartition, stream: ActivationStream) -> dict[str, Any]:

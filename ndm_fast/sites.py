@@ -66,6 +66,7 @@ class _Family:
     attn_out: str
     mlp_out: str
     parallel_flag: str | None = None  # config field that, when true, leaves the block without resid_mid
+    attention: str = ""  # the attention module itself, where attn_out is a module after it
 
     def points(self, config: Any) -> dict[str, tuple[str, End]]:
         """Point -> (module inside the block, end), in the order of the forward pass."""
@@ -98,6 +99,7 @@ _GEMMA = _Family(
     mid=("pre_feedforward_layernorm", "input"),
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
+    attention="self_attn",
 )
 # `config.model_type` -> family.
 _FAMILIES: dict[str, _Family] = {
@@ -116,6 +118,7 @@ _FAMILIES: dict[str, _Family] = {
         attn_out="post_attention_dropout",
         mlp_out="post_mlp_dropout",
         parallel_flag="use_parallel_residual",
+        attention="attention",
     ),
     "bert": _Family(
         ("bert.encoder.layer", "encoder.layer"),
@@ -200,6 +203,27 @@ def number_of_blocks(model: nn.Module) -> int:
     return int(count)
 
 
+def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Module | None] | None:
+    """What need not run again for a residual-stream site whose activation is known.
+
+    Returns:
+        The blocks wholly below the site and, for a resid_mid, its block's attention, which is below too; None
+        where a part of a block's sum lies on either side (attn_out, mlp_out, post-norm families, paths).
+    """
+    family, point = _family(model), _parse(site.name)
+    if family is None or point is None or _is_post_norm(family):
+        return None
+    index, kind = point
+    blocks = model.get_submodule(_blocks_path(model, family))
+    assert isinstance(blocks, nn.ModuleList)
+    if kind == "resid_mid":
+        inner = family.attention or family.attn_out
+        return list(blocks[:index]), blocks[index].get_submodule(inner)
+    if kind in ("resid_pre", "resid_post"):
+        return list(blocks[: index + (kind == "resid_post")]), None
+    return None
+
+
 def site_width(model: nn.Module, site: Site) -> int:
     """Width d of the activation at `site`: the hidden size, for a module path that module's own output width.
 
@@ -263,6 +287,11 @@ def _near_paths(model: nn.Module, path: str) -> list[str]:
 
 def _family(model: nn.Module) -> _Family | None:
     return _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+def _is_post_norm(family: _Family) -> bool:
+    """Whether the family normalises after each sum, so that resid_mid is a module's output, not a sum."""
+    return family.mid is not None and family.mid[1] == "output"
 
 
 def _blocks_path(model: nn.Module, family: _Family) -> str:

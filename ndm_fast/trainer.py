@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ndm_fast import ops
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
+from ndm_fast.merge_tree import merge_tree
 from ndm_fast.mutual_information import mutual_information, subspace_variances
 from ndm_fast.objective import loss_and_gradient, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
@@ -67,6 +69,8 @@ class Trainer:
         self.step = 0
         self.finished = False
         self.train_loss = self.heldout_loss = float("nan")
+        threshold = self.merge_config.merge_threshold
+        self.merge_threshold = None if isinstance(threshold, str) else threshold
         self._source = source
         tensors, values = state or ({}, {})
         heldout, heldout_batches = self._hold_out(stream)
@@ -207,8 +211,10 @@ class Trainer:
         """Merge the pairs that share much information; whether there were any."""
         information = self._information()
         scores = merge_scores(information, self.widths)
+        if self.merge_threshold is None:
+            self.merge_threshold = self._auto_threshold(observer)
         pairs = choose_pairs(
-            scores, self.merge_config.merge_threshold, target_subspaces=self.merge_config.target_subspaces
+            scores, self.merge_threshold, target_subspaces=self.merge_config.target_subspaces
         )
         before = self.widths
         if pairs:
@@ -221,11 +227,28 @@ class Trainer:
                 "step": self.step,
                 "mutual_information": information.tolist(),
                 "pairs": pairs,
+                "threshold": _finite(self.merge_threshold),
                 "widths_before": list(before),
                 "widths": list(self.widths),
             }
         )
         return bool(pairs)
+
+    def _auto_threshold(self, observer: Observer) -> float:
+        """Found once, at the first check: after merging, what is left would show a widest gap again."""
+        tree = merge_tree(
+            *self._information_rows(), self.rotation.matrix, self.widths, seeded(self.config.seed, 5)
+        )
+        observer.event(
+            {
+                "event": "merge_tree",
+                "step": self.step,
+                "heights": tree.heights,
+                "noise": tree.noise,
+                "threshold": _finite(tree.threshold),
+            }
+        )
+        return tree.threshold
 
     def _try_escape(self, observer: Observer) -> None:
         """Keep or undo the last re-initialisation of a pair, then begin another one."""
@@ -242,10 +265,13 @@ class Trainer:
             )
 
     def _information(self) -> Tensor:
-        """[S, S] mutual information between subspaces, held-out queries against keys of the pool."""
+        """[S, S] mutual information between subspaces."""
+        return mutual_information(*self._information_rows(), self.rotation.matrix, self.widths)
+
+    def _information_rows(self) -> tuple[Tensor, Tensor]:
+        """Held-out queries, and keys of the pool."""
         queries = self._heldout[: min(self.merge_config.mi_queries, self.config.heldout_queries)]
-        keys = self.pool.peek_keys()[: self.merge_config.mi_keys]
-        return mutual_information(queries, keys, self.rotation.matrix, self.widths)
+        return queries, self.pool.peek_keys()[: self.merge_config.mi_keys]
 
     def _hold_out(self, stream: Stream) -> tuple[Tensor, int]:
         """The first rows of the stream, shuffled, never trained on; and the batch that comes after them."""
@@ -292,6 +318,7 @@ class Trainer:
             "step": self.step,
             "finished": self.finished,
             "widths": list(self.widths),
+            "merge_threshold": self.merge_threshold,
             "train_loss": self.train_loss,
             "heldout_loss": self.heldout_loss,
             "losses": [float(loss) for loss in self._losses],
@@ -306,6 +333,7 @@ class Trainer:
 
         self.step, self.finished = values["step"], values["finished"]
         self.widths = tuple(values["widths"])
+        self.merge_threshold = values["merge_threshold"]
         self.train_loss, self.heldout_loss = values["train_loss"], values["heldout_loss"]
         self._losses = [torch.tensor(loss, device=self.device) for loss in values["losses"]]
         self._reset_rotation(torch.eye(sum(self.widths), device=self.device))
@@ -317,3 +345,8 @@ def clipped(gradient: Tensor, largest: float) -> Tensor:
     """The gradient, scaled down where its norm is above ``largest``; no host sync."""
     norm = torch.linalg.vector_norm(gradient)
     return gradient * (largest / norm.clamp_min(largest))
+
+
+def _finite(number: float) -> float | None:
+    """For JSON, which knows no infinity."""
+    return number if math.isfinite(number) else None

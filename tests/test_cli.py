@@ -56,6 +56,8 @@ OTHER: dict[str, Any] = {
     "precision": "bf16",
     "escape_tries": 1,
     "escape_steps": 2,
+    "mode": "split",
+    "split_steps": 7,
     "log_every": 3,
     "eval_every": 4,
     "checkpoint_every": 6,

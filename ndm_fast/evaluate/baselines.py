@@ -12,7 +12,11 @@ from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded
 from ndm_fast.rotation import principal_components, random_rotation
 
-BASELINES = ("identity", "random", "pca")
+BASELINES = ("identity", "random", "pca", "pca_ascending", "pca_descending")
+"""Names that are accepted; ``"pca"`` is short for ``"pca_descending"``."""
+
+STANDARD_BASELINES = ("identity", "random", "pca_ascending", "pca_descending")
+"""The paper's four."""
 
 
 def baseline_partition(
@@ -21,17 +25,28 @@ def baseline_partition(
     """A partition with the same widths whose rotation was not trained.
 
     Args:
-        kind: ``"identity"`` (the model's own coordinates), ``"random"`` (uniform on SO(d)), or ``"pca"``
-            (principal components, variance descending).
-        activations: [N, d], for ``"pca"``.
+        kind: ``"identity"`` (the model's own coordinates), ``"random"`` (uniform on SO(d)), or principal
+            components: ``"pca_descending"`` gives the directions of most variance to the first subspace,
+            ``"pca_ascending"`` to the last.
+        activations: [N, d], for principal components.
+
+    Raises:
+        InputError: unknown kind.
     """
-    width = sum(widths)
+    check_baselines([kind])
     if kind == "identity":
-        rotation = torch.eye(width)
+        rotation = torch.eye(sum(widths))
     elif kind == "random":
-        rotation = random_rotation(width, seeded(seed, 4))
-    elif kind == "pca":
-        rotation = principal_components(activations)
+        rotation = random_rotation(sum(widths), seeded(seed, 4))
     else:
-        raise InputError(f"unknown baseline {kind!r}: take one of {', '.join(BASELINES)}")
-    return SubspacePartition(rotation, widths, {"baseline": kind})
+        rotation = principal_components(activations)
+        if kind == "pca_ascending":
+            rotation = rotation.flip(1)
+    return SubspacePartition(rotation.to(activations.device), widths, {"baseline": kind})
+
+
+def check_baselines(kinds: Sequence[str]) -> None:
+    """Refuse names that are no baseline."""
+    unknown = [kind for kind in kinds if kind not in BASELINES]
+    if unknown:
+        raise InputError(f"unknown baseline {unknown[0]!r}: take one of {', '.join(BASELINES)}")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
 from ndm_fast.checkpoint import write_json
-from ndm_fast.errors import InputError
-from ndm_fast.evaluate.baselines import BASELINES, baseline_partition
+from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
+from ndm_fast.evaluate.neighbour_labels import (
+    READINGS,
+    agreement,
+    bootstrap_intervals,
+    nearest_keys,
+    read_labels,
+    read_subspaces,
+)
 from ndm_fast.harvest import ActivationStream, TokenRows, load_model
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
@@ -29,60 +35,81 @@ SHARES = (
     "same_document",
 )
 _NEAR = 3
+_BOOTSTRAP = 40
+"""What the random numbers are for."""
 
 
 def neighbour_purity(
-    queries: TokenRows, keys: TokenRows, partition: SubspacePartition, *, metric: str = "euclidean"
+    queries: TokenRows,
+    keys: TokenRows,
+    partition: SubspacePartition,
+    *,
+    metric: str = "euclidean",
+    top: int = 1,
+    labels: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """For each subspace, the shares of queries whose nearest key has the same token, position, ...
+    """For each subspace, how often nearest keys share the query's token, position, ...
 
     Args:
         queries, keys: activations with the tokens they belong to, [Q, d] and [K, d].
+        top: nearest keys that count; a query's share is that of its ``top`` keys that agree.
+        labels: further labels by name, of the queries [Q] and of the keys [K], integers.
+        seed: of the bootstrap.
 
     Returns:
-        One row per subspace: ``subspace``, ``width``, ``variance_share`` (of the keys), and ``SHARES`` in
-        [0, 1]. A token at the start of a row has no previous token; two such count as the same.
+        One row per subspace: ``subspace``, ``width``, ``variance_share`` (of the keys), ``SHARES`` in [0, 1]
+        and ``same_<name>`` for every label, ``reading`` in words (see :func:`read_subspaces`), and
+        ``intervals``, the bounds of a 95 % bootstrap interval over queries for each share. A token at the
+        start of a row has no previous token; two such count as the same.
     """
-    found = ops.nearest_neighbors(
-        queries.activations, keys.activations, partition.rotation, partition.widths, metric=metric
-    )
+    index = nearest_keys(queries.activations, keys.activations, partition, top, metric=metric).cpu()
+    by_name = _agreement(queries, keys, index)
+    for name, (of_queries, of_keys) in (labels or {}).items():
+        by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
     variances = subspace_variances(keys.activations, partition.rotation, partition.widths)
-    return purity_rows(queries, keys, found.index.cpu(), partition.widths, variances.tolist())
+    rows = _rows(by_name, partition.widths, variances.tolist())
+    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
+    for s, row in enumerate(rows):
+        row["intervals"] = {name: [round(x, 4) for x in both[s].tolist()] for name, both in bounds.items()}
+    readings = read_subspaces(rows, READINGS | {f"same_{name}": name for name in labels or {}})
+    return [{**row, "reading": reading} for row, reading in zip(rows, readings, strict=True)]
 
 
 def purity_rows(
     queries: TokenRows, keys: TokenRows, index: Tensor, widths: Sequence[int], variances: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Rows of :func:`neighbour_purity` for neighbours already found: [S, Q] int64 numbers of keys."""
-    rows = []
-    for s, neighbours in enumerate(index):
-        shares = {
-            name: round(float(same.double().mean()), 4)
-            for name, same in _agreement(queries, keys, neighbours)
+    """Shares for neighbours already found: [S, Q] int64 numbers of keys; no intervals, no readings."""
+    return _rows(_agreement(queries, keys, index[..., None]), widths, variances)
+
+
+def _rows(
+    by_name: Mapping[str, Tensor], widths: Sequence[int], variances: Sequence[float]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "subspace": s,
+            "width": widths[s],
+            "variance_share": round(variances[s] / sum(variances), 4),
+            **{name: round(float(shares[s].mean()), 4) for name, shares in by_name.items()},
         }
-        rows.append(
-            {
-                "subspace": s,
-                "width": widths[s],
-                "variance_share": round(variances[s] / sum(variances), 4),
-                **shares,
-            }
-        )
-    return rows
+        for s in range(len(widths))
+    ]
 
 
-def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> list[tuple[str, Tensor]]:
-    apart = (queries.position - keys.position[index]).abs()
-    return list(
+def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, Tensor]:
+    """[S, Q] share of each query's nearest keys that agree, for each of ``SHARES``."""
+    apart = (queries.position[:, None] - keys.position[index]).abs()
+    return dict(
         zip(
             SHARES,
             (
-                queries.token == keys.token[index],
-                queries.previous_token == keys.previous_token[index],
-                queries.next_token == keys.next_token[index],
-                apart == 0,
-                apart <= _NEAR,
-                queries.document == keys.document[index],
+                agreement(index, queries.token, keys.token),
+                agreement(index, queries.previous_token, keys.previous_token),
+                agreement(index, queries.next_token, keys.next_token),
+                (apart == 0).double().mean(2),
+                (apart <= _NEAR).double().mean(2),
+                agreement(index, queries.document, keys.document),
             ),
             strict=True,
         )
@@ -113,22 +140,35 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
     return TokenRows(*(c[:cut] for c in shuffled)), TokenRows(*(c[cut:] for c in shuffled))
 
 
-def run_purity(path: str | Path, baselines: Sequence[str] = (), *, device: str = "cpu") -> dict[str, Any]:
+def run_purity(
+    path: str | Path,
+    baselines: Sequence[str] = (),
+    *,
+    top: int = 1,
+    labels: str | Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Purity of a finished run beside baselines with the same widths; also saved as ``RUN/purity.json``.
+
+    Args:
+        top: nearest keys that count.
+        labels: JSON file ``{token: label}``, see :func:`read_labels`.
 
     Returns:
         Rows of :func:`neighbour_purity` by method: ``"ndm"`` and each baseline.
     """
-    unknown = [kind for kind in baselines if kind not in BASELINES]
-    if unknown:
-        raise InputError(f"unknown baseline {unknown[0]!r}: take one of {', '.join(BASELINES)}")
+    check_baselines(baselines)
     folder = RunFolder(path)
     partition = folder.partition().to(device)
     queries, keys = held_out_rows(folder, device)
     metric = folder.config().train.metric
-    tables = {"ndm": neighbour_purity(queries, keys, partition, metric=metric)}
+    options: dict[str, Any] = {"metric": metric, "top": top}
+    if labels is not None:
+        of_token = read_labels(labels, load_model(folder.config().harvest.model)[1])
+        options["labels"] = {"label": (of_token[queries.token], of_token[keys.token])}
+    tables = {"ndm": neighbour_purity(queries, keys, partition, **options)}
     for kind in baselines:
         other = baseline_partition(kind, partition.widths, keys.activations).to(device)
-        tables[kind] = neighbour_purity(queries, keys, other, metric=metric)
+        tables[kind] = neighbour_purity(queries, keys, other, **options)
     write_json(folder.purity_file, tables)
     return tables
