@@ -85,6 +85,7 @@ class ActivationPool:
         seed: order of the rows.
         first_batch: number of the stream's batch to start from.
         state: a ``state_dict`` to go on from; that generation is harvested once more.
+        site: what error messages call the origin of the rows.
 
     Raises:
         InputError: the stream ends before the pool is full; a value overflows the storage dtype.
@@ -101,10 +102,12 @@ class ActivationPool:
         seed: int = 0,
         first_batch: int = 0,
         state: dict[str, Any] | None = None,
+        site: str = "the stream",
     ) -> None:
         if rows <= keys:
             raise InputError(f"a pool of {rows} rows has none beside its {keys} keys: raise pool_rows")
         self._stream, self._rows, self._keys, self._seed = stream, rows, keys, seed
+        self._site = site
         self._dtype, self._device = dtype, torch.device(device)
         self._storage: Tensor | None = None
         self.scale: float | None = state["scale"] if state else None
@@ -190,7 +193,7 @@ class ActivationPool:
                 self.scale /= 2
         if not largest * self.scale <= limit:
             raise InputError(
-                f"an activation of {largest:.3g} overflows {self._dtype} (or is not finite): "
+                f"an activation of {largest:.3g} at {self._site} overflows {self._dtype} (or is not finite): "
                 "set --pool-dtype bfloat16 or float32"
             )
         return (rows.to(self._device) * self.scale).to(self._dtype)

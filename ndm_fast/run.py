@@ -127,13 +127,19 @@ def train_run(
         one.train.widths(stream.width)
         folder.begin(one, resume=resume)
         if not folder.result_file.exists():
-            _train_one(one, folder, stream, device, show_progress)
+            _train_one(one, folder, stream, device, show_progress, several=len(sites) > 1)
         folders.append(folder)
     return folders
 
 
 def _train_one(
-    config: RunConfig, folder: RunFolder, stream: ActivationStream, device: str, show: bool
+    config: RunConfig,
+    folder: RunFolder,
+    stream: ActivationStream,
+    device: str,
+    show: bool,
+    *,
+    several: bool,
 ) -> None:
     state = folder.checkpoint()
     train = config.train
@@ -162,10 +168,10 @@ def _train_one(
     finally:
         recorder.close()
     if not trainer.finished:
-        raise StoppedError(
-            f"stopped at step {trainer.step}, state saved: go on with "
-            f"`ndm-fast train --out {folder.path} --resume`"
+        again = (
+            "the same command and --resume" if several else f"`ndm-fast train --out {folder.path} --resume`"
         )
+        raise StoppedError(f"stopped at step {trainer.step}, state saved: go on with {again}")
     if first:
         partition = SubspacePartition(first.rotation @ partition.rotation, partition.widths, source)
     folder.save_result(partition, _figures(trainer, partition, stream))

@@ -84,6 +84,7 @@ class Trainer:
             seed=train.seed,
             first_batch=heldout_batches,
             state=values.get("pool"),
+            site=(source or {}).get("site", "the stream"),
         )
         self._heldout = self.pool.stored(heldout)
         self._escape = Escape(train.seed)

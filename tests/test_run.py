@@ -505,6 +505,21 @@ def test_several_sites_make_a_run_each(ndm, train_flags, tmp_path):
     assert ndm("train", "--quiet", "--out", out / names[0], "--resume").code == 0
 
 
+def test_several_sites_go_on_with_the_same_command(ndm, train_flags, tmp_path, monkeypatch):
+    def save_and_interrupt(*arguments: Any) -> None:
+        save_checkpoint(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    command = train_flags(tmp_path / "run", site=["x0.mid", "m1"], max_steps=16, checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_checkpoint", save_and_interrupt)
+        stopped = ndm(*command)
+    assert stopped.code == 130
+    assert "state saved: go on with the same command and --resume" in stopped.err
+    assert ndm(*command, "--resume").code == 0
+    assert [folder.exists() for folder in (tmp_path / "run").glob("*/result.json")] == [True, True]
+
+
 def test_runs_that_are_none_or_unfinished_say_so(tmp_path, finished):
     with pytest.raises(InputError, match="is no run of ndm-fast"):
         RunFolder(tmp_path).config()
