@@ -506,13 +506,13 @@ def test_several_sites_make_a_run_each(ndm, train_flags, tmp_path):
 
 
 def test_several_sites_go_on_with_the_same_command(ndm, train_flags, tmp_path, monkeypatch):
-    def save_and_interrupt(*arguments: Any) -> None:
+    def save_and_stop(*arguments: Any) -> None:
         save_checkpoint(*arguments)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     command = train_flags(tmp_path / "run", site=["x0.mid", "m1"], max_steps=16, checkpoint_every=4)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "save_checkpoint", save_and_interrupt)
+        patch.setattr(run_module, "save_checkpoint", save_and_stop)
         stopped = ndm(*command)
     assert stopped.code == 130
     assert "state saved: go on with the same command and --resume" in stopped.err
