@@ -8,9 +8,7 @@ DEMO := runs/demo
 .PHONY: demo test lint bench clean
 
 demo: $(STAMP)
-	$(BIN)/ndm-fast train --preset demo --out $(DEMO) --resume
-	$(BIN)/ndm-fast evaluate purity $(DEMO) --baseline identity
-	$(BIN)/ndm-fast report $(DEMO)
+	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests

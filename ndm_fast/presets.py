@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "merge_threshold": 0.05,
         "merge_lr": 5e-3,
         "pool_rows": 330_000,
-        "eval_every": 250,
+        "eval_every": 500,
     },
 }
 
