@@ -87,7 +87,7 @@ def read_subspaces(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] =
     """What each subspace tells of in words, or ``"unclear"``.
 
     Clear: the lower bound of a share's interval is at least one half, and 1.25 times the median of that share
-    over all subspaces. With several, the one that stands out most over its median.
+    over all subspaces. With several, the one with the greatest share.
 
     Args:
         rows: one per subspace, with shares and ``intervals`` {share: [low, high]}.
@@ -99,7 +99,7 @@ def read_subspaces(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] =
         for name, words in names.items():
             low = row["intervals"][name][0]
             if low >= _CLEAR and low >= _CONTRAST * medians[name]:
-                found[words] = low / max(medians[name], 1e-3)
+                found[words] = low
         readings.append(max(found, key=lambda words: found[words]) if found else "unclear")
     return readings
 
