@@ -1,5 +1,5 @@
 // Kernels for AVX-512 F/BW/VL. Compiled with those flags where the compiler has them.
-// The eight-lane parts (KSG pairs, re-rank) are the AVX2 code under this file's flags.
+// The eight-lane parts (transposes, minima of groups, fp64) are the AVX2 code under this file's flags.
 #include "types.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__)

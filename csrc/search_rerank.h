@@ -42,9 +42,10 @@ struct Best {
 
 // Lowest index wins among values that differ by rounding only.
 inline void improve(Best& best, double squared, int64_t index) {
-  const double tolerance = 1e-14 * best.squared;
-  if (best.index < 0 || squared < best.squared - tolerance ||
-      (squared <= best.squared + tolerance && index < best.index) || (squared != squared && best.squared == best.squared))
+  // Factors, not differences: those of two infinities are NaN.
+  if (best.index < 0 || squared < best.squared * (1 - 1e-14) ||
+      (squared <= best.squared * (1 + 1e-14) && index < best.index) ||
+      (squared != squared && best.squared == best.squared))
     best = {squared, index};
 }
 
@@ -178,7 +179,7 @@ struct Rerank {
     if (distance + error < q.upper) q.upper = distance + error;
     // Written so that NaN passes: it has to reach the result.
     if (distance - error > q.upper * (1 + 1e-14)) return;
-    if (waiting == kPending) resolve();
+    if (waiting == kPending) resolve(false);
     pending[waiting++] = {key, i, distance - error};
   }
 
@@ -251,10 +252,10 @@ struct Rerank {
     return std::memcmp(row_address(a.raw_keys, x.key, 0), row_address(a.raw_keys, best.index, 0), bytes) == 0;
   }
 
-  // Measures the waiting keys from the raw rows.
-  void resolve() {
+  // Measures the waiting keys from the raw rows. Only at the end is a query's only key known to be the only one.
+  void resolve(bool at_the_end) {
     drop_if([&](const Pending& x) { return out_of_reach(x); });
-    if (!a.cosine) measure_single_keys();
+    if (at_the_end && !a.cosine) measure_single_keys();
     const int at_once = a.cosine ? 2 : 4;
     const int total = waiting;
     waiting = 0;
@@ -314,7 +315,8 @@ struct Rerank {
       for (int64_t j = 0; j < p; ++j) squared += out[b * p + j] * out[b * p + j];
       const double error = 2 * kUnit * std::sqrt(static_cast<double>(kChunk) * squared_norm[b]);
       Pending& x = pending[at[b]];
-      if (!(error <= kDistanceError * std::sqrt(squared))) continue;  // NaN stays for fp64
+      // NaN and overflow stay for fp64.
+      if (!(error <= kDistanceError * std::sqrt(squared)) || !(error <= std::numeric_limits<float>::max())) continue;
       improve(query[x.query].best, squared, x.key);
       x.key = -1;
     }
@@ -455,7 +457,8 @@ inline bool any_irregular(const Search& a, int64_t s) {
   return any;
 }
 
-constexpr Threshold kNothing = {0, 0, 0, -std::numeric_limits<float>::infinity()};
+// No comparison with NaN holds, not even that of a score of minus infinity.
+constexpr Threshold kNothing = {0, 0, 0, std::numeric_limits<float>::quiet_NaN()};
 
 // Reads the group with the least score; what else has to be read for the query.
 template <class V>
@@ -509,7 +512,7 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
       for (; bits; bits &= bits - 1) work.consider_group(i, t, __builtin_ctz(static_cast<unsigned>(bits)));
     }
   }
-  work.resolve();
+  work.resolve(true);
   for (int i = 0; i < count; ++i)
     if (!a.crowded_only || crowded[i]) work.write(i);
 }

@@ -3,7 +3,7 @@
 // Formula   score(q, k) = |k|^2 / 2 - q.k, whose least value over keys is at the nearest key.
 // Layout    keys of one subspace are transposed to panels [p][2 vectors of lanes]; queries are packed
 //           negated as [p][query block]. One pack of keys (<= 24 KB) stays in the first-level cache while
-//           all queries pass by.
+//           all queries pass by (32 keys at least, so very wide subspaces spill to the second level).
 // Mapping   query block x 2 vectors of accumulators, started at the half norms, so that the epilogue is one
 //           min per accumulator. The running minimum of each (query, tile, lane mod 8) is all that is kept;
 //           no index is tracked: search_rerank.h finds the key again, exactly.
@@ -43,7 +43,7 @@ struct Fp32 {
 // Where a key goes. A pack of `size` keys from row `first` on is cut into 8 runs of consecutive rows, one per
 // lane group, so that the exact pass reads neighbouring rows: row first + g * size / 8 + r is in group g.
 struct Pack {
-  int64_t tile, first;
+  int64_t first;
   int size;
   int64_t column, p;
 
@@ -262,7 +262,7 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
     float* minima = a.minima + ((s - a.first) * a.tiles + tile) * a.padded * kGroups;
     const float* queries = a.packed_queries + a.padded * a.offsets[s];
     for (int64_t at = start; at < stop; at += size) {
-      pack_keys<V, E>(a, Pack{tile, at, size, a.offsets[s], p}, packed, half, buffer, plain, stats);
+      pack_keys<V, E>(a, Pack{at, size, a.offsets[s], p}, packed, half, buffer, plain, stats);
       const bool more = at + size < stop, turn = s + 1 < a.last;
       NextRows next(a, more ? at + size : start, more || !turn ? size : pack_size(a.offsets[s + 2] - a.offsets[s + 1], a.tile),
                     more || !turn ? s : s + 1);

@@ -20,6 +20,7 @@ def sample_mean(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // _ORIGIN_ROWS)].mean(0, dtype=torch.float32)
 
 
+@torch.no_grad()
 def rotate_centred(
     rows: Tensor, rotation: Tensor, origin: Tensor | None = None, *, norms: Tensor | None = None
 ) -> Tensor:

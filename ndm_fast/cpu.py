@@ -107,7 +107,7 @@ def nearest_neighbors(
         raise ValueError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
     if len(queries) == 0:
         return _empty_neighbors(len(widths), 0)
-    queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.contiguous()
+    queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.detach().contiguous()
     call = _Search(extension, offsets, metric == "cosine", precision == "bf16")
     origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:

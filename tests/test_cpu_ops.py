@@ -175,6 +175,28 @@ def test_copies_of_a_key_go_to_the_lowest_index(isa: str, metric: str, keys_rota
     assert int(found.index.max()) < 20
 
 
+def test_copies_that_wait_in_different_groups_go_to_the_lowest_index(isa: str) -> None:
+    """The other queries of the block have so many candidates that the list is worked off early."""
+    keys, queries = torch.randn(33000, 64), torch.randn(8, 64)
+    keys[20] = queries[0] + 0.3 * torch.randn(64)
+    keys[130] = keys[20]
+    queries[1:] *= 1e7
+    rotation = rotation_of(64)
+    alone = cpu.nearest_neighbors(queries[:1], keys, rotation, [8] * 8)
+    together = cpu.nearest_neighbors(queries, keys, rotation, [8] * 8)
+    assert torch.equal(together.index[:, 0], alone.index[:, 0])
+    assert 130 not in together.index[:, 0]
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
+def test_an_infinite_key_is_nobodys_neighbour(isa: str, bad: float) -> None:
+    keys = torch.randn(50, 4)
+    keys[0, 0] = bad
+    found = cpu.nearest_neighbors(torch.randn(3, 4), keys, torch.eye(4), [4], keys_rotated=True)
+    assert bool(found.distance.isfinite().all())
+    assert bool((found.index > 0).all())
+
+
 @pytest.mark.parametrize("keys_rotated", [False, True], ids=["raw", "rotated"])
 @pytest.mark.parametrize("value", [0.0, 3.5])
 def test_constant_data(isa: str, value: float, keys_rotated: bool) -> None:

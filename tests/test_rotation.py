@@ -44,6 +44,16 @@ def test_starts_where_it_is_told_and_stays_orthogonal(kind, lr, coherent):
     )
 
 
+def test_a_gradient_of_rank_one_keeps_it_orthogonal_too():
+    """Its first updates are sign matrices, the largest that Adam makes."""
+    generator = torch.Generator().manual_seed(5)
+    rotation = make_rotation("lie", torch.eye(256), (0.9, 0.999))
+    left, right = torch.randn(2, 256, 1, generator=generator)
+    for _ in range(24):
+        rotation.step(rotation.matrix @ left @ right.T, 0.0063 / 16)
+        assert orthogonality_error(rotation.matrix) <= 1e-6
+
+
 def test_both_schemes_take_the_same_first_step():
     """From the base point the two parametrisations agree to second order in the rate."""
     generator = torch.Generator().manual_seed(2)

@@ -1,6 +1,6 @@
 // Kernels of every instruction set that this CPU runs, against naive double loops over odd shapes.
 // Built with address and undefined-behaviour sanitizers by csrc/sanitize.sh; exact-sized heap blocks make
-// any read or write past an end an error. Exit status 0: all passed.
+// any read or write past an end of an input or a result an error; scratch of all threads is one block. Exit status 0: all passed.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
