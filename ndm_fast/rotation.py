@@ -13,9 +13,12 @@ EPSILON = 1e-8
 _RENORMALISE_EVERY = 8
 """Steps between Newton-Schulz steps where the steps are small."""
 _SMALL_STEP = 0.0063
-"""``lr sqrt(d)`` up to which eight steps without one keep every entry of ``R'R`` to 1e-5. ``I + U + U^2/2`` is
-off by ``|U|^4 / 4``; Adam's update, with entries of size lr, has a norm of about ``2 lr sqrt(d)`` for gradients
-like noise, but of ``0.64 lr d`` for one of rank one, which spreads that error over all entries."""
+"""``lr sqrt(d)`` up to which eight steps without one keep every entry of ``R'R`` to 1e-5.
+
+``I + U + U^2/2`` is off by ``|U|^4 / 4``. Adam's update, with entries of size lr, has a norm of about
+``2 lr sqrt(d)`` for gradients like noise, but of ``0.64 lr d`` for one of rank one, which spreads that error
+over all entries.
+"""
 
 
 class Rotation(Protocol):
