@@ -76,8 +76,7 @@ def measure(subspaces: int, width: int, goal: float, repeats: int, memory_gb: fl
     arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
 
     def ours() -> Tensor:
-        radius = ops.ksg_radius(*arguments, pairs, rotated=True)
-        return estimate(ops.ksg_counts(*arguments, pairs, radius, rotated=True))
+        return estimate(ops.ksg_radius_and_counts(*arguments, pairs, rotated=True)[1])
 
     gap = check(arguments, pairs, ours())
     times = rounds(

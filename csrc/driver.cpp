@@ -9,49 +9,14 @@
 #include <vector>
 
 #include "parallel.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "scratch.h"
 
 namespace ndm {
 namespace {
 
 constexpr int64_t kMinimaBytes = 16 << 20;   // group minima of one round
-constexpr int64_t kStateBytes = 4 << 20;     // per thread, KSG
 constexpr int64_t kRerankBlock = 8;
 constexpr int64_t kFewCrowded = 32;  // 1 in so many queries
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory on a 64-byte boundary, so that vectors do not straddle cache lines; large blocks in huge pages,
-// because minima are read with strides of many small ones.
-template <class T>
-class Aligned {
- public:
-  explicit Aligned(int64_t count) {
-    const size_t bytes = static_cast<size_t>(count) * sizeof(T);
-    const size_t boundary = bytes >= kHugePage ? kHugePage : 64;
-    memory_.reset(new char[bytes + boundary]);
-    auto address = (reinterpret_cast<uintptr_t>(memory_.get()) + boundary - 1) / boundary * boundary;
-    start_ = reinterpret_cast<T*>(address);
-#if defined(__linux__)
-    if (bytes >= kHugePage) madvise(start_, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-  }
-  T* get() { return start_; }
-
- private:
-  static constexpr size_t kHugePage = 2 << 20;
-  std::unique_ptr<char[]> memory_;
-  T* start_;
-};
-
-int64_t widest(const int64_t* offsets, int64_t subspaces) {
-  int64_t p = 0;
-  for (int64_t s = 0; s < subspaces; ++s) p = std::max(p, offsets[s + 1] - offsets[s]);
-  return p;
-}
 
 // Floats that sweep_tile and rerank need for one thread (layouts are written there).
 int64_t search_scratch_floats(const Search& a) {
@@ -166,83 +131,6 @@ void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
     if (a.bf16)
       for (int64_t s = a.first; s < a.last; ++s) run.settle_crowded(a, s);
   }
-}
-
-namespace {
-
-int64_t ksg_scratch_floats(const Ksg& a, const Kernels& kernels) {
-  const int64_t tile = kernels.ksg_tile;
-  return ceil_div(a.width * tile + kernels.ksg_query_block * a.subspaces * tile + 8 * widest(a.offsets, a.subspaces),
-                  16) * 16;
-}
-
-// Runs the tile pass over all keys for as many queries at once as the state allows; `finish` gets the
-// states of all threads for queries first .. last.
-template <class T, class Finish>
-void ksg_passes(Ksg a, const Kernels& kernels, int threads, T initial, Finish finish) {
-  const int block = kernels.ksg_query_block;
-  int64_t at_once = std::max<int64_t>(kStateBytes / (a.pairs * 32), 1);
-  at_once = std::min(ceil_div(at_once, block) * block, ceil_div(a.queries, block) * block);
-  const int64_t each_state = at_once * a.pairs * 8, each_scratch = ksg_scratch_floats(a, kernels);
-  Aligned<T> state(each_state * threads);
-  Aligned<float> scratch(each_scratch * threads), packed(at_once * a.width);
-  a.packed_queries = packed.get();
-  T* states = state.get();
-  float* scratches = scratch.get();
-  const int64_t tiles = ceil_div(a.keys, kernels.ksg_tile);
-  for (a.first = 0; a.first < a.queries; a.first = a.last) {
-    a.last = std::min(a.first + at_once, a.queries);
-    kernels.ksg_pack_queries(a);
-    std::atomic<int64_t> next{0};
-    parallel(threads, [&](int thread) {
-      T* mine = states + each_state * thread;
-      std::fill(mine, mine + each_state, initial);
-      for (int64_t tile; (tile = next.fetch_add(1)) < tiles;)
-        kernels.ksg_tile_pass(a, tile, scratches + each_scratch * thread, mine);
-    });
-    for (int64_t q = a.first; q < a.last; ++q)
-      for (int64_t pair = 0; pair < a.pairs; ++pair)
-        finish(q, pair, states + ((q - a.first) * a.pairs + pair) * 8, each_state);
-  }
-}
-
-// Least x with sqrt(x) >= radius in fp32: distance < radius is then the same as squared distance < x.
-float squared_limit(float radius) {
-  if (!(radius > 0)) return radius;  // 0: nothing is below it; NaN stays
-  float x = radius * radius;
-  if (!(x <= std::numeric_limits<float>::max())) return x;
-  while (std::sqrt(x) < radius) x = std::nextafter(x, std::numeric_limits<float>::infinity());
-  for (float below; x > 0 && std::sqrt(below = std::nextafter(x, 0.0f)) >= radius;) x = below;
-  return x;
-}
-
-}  // namespace
-
-void ksg_radius(Ksg a, const Kernels& kernels, int threads, float* radius) {
-  a.limit = nullptr;
-  ksg_passes<float>(a, kernels, threads, std::numeric_limits<float>::infinity(),
-                    [&](int64_t q, int64_t pair, const float* lanes, int64_t stride) {
-                      float least = lanes[0];
-                      for (int t = 0; t < threads; ++t)
-                        for (int i = 0; i < 8; ++i) least = std::min(least, lanes[t * stride + i]);
-                      radius[pair * a.queries + q] = std::sqrt(least);
-                    });
-}
-
-void ksg_counts(Ksg a, const Kernels& kernels, int threads, const float* radius, int64_t* counts) {
-  std::vector<float> limit(static_cast<size_t>(a.queries * a.pairs));
-  for (int64_t pair = 0; pair < a.pairs; ++pair)
-    for (int64_t q = 0; q < a.queries; ++q)
-      limit[static_cast<size_t>(q * a.pairs + pair)] = squared_limit(radius[pair * a.queries + q]);
-  a.limit = limit.data();
-  ksg_passes<int32_t>(a, kernels, threads, 0, [&](int64_t q, int64_t pair, const int32_t* lanes, int64_t stride) {
-    for (int side = 0; side < 2; ++side) {
-      int64_t total = 0;
-      for (int t = 0; t < threads; ++t)
-        for (int i = 0; i < 4; ++i) total += lanes[t * stride + 4 * side + i];
-      counts[(2 * pair + side) * a.queries + q] = total;
-    }
-  });
 }
 
 }  // namespace ndm

@@ -16,6 +16,9 @@ void ksg_radius(Ksg ksg, const Kernels& kernels, int threads, float* radius);
 // `counts` [P, 2, Q]: keys with distance < radius, which is [P, Q].
 void ksg_counts(Ksg ksg, const Kernels& kernels, int threads, const float* radius, int64_t* counts);
 
+// Both, with one look at the keys where not too many of them are near.
+void ksg_radius_and_counts(Ksg ksg, const Kernels& kernels, int threads, float* radius, int64_t* counts);
+
 // Fastest set that this CPU runs, or null with `why` filled if the named one cannot run.
 const Kernels* choose_kernels(const std::string& name, std::string* why);
 

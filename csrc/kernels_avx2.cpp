@@ -13,8 +13,7 @@ namespace ndm {
 // 6 x 2 accumulators + 2 keys + 1 query: 15 of 16 registers.
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2",   6,        {pack_queries<6, Fp32>, sweep_tile<Vec8, 6, Fp32>},
-                                  {},       rerank<Vec8>,   6,
-                                  kKsgTile, ksg_pack_queries<6>, ksg_tile_pass<Vec8, 6>};
+                                  {},       rerank<Vec8>, ksg_kernels<Vec8, 6, 2>()};
   return &kernels;
 }
 

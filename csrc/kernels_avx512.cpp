@@ -14,8 +14,7 @@ namespace ndm {
 // 12 x 2 accumulators + 2 keys + 1 query: 27 of 32 registers.
 const Kernels* avx512_kernels() {
   static const Kernels kernels = {"avx512", 12,       {pack_queries<12, Fp32>, sweep_tile<Vec16, 12, Fp32>},
-                                  {},       rerank<Vec16>,   12,
-                                  kKsgTile, ksg_pack_queries<12>, ksg_tile_pass<Vec16, 12>};
+                                  {},       rerank<Vec16>, ksg_kernels<Vec16, 6, 4>()};
   return &kernels;
 }
 

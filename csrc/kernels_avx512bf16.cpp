@@ -12,8 +12,7 @@ namespace ndm {
 
 const Kernels* avx512bf16_kernels() {
   static const Kernels kernels = {"avx512bf16", 12, {pack_queries<12, Fp32>, sweep_tile<Vec16, 12, Fp32>},
-                                  {pack_queries<12, Bf16Pairs>, sweep_tile<Vec16, 12, Bf16Pairs>}, rerank<Vec16>, 12,
-                                  kKsgTile, ksg_pack_queries<12>, ksg_tile_pass<Vec16, 12>};
+                                  {pack_queries<12, Bf16Pairs>, sweep_tile<Vec16, 12, Bf16Pairs>}, rerank<Vec16>, ksg_kernels<Vec16, 6, 4>()};
   return &kernels;
 }
 

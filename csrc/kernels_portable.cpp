@@ -17,8 +17,7 @@ constexpr int kBlock = 2;
 
 const Kernels* portable_kernels() {
   static const Kernels kernels = {"portable", kBlock, {pack_queries<kBlock, Fp32>, sweep_tile<Vec8, kBlock, Fp32>},
-                                  {},         rerank<Vec8>, kBlock,
-                                  kKsgTile,   ksg_pack_queries<kBlock>, ksg_tile_pass<Vec8, kBlock>};
+                                  {},         rerank<Vec8>, ksg_kernels<Vec8, kBlock, 2>()};
   return &kernels;
 }
 

@@ -112,6 +112,16 @@ void ksg_counts(const std::string& isa, int threads, int64_t queries, int64_t ke
   if (queries && pairs) ndm::ksg_counts(a, kernels, threads, at<const float>(radius), at<int64_t>(counts));
 }
 
+void ksg_radius_and_counts(const std::string& isa, int threads, int64_t queries, int64_t keys,
+                           const std::vector<int64_t>& offsets, uintptr_t inverse_variance, uintptr_t rotated_queries,
+                           uintptr_t rotated_keys, int64_t pairs, uintptr_t pair, uintptr_t radius, uintptr_t counts) {
+  check_sizes(queries, keys, offsets, threads);
+  const ndm::Kernels& kernels = kernels_named(isa);
+  ndm::Ksg a = ksg_arguments(queries, keys, offsets, inverse_variance, rotated_queries, rotated_keys, pairs, pair);
+  py::gil_scoped_release unlocked;
+  if (queries && pairs) ndm::ksg_radius_and_counts(a, kernels, threads, at<float>(radius), at<int64_t>(counts));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -121,4 +131,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("nearest_neighbors", &nearest_neighbors);
   m.def("ksg_radius", &ksg_radius);
   m.def("ksg_counts", &ksg_counts);
+  m.def("ksg_radius_and_counts", &ksg_radius_and_counts);
 }

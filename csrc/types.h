@@ -18,6 +18,8 @@ struct Rows {
 
 // Lanes of the stored minima; which keys of a tile are in a group is the same on every ISA (search_sweep.h).
 constexpr int kGroups = 8;
+// Entries of a subspace in a KSG pass come in whole vectors of the widest instruction set.
+constexpr int kEntries = 16;
 // Largest number of keys packed at once (bounds stack buffers).
 constexpr int kMaxPack = 128;
 
@@ -58,7 +60,12 @@ struct Search {
   bool crowded_only = false;             // read all groups in reach, for crowded queries alone
 };
 
-// One call of ksg_radius or ksg_counts, over already rotated and centred fp32 rows.
+// Pairs (a, b), (a, b + 1) ... that follow each other, from pair number `first` on.
+struct KsgRun {
+  int64_t a, b, first, count;
+};
+
+// One call of ksg_radius, ksg_counts or both, over already rotated and centred fp32 rows.
 struct Ksg {
   int64_t queries = 0, keys = 0, width = 0, subspaces = 0, pairs = 0;
   const int64_t* offsets = nullptr;        // [S + 1]
@@ -66,17 +73,49 @@ struct Ksg {
   const float* rotated_queries = nullptr;  // [Q, d]
   const float* rotated_keys = nullptr;     // [K, d]
   const int64_t* pair = nullptr;           // [P, 2]
-  const float* limit = nullptr;            // [Q, P] squared threshold; null: the radius is wanted
+  const KsgRun* run = nullptr;             // [runs] the same pairs
+  int64_t runs = 0;
 
   // Scratch, owned by the driver.
   int64_t first = 0, last = 0;        // queries of this round
   float* packed_queries = nullptr;    // [block][d][query]
+  float* states = nullptr;            // of all threads, see ksg_per_query
+  int64_t state_stride = 0;
+  int threads = 0;
+  // Counts only. Every subspace has an entry for each pair it is in, padded to kEntries with limits of 0.
+  const int64_t* entries = nullptr;   // [S + 1] where the entries of a subspace begin
+  const float* limits = nullptr;      // [Q, entries] squared thresholds; null: the radius is wanted
+  const float* widest = nullptr;      // [Q, S] largest limit of the subspace
 };
+
+// Keys that one thread noted, in chunks that are linked from the last one back.
+struct KsgNotes {
+  static constexpr int kChunk = 256;
+  static constexpr int32_t kNone = -1;     // in place of a chunk
+  static constexpr int32_t kCrowded = -2;  // there was no room for more
+  float* distance = nullptr;    // [size, kChunk]
+  int32_t* filled = nullptr;    // [size]
+  int32_t* previous = nullptr;  // [size]
+  int32_t used = 0, size = 0;
+};
+
+// Floats, or int32, that a query has in the state of a pass: counts [entries], or see KsgRadii.
+inline int64_t ksg_per_query(const Ksg& a) {
+  return a.limits ? a.entries[a.subspaces] : a.pairs + 2 * a.subspaces;
+}
 
 // How rows enter the proposal pass: as they are, or rounded.
 struct Proposal {
   void (*pack_queries)(const Search&, int64_t subspace);
   void (*sweep)(const Search&, int64_t tile, float* scratch);
+};
+
+struct KsgKernels {
+  int query_block;  // queries at once
+  int tile;         // keys handled per item
+  void (*pack_queries)(const Ksg&);
+  void (*tile_pass)(const Ksg&, int64_t tile, float* scratch, float* state, KsgNotes* notes);
+  void (*count_noted)(const Ksg&, float* state, const KsgNotes& notes, const float* limits, int32_t* counts);
 };
 
 // What one instruction set offers. `threads` share a call through the item index alone.
@@ -86,11 +125,7 @@ struct Kernels {
   Proposal fp32;
   Proposal bf16;  // null where the instruction set has no such products
   void (*rerank)(const Search&, int64_t subspace, int64_t first_query, int64_t last_query, float* scratch);
-  int ksg_query_block;
-  int ksg_tile;  // keys handled per item
-  void (*ksg_pack_queries)(const Ksg&);
-  // `state`: [last - first, P, 8]; floats (least squared radius per lane) or int32 (4 + 4 counts).
-  void (*ksg_tile_pass)(const Ksg&, int64_t tile, float* scratch, void* state);
+  KsgKernels ksg;
 };
 
 const Kernels* portable_kernels();

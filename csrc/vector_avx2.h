@@ -21,6 +21,7 @@ struct Vec8 {
 
   // Bit l is set where a[l] <= b[l].
   static int bits_less_equal(Vec8 a, Vec8 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)); }
+  static int bits_less(Vec8 a, Vec8 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
   // Keeps the lesser value and, beside it, where it was.
   static void track_min(Vec8& least, Vec8& at, Vec8 now, Vec8 here) {
     const __m256 less = _mm256_cmp_ps(now.v, least.v, _CMP_LT_OQ);
@@ -29,22 +30,17 @@ struct Vec8 {
   }
 };
 
-// Integer lanes: how often a < limit held, per lane.
-struct Count {
-  __m256i v;
-  void add_less(Vec8 a, Vec8 limit) {
-    v = _mm256_sub_epi32(v, _mm256_castps_si256(_mm256_cmp_ps(a.v, limit.v, _CMP_LT_OQ)));
-  }
-  // state[0..3] += a folded to 4 lanes, state[4..7] += b folded to 4 lanes.
-  static void accumulate(Count a, Count b, int* state) {
-    __m256i low = _mm256_permute2x128_si256(a.v, b.v, 0x20);
-    __m256i high = _mm256_permute2x128_si256(a.v, b.v, 0x31);
-    __m256i* at = reinterpret_cast<__m256i*>(state);
-    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), _mm256_add_epi32(low, high)));
+// Integer lanes: how often a < b held, per lane.
+struct Count8 {
+  __m256i v = _mm256_setzero_si256();
+  void add_less(Vec8 a, Vec8 b) { v = _mm256_sub_epi32(v, _mm256_castps_si256(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))); }
+  void add_to(int* count) const {
+    __m256i* at = reinterpret_cast<__m256i*>(count);
+    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), v));
   }
 };
 
-inline Count no_counts(Vec8) { return {_mm256_setzero_si256()}; }
+inline Count8 no_counts(Vec8) { return {}; }
 
 typedef double Double4 __attribute__((vector_size(32)));
 

@@ -23,20 +23,20 @@ struct Vec16 {
     __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
     _mm256_storeu_ps(p, _mm256_min_ps(low, high));
   }
+
+  // Bit l is set where a[l] < b[l].
+  static int bits_less(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
 };
 
 struct Count16 {
-  __m512i v;
-  void add_less(Vec16 a, Vec16 limit) {
-    v = _mm512_mask_add_epi32(v, _mm512_cmp_ps_mask(a.v, limit.v, _CMP_LT_OQ), v, _mm512_set1_epi32(1));
+  __m512i v = _mm512_setzero_si512();
+  void add_less(Vec16 a, Vec16 b) {
+    v = _mm512_mask_add_epi32(v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), v, _mm512_set1_epi32(1));
   }
-  Count folded() const {
-    return {_mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1))};
-  }
-  static void accumulate(Count16 a, Count16 b, int* state) { Count::accumulate(a.folded(), b.folded(), state); }
+  void add_to(int* count) const { _mm512_storeu_si512(count, _mm512_add_epi32(_mm512_loadu_si512(count), v)); }
 };
 
-inline Count16 no_counts(Vec16) { return {_mm512_setzero_si512()}; }
+inline Count16 no_counts(Vec16) { return {}; }
 
 }  // namespace
 }  // namespace ndm

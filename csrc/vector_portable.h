@@ -38,6 +38,11 @@ struct Vec {
     for (int l = 0; l < 4; ++l) bits |= (a.low[l] <= b.low[l]) << l | (a.high[l] <= b.high[l]) << (l + 4);
     return bits;
   }
+  static int bits_less(Vec a, Vec b) {
+    int bits = 0;
+    for (int l = 0; l < 4; ++l) bits |= (a.low[l] < b.low[l]) << l | (a.high[l] < b.high[l]) << (l + 4);
+    return bits;
+  }
   // Keeps the lesser value and, beside it, where it was.
   static void track_min(Vec& least, Vec& at, Vec now, Vec here) {
     at.low = now.low < least.low ? here.low : at.low;
@@ -47,25 +52,23 @@ struct Vec {
   }
 };
 
-// Integer lanes: how often a < limit held, per lane.
-struct Count {
+// Integer lanes: how often a < b held, per lane.
+struct Count8 {
   typedef int Half __attribute__((vector_size(16)));
-  Half low, high;
-  void add_less(Vec a, Vec limit) {
-    low -= a.low < limit.low;
-    high -= a.high < limit.high;
+  Half low = {}, high = {};
+  void add_less(Vec a, Vec b) {
+    low -= a.low < b.low;
+    high -= a.high < b.high;
   }
-  // state[0..3] += a folded to 4 lanes, state[4..7] += b folded to 4 lanes.
-  static void accumulate(Count a, Count b, int* state) {
-    Half sums[2];
-    std::memcpy(sums, state, 32);
-    sums[0] += a.low + a.high;
-    sums[1] += b.low + b.high;
-    std::memcpy(state, sums, 32);
+  void add_to(int* count) const {
+    for (int l = 0; l < 4; ++l) {
+      count[l] += low[l];
+      count[l + 4] += high[l];
+    }
   }
 };
 
-inline Count no_counts(Vec) { return {Count::Half{0, 0, 0, 0}, Count::Half{0, 0, 0, 0}}; }
+inline Count8 no_counts(Vec) { return {}; }
 
 typedef double Double4 __attribute__((vector_size(32)));
 

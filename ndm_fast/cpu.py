@@ -183,6 +183,24 @@ def ksg_counts(
     return counts
 
 
+def ksg_radius_and_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+    *,
+    rotated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The results of :func:`ksg_radius` and :func:`ksg_counts`, bit for bit, from one look at the keys."""
+    arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
+    radius = torch.empty(len(pairs), len(queries))
+    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64)
+    _extension().ksg_radius_and_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
+    return radius, counts
+
+
 class _Search(NamedTuple):
     """What the calls for several blocks of queries have in common."""
 

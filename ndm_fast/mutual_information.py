@@ -51,11 +51,10 @@ def mutual_information(
     variances = torch.stack([part.sum() for part in rotated_keys.var(0).split(list(widths))])
     arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
     which = torch.tensor(chosen, device=queries.device)
-    radius = ops.ksg_radius(*arguments, which, rotated=True, backend=backend)
-    counts = ops.ksg_counts(*arguments, which, radius, rotated=True, backend=backend).double()
+    _, counts = ops.ksg_radius_and_counts(*arguments, which, rotated=True, backend=backend)
     total = torch.tensor(len(keys) + 1, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    estimates = torch.digamma(one) + torch.digamma(total) - torch.digamma(counts + 1).sum(1).mean(1).cpu()
+    estimates = torch.digamma(one) + torch.digamma(total) - torch.digamma(counts.double() + 1).sum(1).mean(1).cpu()
     for (a, b), estimate in zip(chosen, estimates, strict=True):
         result[a, b] = result[b, a] = estimate
     return result

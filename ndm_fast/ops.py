@@ -119,6 +119,27 @@ def ksg_counts(
     return _ksg_counts(queries, keys, rotation, list(widths), variances, pairs, radius, rotated, chosen)
 
 
+def ksg_radius_and_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+    *,
+    rotated: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``radius`` [P, Q] of :func:`ksg_radius` and, for it, ``counts`` [P, 2, Q] of :func:`ksg_counts`.
+
+    Arguments as there; faster than both one after the other where a backend has it in one op.
+    """
+    _check(queries, keys, rotation, widths, True)
+    _check_pairs(variances, pairs, widths)
+    chosen = backends.choose(queries.device, backend).name
+    return _ksg_radius_and_counts(queries, keys, rotation, list(widths), variances, pairs, rotated, chosen)
+
+
 @torch.library.custom_op("ndm_fast::nearest_neighbors", mutates_args=())
 def _nearest_neighbors(
     queries: Tensor,
@@ -232,6 +253,40 @@ def _(
     backend: str,
 ) -> Tensor:
     return queries.new_empty((pairs.shape[0], 2, queries.shape[0]), dtype=torch.int64)
+
+
+@torch.library.custom_op("ndm_fast::ksg_radius_and_counts", mutates_args=())
+def _ksg_radius_and_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: list[int],
+    variances: Tensor,
+    pairs: Tensor,
+    rotated: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "cpu":
+        return cpu.ksg_radius_and_counts(queries, keys, rotation, widths, variances, pairs, rotated=rotated)
+    arguments = (queries, keys, rotation, widths, variances, pairs)
+    radius = _ksg_radius(*arguments, rotated, backend)
+    return radius, _ksg_counts(*arguments, radius, rotated, backend)
+
+
+@_ksg_radius_and_counts.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: list[int],
+    variances: Tensor,
+    pairs: Tensor,
+    rotated: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (pairs.shape[0], queries.shape[0])
+    radius = queries.new_empty(shape, dtype=torch.float32)
+    return radius, queries.new_empty((shape[0], 2, shape[1]), dtype=torch.int64)
 
 
 def _check(

@@ -306,6 +306,32 @@ def test_ksg_matches_oracle(isa: str, keys: int) -> None:
     assert bool(((counts >= low) & (counts <= high)).all())
 
 
+@pytest.mark.parametrize("keys", [1, 63, 64, 65, 3000])
+def test_ksg_in_one_op_is_the_two_ops(isa: str, keys: int) -> None:
+    widths = [1, 5, 16, 33]
+    heavy = torch.distributions.StudentT(1.5).sample((keys + 23, 55))
+    heavy[: keys // 2] = heavy[0]  # ties
+    pairs = torch.tensor([[0, 1], [0, 2], [0, 3], [3, 0], [2, 3], [1, 1]])
+    variances = torch.tensor([1.0, 4.0, 0.0, 30.0])
+    arguments = (heavy[keys:], heavy[:keys], rotation_of(55), widths, variances, pairs)
+    radius, counts = cpu.ksg_radius_and_counts(*arguments)
+    assert torch.equal(radius, cpu.ksg_radius(*arguments))
+    assert torch.equal(counts, cpu.ksg_counts(*arguments, radius))
+
+
+def test_ksg_in_one_op_where_all_keys_are_near(isa: str) -> None:
+    """No key is near in both subspaces, so the radius spans all: more than there is room to note."""
+    generator = torch.Generator().manual_seed(0)
+    near, far = torch.rand(2, 10_000, 1, generator=generator)
+    keys = torch.cat([torch.cat([near, far + 10], 1), torch.cat([far + 10, near], 1)])
+    queries = torch.rand(600, 2, generator=generator)
+    arguments = (queries, keys, torch.eye(2), [1, 1], torch.ones(2), torch.tensor([[0, 1]]))
+    radius, counts = cpu.ksg_radius_and_counts(*arguments)
+    assert counts.sum() > 11e6
+    assert torch.equal(radius, cpu.ksg_radius(*arguments))
+    assert torch.equal(counts, cpu.ksg_counts(*arguments, radius))
+
+
 def test_ksg_counts_are_strict(isa: str) -> None:
     """Every radius is set by a key, which is never below it: with one subspace twice nothing is."""
     queries, keys = torch.randn(40, 20), torch.randn(999, 20)

@@ -92,6 +92,7 @@ def test_library_ops_pass_opcheck(case, backend):
     torch.library.opcheck(ops._ksg_radius, (q, k, r, WIDTHS, variances, pairs, False, backend))
     radius = torch.ones(1, len(q))
     torch.library.opcheck(ops._ksg_counts, (q, k, r, WIDTHS, variances, pairs, radius, False, backend))
+    torch.library.opcheck(ops._ksg_radius_and_counts, (q, k, r, WIDTHS, variances, pairs, False, backend))
 
 
 def test_an_architecture_without_a_record_is_logged_once(monkeypatch, caplog):

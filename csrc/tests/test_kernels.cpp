@@ -158,6 +158,10 @@ void check_ksg(const ndm::Kernels& kernels, const Shape& shape) {
   std::vector<int64_t> counts(2 * radius.size());
   ndm::ksg_radius(a, kernels, 2, radius.data());
   ndm::ksg_counts(a, kernels, 2, radius.data(), counts.data());
+  std::vector<float> same_radius(radius.size());
+  std::vector<int64_t> same_counts(counts.size());
+  ndm::ksg_radius_and_counts(a, kernels, 3, same_radius.data(), same_counts.data());
+  check(same_radius == radius && same_counts == counts, std::string(kernels.name) + " ksg in one pass");
   const std::vector<double> exact(queries.begin(), queries.end()), exact_keys(keys.begin(), keys.end());
   bool good = true;
   for (int64_t p = 0; p < a.pairs; ++p)
