@@ -157,8 +157,17 @@ void ksg_lower_radii(const Ksg& a, int64_t query, const float* rows, const uint6
   if (4 * lowered > a.pairs) ksg_update_reach(a, query, mine);
 }
 
-// Notes the distances of the keys whose bits are set.
-inline void ksg_note(const float* row, uint64_t bits, int32_t* chunk, KsgNotes& notes) {
+// Writes the distances of the keys whose bits are set to out, which has room for kKsgTile; returns their number.
+template <class V>
+int ksg_pick(const float* row, uint64_t bits, float* out) {
+  int count = 0;
+  for (int at = 0; at < kKsgTile; at += V::lanes)
+    count += V::pick(V::load(row + at), static_cast<int>(bits >> at & ((uint64_t{1} << V::lanes) - 1)), out + count);
+  return count;
+}
+
+template <class V>
+void ksg_note(const float* row, uint64_t bits, int32_t* chunk, KsgNotes& notes) {
   if (!bits || *chunk == KsgNotes::kCrowded) return;
   if (*chunk == KsgNotes::kNone || notes.filled[*chunk] + kKsgTile > KsgNotes::kChunk) {
     if (notes.used == notes.size) {
@@ -169,10 +178,8 @@ inline void ksg_note(const float* row, uint64_t bits, int32_t* chunk, KsgNotes& 
     notes.filled[notes.used] = 0;
     *chunk = notes.used++;
   }
-  float* out = notes.distance + static_cast<int64_t>(*chunk) * KsgNotes::kChunk;
-  int32_t count = notes.filled[*chunk];
-  for (; bits; bits &= bits - 1) out[count++] = row[__builtin_ctzll(bits)];
-  notes.filled[*chunk] = count;
+  int32_t& filled = notes.filled[*chunk];
+  filled += ksg_pick<V>(row, bits, notes.distance + static_cast<int64_t>(*chunk) * KsgNotes::kChunk + filled);
 }
 
 // counts[e] += #{i : distance[i] < limits[e]} for the entries of one subspace, a vector of them at once.
@@ -200,12 +207,10 @@ void ksg_count_noted(const Ksg& a, float* state, const KsgNotes& notes, const fl
 template <class V, int Block>
 void ksg_count_near(const Ksg& a, const float* rows, const uint64_t* near, const float* limits, int32_t* counts) {
   for (int64_t s = 0; s < a.subspaces; ++s) {
+    if (!near[s]) continue;
     float distance[kKsgTile];
-    int count = 0;
-    for (uint64_t bits = near[s]; bits; bits &= bits - 1)
-      distance[count++] = rows[s * Block * kKsgTile + __builtin_ctzll(bits)];
-    if (count)
-      ksg_count<V>(distance, count, limits + a.entries[s], a.entries[s + 1] - a.entries[s], counts + a.entries[s]);
+    const int count = ksg_pick<V>(rows + s * Block * kKsgTile, near[s], distance);
+    ksg_count<V>(distance, count, limits + a.entries[s], a.entries[s + 1] - a.entries[s], counts + a.entries[s]);
   }
 }
 
@@ -269,7 +274,7 @@ void ksg_tile_pass(const Ksg& a, int64_t tile, float* scratch, float* state, Ksg
     KsgRadii radii(a, state + i * per_query);
     ksg_lower_radii<V, Block>(a, i, rows, near, radii, mine.open);
     for (int64_t s = 0; notes && s < a.subspaces; ++s)
-      ksg_note(rows + s * Block * kKsgTile, near[s], radii.chunk + s, *notes);
+      ksg_note<V>(rows + s * Block * kKsgTile, near[s], radii.chunk + s, *notes);
     if (tile % kReachEvery == 0) ksg_update_reach(a, i, radii);
   }
 }

@@ -22,6 +22,14 @@ struct Vec8 {
   // Bit l is set where a[l] <= b[l].
   static int bits_less_equal(Vec8 a, Vec8 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)); }
   static int bits_less(Vec8 a, Vec8 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)); }
+  // Writes the lanes whose bits are set one after the other; returns how many there are.
+  static int pick(Vec8 a, int bits, float* out) {
+    float all[lanes];
+    a.store(all);
+    int count = 0;
+    for (; bits; bits &= bits - 1) out[count++] = all[__builtin_ctz(static_cast<unsigned>(bits))];
+    return count;
+  }
   // Keeps the lesser value and, beside it, where it was.
   static void track_min(Vec8& least, Vec8& at, Vec8 now, Vec8 here) {
     const __m256 less = _mm256_cmp_ps(now.v, least.v, _CMP_LT_OQ);

@@ -26,6 +26,11 @@ struct Vec16 {
 
   // Bit l is set where a[l] < b[l].
   static int bits_less(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+  // Writes the lanes whose bits are set one after the other, and as many lanes in all; returns how many are set.
+  static int pick(Vec16 a, int bits, float* out) {
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), a.v));
+    return __builtin_popcount(static_cast<unsigned>(bits));
+  }
 };
 
 struct Count16 {

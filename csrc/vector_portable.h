@@ -43,6 +43,14 @@ struct Vec {
     for (int l = 0; l < 4; ++l) bits |= (a.low[l] < b.low[l]) << l | (a.high[l] < b.high[l]) << (l + 4);
     return bits;
   }
+  // Writes the lanes whose bits are set one after the other; returns how many there are.
+  static int pick(Vec a, int bits, float* out) {
+    float all[lanes];
+    a.store(all);
+    int count = 0;
+    for (; bits; bits &= bits - 1) out[count++] = all[__builtin_ctz(static_cast<unsigned>(bits))];
+    return count;
+  }
   // Keeps the lesser value and, beside it, where it was.
   static void track_min(Vec& least, Vec& at, Vec now, Vec here) {
     at.low = now.low < least.low ? here.low : at.low;

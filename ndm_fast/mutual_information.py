@@ -52,9 +52,10 @@ def mutual_information(
     arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
     which = torch.tensor(chosen, device=queries.device)
     _, counts = ops.ksg_radius_and_counts(*arguments, which, rotated=True, backend=backend)
+    digamma = torch.digamma(counts.double() + 1).sum(1).mean(1).cpu()
     total = torch.tensor(len(keys) + 1, dtype=torch.float64)
     one = torch.ones((), dtype=torch.float64)
-    estimates = torch.digamma(one) + torch.digamma(total) - torch.digamma(counts.double() + 1).sum(1).mean(1).cpu()
+    estimates = torch.digamma(one) + torch.digamma(total) - digamma
     for (a, b), estimate in zip(chosen, estimates, strict=True):
         result[a, b] = result[b, a] = estimate
     return result
