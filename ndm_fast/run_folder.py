@@ -31,6 +31,7 @@ class RunFolder:
         self.result_file = self.path / "result.json"
         self.partition_folder = self.path / "partition"
         self.purity_file = self.path / "purity.json"
+        self.circuits_file = self.path / "circuits.json"
         self.figures_folder = self.path / "figures"
         self.index_folder = self.path / "preimages"
         self.report_folder = self.path / "report"

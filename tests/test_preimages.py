@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartition, open_documents
+from ndm_fast.report.faiss_export import export_faiss
 from ndm_fast.report.index import PreimageIndex
 from ndm_fast.report.index_writer import build_index, harvest_batches
 from ndm_fast.report.search import RotatedRows, Shard, nearest_rows
@@ -265,3 +266,21 @@ def test_manifest_of_another_format_is_refused(built: Path, tmp_path: Path) -> N
     (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(InputError, match="format 99"):
         PreimageIndex(folder)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_faiss_files_find_the_same_rows(built: Path, tmp_path: Path, metric: str) -> None:
+    faiss = pytest.importorskip("faiss")
+    index = PreimageIndex(built)
+    files = export_faiss(index, tmp_path / "faiss", metric)
+    queries = index.stored(torch.tensor([0, 7, 50]))
+    ours = nearest_rows(queries, index.rows, 4, metric=metric)
+    for subspace, (path, columns) in enumerate(zip(files, index.rows.columns, strict=True)):
+        found = faiss.read_index(str(path))
+        assert found.ntotal == len(index)
+        part = queries[:, columns]
+        if metric == "cosine":
+            part = torch.nn.functional.normalize(part + index.rows.origin[columns])
+        score = torch.from_numpy(found.search(part.contiguous().numpy(), 4)[0]).double()
+        distance = 1 - score if metric == "cosine" else score.sqrt()
+        torch.testing.assert_close(distance, ours.distance[subspace], rtol=1e-3, atol=2e-3)

@@ -63,6 +63,34 @@ def test_purity_of_the_command_is_the_purity_of_the_page(copy: Path, ndm: Callab
         assert f"<dd>{100 * rows[0][share]:.1f} %</dd>" in page
 
 
+def circuit_results(subspaces: int) -> dict[str, Any]:
+    gini = {"unnormed": 0.5, "dimension": 0.625, "variance": 0.25}
+    ndm = {"effect": [0.5 + s for s in range(subspaces)], "whole": 4.0, "gini": gini}
+    return {"runs/x": {"3b": {"what": "names <END>", "site": "x8.post", "methods": {"ndm": ndm}}}}
+
+
+def test_effects_of_circuit_tests_are_on_the_pages(copy: Path, ndm: Callable[..., Any]) -> None:
+    widths = json.loads((copy / "result.json").read_text())["widths"]
+    (copy / "circuits.json").write_text(json.dumps(circuit_results(len(widths))))
+    assert ndm("report", copy).code == 0
+    overview = (copy / "report" / "index.html").read_text()
+    assert '<th scope="col" title="names &lt;END&gt;, x8.post">test 3b</th>' in overview
+    assert '<td class="share" style="--s: 0.125">0.500</td>' in overview
+    assert "<td>0.625</td>" in overview
+    assert "<dd>1.500 of 4.000</dd>" in (copy / "report" / "subspace-01.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "is no result of circuit tests"), (json.dumps(circuit_results(99)), "is not of this run's")],
+)
+def test_circuit_results_of_another_run_are_refused(
+    copy: Path, ndm: Callable[..., Any], content: str, words: str
+) -> None:
+    (copy / "circuits.json").write_text(content)
+    assert words in ndm("report", copy).refusal()
+
+
 def test_figures_only(copy: Path, ndm: Callable[..., Any]) -> None:
     shutil.rmtree(copy / "figures")
     shutil.rmtree(copy / "report")

@@ -10,6 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from ndm_fast.checkpoint import unwritable, write_atomic
+from ndm_fast.report.circuit_results import CircuitColumn, circuit_columns
 from ndm_fast.report.figures import draw_run, purity_tables
 from ndm_fast.report.index import PreimageIndex
 from ndm_fast.report.index_writer import run_index
@@ -63,16 +64,18 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
         purity=_saved_purity(folder, index),
     )
     result = folder.result()
+    circuits = circuit_columns(folder.circuits_file, index.rows.widths)
     pages = {
         "index.html": _page(
             "overview.html",
             facts=_facts(folder, index),
             surveys=surveys,
             distances=result.get("heldout_distance"),
-            figures=_inlined(figures, folder.path / "circuits.png"),
+            figures=_inlined(figures, folder.circuits_file.with_suffix(".png")),
             shares=_SHARES,
+            circuits=circuits,
         ),
-        **{_name(s): _subspace_page(s, folder, index, metric) for s in surveys},
+        **{_name(s): _subspace_page(s, folder, index, metric, circuits) for s in surveys},
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -103,7 +106,9 @@ def _page(template: str, **content: Any) -> str:
     return environment.get_template(template).render(style=style, version=__version__, **content)
 
 
-def _subspace_page(s: SubspaceSurvey, folder: RunFolder, index: PreimageIndex, metric: str) -> str:
+def _subspace_page(
+    s: SubspaceSurvey, folder: RunFolder, index: PreimageIndex, metric: str, circuits: list[CircuitColumn]
+) -> str:
     cosine = metric == "cosine"
     spread = index.spread[s.subspace] or 1.0
     note = (
@@ -117,6 +122,7 @@ def _subspace_page(s: SubspaceSurvey, folder: RunFolder, index: PreimageIndex, m
         s=s,
         count=len(index.rows.widths),
         shares=_SHARES,
+        circuits=circuits,
         scale=1.0 if cosine else spread,
         cosine=cosine,
         distance_note=note,
