@@ -38,7 +38,8 @@ def main() -> None:
     content = {"runs": [*kept, run], "made_with": provenance()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"seed {options.seed}, {run['seconds']:.0f} s\n{text_table(planted_rows(run))}")
+    print(f"seed {options.seed}, {run['seconds']:.0f} s, {run['cpu_seconds']:.0f} s of one core")
+    print(text_table(planted_rows(run)))
     starts = sorted(run["starts"], key=lambda start: start["loss"])
     losses, ginis = ([start[name] for start in starts] for name in ("loss", "gini"))
     print(text_table(starts))
