@@ -1,4 +1,4 @@
-"""The command ``ndm-fast``: train, evaluate, report, index, explore, toy, doctor."""
+"""The command ``ndm-fast``: train, harvest, evaluate, report, index, explore, toy, doctor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ndm_fast.config import GROUPS, RunConfig, from_flat
+from ndm_fast.config import DTYPES, GROUPS, HarvestConfig, RunConfig, from_flat
 from ndm_fast.devices import check_device
 from ndm_fast.errors import InputError, StoppedError
 from ndm_fast.evaluate.commands import add_evaluate
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ndm-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_harvest(commands)
     add_evaluate(commands)
     add_report(commands)
     _add_toy(commands)
@@ -79,6 +80,9 @@ def _add_train(commands: Any) -> None:
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.add_argument(
+        "--keep-activations", action="store_true", help="several sites: leave OUT/activations for later runs"
+    )
     for name, cls in GROUPS.items():
         group = train.add_argument_group(f"{name} settings")
         for field in dataclasses.fields(cls):
@@ -113,16 +117,19 @@ def _settings(options: argparse.Namespace) -> RunConfig:
     """Settings in their order: defaults, preset, file, flags; a run that is resumed comes first of all."""
     from ndm_fast.run_folder import RunFolder
 
-    values: dict[str, Any] = {}
     folder = RunFolder(options.out)
-    if options.resume and folder.config_file.exists():
-        values |= folder.config().flat()
-    if options.preset:
-        values |= preset(options.preset)
-    if options.config:
-        values |= _read_settings(Path(options.config))
-    values |= {name.removeprefix("set_"): v for name, v in vars(options).items() if name.startswith("set_")}
-    return from_flat(values)
+    begun = folder.config().flat() if options.resume and folder.config_file.exists() else {}
+    chosen = preset(options.preset) if options.preset else {}
+    written = _read_settings(Path(options.config)) if options.config else {}
+    if {**begun, **written, **_flags(options)}.get("acts"):  # which model and text, the activations know
+        chosen = {
+            n: v for n, v in chosen.items() if n not in {f.name for f in dataclasses.fields(HarvestConfig)}
+        }
+    return from_flat({**begun, **chosen, **written, **_flags(options)})
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    return {name.removeprefix("set_"): v for name, v in vars(options).items() if name.startswith("set_")}
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -146,7 +153,12 @@ def _train(options: argparse.Namespace) -> None:
     config = _settings(options)
     check_device(options.device)
     for folder in train_run(
-        config, options.out, resume=options.resume, device=options.device, show_progress=not options.quiet
+        config,
+        options.out,
+        resume=options.resume,
+        device=options.device,
+        show_progress=not options.quiet,
+        keep_activations=options.keep_activations,
     ):
         result = folder.result()
         columns = zip(result["widths"], result["variance_share"], result["heldout_distance"], strict=True)
@@ -157,6 +169,54 @@ def _train(options: argparse.Namespace) -> None:
         print(f"\n{config.harvest.model} {folder.partition().source['site']}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
+
+
+def _add_harvest(commands: Any) -> None:
+    harvest = commands.add_parser(
+        "harvest",
+        help="write activations to disk, to train from",
+        description="Write the activations of one or more sites to a folder in one pass over the text; "
+        "`ndm-fast train --acts DIR` trains from it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    harvest.add_argument("--out", required=True, help="folder of the activations")
+    harvest.add_argument("--rows", type=int, default=None, help="activations of each site")
+    harvest.add_argument(
+        "--store-dtype", choices=DTYPES, default=None, help="dtype on disk; none: that of the model (--dtype)"
+    )
+    harvest.add_argument("--shard-mib", type=float, default=None, help="size of a file in MiB; none: 64")
+    harvest.add_argument("--resume", action="store_true", help="go on, and write damaged files anew")
+    harvest.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    harvest.add_argument("--quiet", action="store_true", help="no progress bar")
+    for field in dataclasses.fields(HarvestConfig):
+        _add_setting(harvest, field)
+    harvest.set_defaults(run=_harvest)
+
+
+def _harvest(options: argparse.Namespace) -> None:
+    from ndm_fast.activation_cache import MANIFEST, held_rows, read_manifest
+    from ndm_fast.cache_writer import SHARD_MIB
+    from ndm_fast.cached_runs import harvest_run
+
+    out = Path(options.out)
+    begun = read_manifest(out) if options.resume and (out / MANIFEST).exists() else {}
+    rows = options.rows or begun.get("rows")
+    if rows is None:
+        raise InputError("no number of rows given: pass --rows, for instance 1000000")
+    check_device(options.device)
+    cache = harvest_run(
+        from_flat({**begun.get("settings", {}), **_flags(options)}).harvest,
+        out,
+        rows,
+        store_dtype=options.store_dtype or begun.get("dtype"),
+        shard_mib=options.shard_mib or begun.get("shard_mib", SHARD_MIB),
+        resume=options.resume,
+        device=options.device,
+        show_progress=not options.quiet,
+    )
+    held = held_rows(cache.manifest)
+    ended = f"; the text ended before {rows:,}" if held < rows else ""
+    print(f"{held:,} activations each of {', '.join(cache.sites)} in {out}{ended}")
 
 
 def _add_toy(commands: Any) -> None:

@@ -35,9 +35,12 @@ class HarvestConfig:
     site: tuple[str, ...] = _described((), "sites to train, e.g. blocks.9.hook_resid_mid, x9.mid")
     data: str = _described("", "file, folder or glob of text, HF dataset, or 'docstrings' for Python's own")
     text_field: str = _described("text", "field of a record that holds the text (jsonl, parquet, datasets)")
+    text_seed: int | None = _described(None, "order of 'docstrings'; default: the run's seed")
     context_length: int | None = _described(None, "tokens in a packed row; default: the model's own limit")
     rows_per_batch: int = _described(16, "packed rows in one forward pass")
     dtype: str = _described("float32", f"dtype the model runs in: {', '.join(DTYPES)}")
+    autocast: str | None = _described(None, f"dtype of the model's products: {', '.join(DTYPES[1:])}")
+    tokenize_workers: int = _described(0, "processes that tokenize ahead of the model; 0: none")
     bos: bool = _described(False, "start every row with the tokenizer's BOS token")
     repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")
     max_norm_ratio: float | None = _described(None, "drop rows whose norm exceeds this many median norms")
@@ -45,6 +48,10 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
         _positive("rows_per_batch", self.rows_per_batch)
+        if self.autocast is not None:
+            _one_of("autocast", self.autocast, DTYPES[1:])
+        if self.tokenize_workers < 0:
+            raise InputError(f"tokenize_workers is {self.tokenize_workers}: give 0 or more")
         if self.context_length is not None and self.context_length < 4:
             raise InputError(f"context_length is {self.context_length}: give at least 4 tokens")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
@@ -84,6 +91,7 @@ class TrainConfig:
     eval_every: int = _described(100, "steps between held-out evaluations")
     checkpoint_every: int = _described(200, "steps between checkpoints")
     seed: int = _described(0, "seed of data order, random starts and escapes")
+    acts: str = _described("", "folder of `ndm-fast harvest` to train from; the model is not run")
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -176,6 +184,11 @@ class RunConfig:
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+
+    @property
+    def documents_seed(self) -> int:
+        """Order of the documents, for ``text.open_documents``."""
+        return self.train.seed if self.harvest.text_seed is None else self.harvest.text_seed
 
     def flat(self) -> dict[str, Any]:
         """All fields of all groups by name, as plain JSON values."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
 from ndm_fast.hooks import collect_activations
-from ndm_fast.sites import resolve_site, site_width
+from ndm_fast.sites import resolve_sites, site_width
 from ndm_fast.text import PackedRows, pack
 
 EMBEDDED_MODEL = "minilm"
@@ -47,6 +47,8 @@ class HarvestedRows(NamedTuple):
     kept: Tensor
     """[B, L] bool, on the CPU: neither special nor dropped as an outlier; ``rows`` holds these in order."""
     rows: TokenRows
+    outliers: int
+    """Rows that were dropped for their norm."""
 
 
 def load_model(
@@ -81,14 +83,118 @@ def load_model(
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
+class Harvester:
+    """Activations of one or more sites on a text, in numbered batches; one forward pass gives all sites.
+
+    The same number always gives the same rows, whatever other sites are read beside.
+
+    Args:
+        model, tokenizer: as from :func:`load_model`.
+        sites: any names of ``ndm_fast.sites``.
+        open_documents: as from ``ndm_fast.text.open_documents``.
+        config: context length, rows per batch, BOS, repetition, outlier filter, autocast, workers.
+
+    Raises:
+        InputError: unknown site; activations that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sites: Sequence[str],
+        open_documents: Callable[[], Iterator[str]],
+        config: HarvestConfig,
+    ) -> None:
+        resolved = resolve_sites(model, sites)
+        self.widths = {site.name: site_width(model, site) for site in resolved}
+        """Site in its canonical form -> width."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._open_documents = open_documents
+        self._config = config
+        longest = longest_context(model)
+        self._length = config.context_length or min(longest, _DEFAULT_CONTEXT)
+        if self._length > longest:
+            raise InputError(
+                f"context_length is {self._length}, the model takes up to {longest} tokens: lower it"
+            )
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows that a batch holds at most."""
+        return self._config.rows_per_batch * self._length
+
+    def batches(self, start: int = 0) -> Iterator[dict[str, HarvestedRows]]:
+        """Site -> its rows, from batch number ``start`` on."""
+        passes = repeat(None) if self._config.repeat_data else [None]
+        batches = chain.from_iterable(self._pass() for _ in passes)
+        for number, rows in enumerate(islice(batches, start, None), start):
+            yield self._forward(rows, number)
+
+    def _pass(self) -> Iterator[PackedRows]:
+        """The text once, in packed rows."""
+        useful = False
+        config = self._config
+        for rows in pack(
+            self._open_documents(),
+            self._tokenizer,
+            self._length,
+            config.rows_per_batch,
+            bos=config.bos,
+            workers=config.tokenize_workers,
+        ):
+            useful = useful or not bool(rows.special.all())
+            yield rows
+        if not useful and config.repeat_data:  # it would be repeated for ever
+            raise InputError(
+                f"the text {config.data} does not fill one row of {self._length} tokens: give more text, "
+                "or lower --context-length"
+            )
+
+    @torch.no_grad()
+    def _forward(self, rows: PackedRows, number: int) -> dict[str, HarvestedRows]:
+        device = next(self._model.parameters()).device
+        tokens = rows.tokens.to(device)
+        with collect_activations(self._model, self.widths) as captured, self._autocast(device.type):
+            self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        return {site: self._found(site, rows, captured.pop(site), number) for site in self.widths}
+
+    def _autocast(self, device_type: str) -> AbstractContextManager[Any]:
+        if self._config.autocast is None:
+            return nullcontext()
+        return torch.autocast(device_type, getattr(torch, self._config.autocast))
+
+    def _found(self, site: str, rows: PackedRows, captured: Tensor, number: int) -> HarvestedRows:
+        activations = captured.flatten(0, 1)
+        wanted = ~rows.special.flatten().to(activations.device)
+        # One pass that reads all and writes little: a row's sum is finite only where all its terms are.
+        if not torch.isfinite(activations.sum(1, dtype=torch.float32)[wanted]).all():
+            raise InputError(
+                f"activations of {site} hold NaN or Inf (batch {number}): run the model in bfloat16 or "
+                "float32 with --dtype, or check its weights"
+            )
+        keep = self._without_outliers(activations, wanted)
+        kept = keep.cpu()
+        neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
+        positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
+        columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
+        found = TokenRows(activations[keep], *(column.flatten()[kept] for column in columns))
+        return HarvestedRows(rows, kept.view_as(rows.special), found, int((wanted & ~keep).sum()))
+
+    def _without_outliers(self, activations: Tensor, wanted: Tensor) -> Tensor:
+        if self._config.max_norm_ratio is None or not wanted.any():
+            return wanted
+        norms = torch.linalg.vector_norm(activations, dim=1, dtype=torch.float32)
+        return wanted & (norms <= self._config.max_norm_ratio * norms[wanted].median())
+
+
 class ActivationStream:
     """Activations of one site on a text, in numbered batches: the same number always gives the same rows.
 
     Args:
-        model, tokenizer: as from :func:`load_model`.
+        model, tokenizer, open_documents, config: see :class:`Harvester`.
         site: any name of ``ndm_fast.sites``.
-        open_documents: as from ``ndm_fast.text.open_documents``.
-        config: context length, rows per batch, BOS, repetition, outlier filter.
 
     Raises:
         InputError: unknown site; activations that are not finite.
@@ -102,19 +208,9 @@ class ActivationStream:
         open_documents: Callable[[], Iterator[str]],
         config: HarvestConfig,
     ) -> None:
-        self.site = resolve_site(model, site).name
-        self.width = site_width(model, resolve_site(model, site))
+        self.harvester = Harvester(model, tokenizer, [site], open_documents, config)
+        ((self.site, self.width),) = self.harvester.widths.items()
         self.outliers_dropped = 0
-        self._model = model
-        self._tokenizer = tokenizer
-        self._open_documents = open_documents
-        self._config = config
-        longest = longest_context(model)
-        self._length = config.context_length or min(longest, _DEFAULT_CONTEXT)
-        if self._length > longest:
-            raise InputError(
-                f"context_length is {self._length}, the model takes up to {longest} tokens: lower it"
-            )
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """[n, d] activations, from batch number ``start`` on; n varies a little."""
@@ -128,56 +224,9 @@ class ActivationStream:
 
     def harvested_rows(self, start: int = 0) -> Iterator[HarvestedRows]:
         """As :meth:`token_rows`, with the packed rows of text that they come from."""
-        passes = repeat(None) if self._config.repeat_data else [None]
-        batches = chain.from_iterable(self._pass() for _ in passes)
-        for number, rows in enumerate(islice(batches, start, None), start):
-            yield self._forward(rows, number)
-
-    def _pass(self) -> Iterator[PackedRows]:
-        """The text once, in packed rows."""
-        useful = False
-        config = self._config
-        for rows in pack(
-            self._open_documents(), self._tokenizer, self._length, config.rows_per_batch, bos=config.bos
-        ):
-            useful = useful or not bool(rows.special.all())
-            yield rows
-        if not useful and config.repeat_data:  # it would be repeated for ever
-            raise InputError(
-                f"the text {config.data} does not fill one row of {self._length} tokens: give more text, "
-                "or lower --context-length"
-            )
-
-    @torch.no_grad()
-    def _forward(self, rows: PackedRows, number: int) -> HarvestedRows:
-        device = next(self._model.parameters()).device
-        with collect_activations(self._model, [self.site]) as captured:
-            tokens = rows.tokens.to(device)
-            self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-        activations = captured[self.site].flatten(0, 1)
-        keep = ~rows.special.flatten().to(device)
-        # One pass that reads all and writes little: a row's sum is finite only where all its terms are.
-        if not torch.isfinite(activations.sum(1, dtype=torch.float32)[keep]).all():
-            raise InputError(
-                f"activations of {self.site} hold NaN or Inf (batch {number}): run the model in bfloat16 or "
-                "float32 with --dtype, or check its weights"
-            )
-        keep = self._drop_outliers(activations, keep)
-        activations = activations[keep]
-        kept = keep.cpu()
-        neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
-        positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
-        columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
-        found = TokenRows(activations, *(column.flatten()[kept] for column in columns))
-        return HarvestedRows(rows, kept.view_as(rows.special), found)
-
-    def _drop_outliers(self, activations: Tensor, keep: Tensor) -> Tensor:
-        if self._config.max_norm_ratio is None or not keep.any():
-            return keep
-        norms = torch.linalg.vector_norm(activations, dim=1, dtype=torch.float32)
-        small = norms <= self._config.max_norm_ratio * norms[keep].median()
-        self.outliers_dropped += int((keep & ~small).sum())
-        return keep & small
+        for found in self.harvester.batches(start):
+            self.outliers_dropped += found[self.site].outliers
+            yield found[self.site]
 
 
 def _embedded_folder() -> str:

@@ -6,6 +6,7 @@ which it starts and of the seed, so a checkpoint needs two numbers, not the rows
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
-
-_LARGEST_FRACTION = 0.25
-"""Share of the storage dtype's range that the first rows may use; later rows may be larger."""
+from ndm_fast.fill_ahead import Ahead
+from ndm_fast.pool_storage import Place, allocate, choose_place, fitting_scale
 
 
 class Stream(Protocol):
@@ -25,6 +25,15 @@ class Stream(Protocol):
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """[n, d] activations, from batch number ``start`` on."""
         ...
+
+
+class SiteStream(Stream, Protocol):
+    """Activations of one site: of a model, or from a cache."""
+
+    site: str
+    """Canonical name."""
+    width: int
+    outliers_dropped: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +59,8 @@ def seeded(seed: int, *purpose: int) -> torch.Generator:
 def too_short(held: int, rows: int) -> InputError:
     """The error for a stream that ends too early."""
     return InputError(
-        f"the text ended after {held} activations, {rows} are needed: give more text, lower --pool-rows, "
-        "--keys or --max-steps, or pass --repeat-data to use it again"
+        f"the text ended after {held} activations, {rows} are needed: give more text (with --acts: "
+        "harvest more --rows), lower --pool-rows, --keys or --max-steps, or use it again with --repeat-data"
     )
 
 
@@ -77,18 +86,25 @@ class ActivationPool:
     Rows are stored as ``activation * scale``, with a power of two that keeps half precision from
     overflowing; distances between stored rows are ``scale`` times those between activations.
 
+    A GPU without room for them has the rows in pinned host memory; queries and keys are then copies. Where
+    there is room for two buffers on a GPU, the next generation is filled while this one is used.
+
     Args:
         stream: where the rows come from.
         rows: rows held at once.
         keys: rows that :meth:`next_keys` returns; never fewer are left.
-        dtype, device: storage.
+        dtype: storage.
+        device: where queries and keys are wanted.
         seed: order of the rows.
         first_batch: number of the stream's batch to start from.
         state: a ``state_dict`` to go on from; that generation is harvested once more.
         site: what error messages call the origin of the rows.
+        queries: how many will be taken from now on; None: no generation is filled ahead.
+        ahead: fill ahead on the CPU too; the rows are the same.
 
     Raises:
-        InputError: the stream ends before the pool is full; a value overflows the storage dtype.
+        InputError: the stream ends before the pool is full; a value overflows the storage dtype; the pool
+            does not fit into memory.
     """
 
     def __init__(
@@ -103,24 +119,30 @@ class ActivationPool:
         first_batch: int = 0,
         state: dict[str, Any] | None = None,
         site: str = "the stream",
+        queries: int | None = None,
+        ahead: bool = False,
     ) -> None:
         if rows <= keys:
             raise InputError(f"a pool of {rows} rows has none beside its {keys} keys: raise pool_rows")
         self._stream, self._rows, self._keys, self._seed = stream, rows, keys, seed
         self._site = site
         self._dtype, self._device = dtype, torch.device(device)
-        self._storage: Tensor | None = None
+        self._place: Place | None = None
+        self._spare: Tensor | None = None
+        self._ahead: Ahead[tuple[Tensor, int]] | None = None
+        self._queries, self._fill_ahead = queries, ahead
         self.scale: float | None = state["scale"] if state else None
         self._generation = state["generation"] if state else 0
-        self._next_batch = state["first_batch"] if state else first_batch
-        self._fill()
+        self._first_batch = state["first_batch"] if state else first_batch
+        self._live, self._next_batch = self._filled(self._generation, self._first_batch, None)
         self._taken = state["taken"] if state else 0
         self._searches = state["searches"] if state else 0
+        self._begin_ahead()
 
     def take(self, count: int) -> Tensor:
         """[count, d] queries; they leave the pool, which is filled anew when too few rows are left.
 
-        A view, valid until the next call of :meth:`take`.
+        Valid until the next call of :meth:`take`.
         """
         if count > self._rows - self._keys:
             raise InputError(
@@ -128,11 +150,11 @@ class ActivationPool:
                 "raise pool_rows"
             )
         if self._taken + count > self._rows - self._keys:
-            self._generation += 1
-            self._fill()
-            self._taken = 0
+            self._next_generation()
         self._taken += count
-        return self._live[self._taken - count : self._taken]
+        if self._queries is not None:
+            self._queries -= count
+        return self._wanted(self._live[self._taken - count : self._taken])
 
     def next_keys(self) -> Tensor:
         """[K, d] keys: a view of rows that have not been queries; each call gives the next window."""
@@ -143,7 +165,7 @@ class ActivationPool:
         """[K, d] the window that :meth:`next_keys` gave last."""
         windows = (self._rows - self._taken) // self._keys
         stop = self._rows - self._searches % windows * self._keys
-        return self._live[stop - self._keys : stop]
+        return self._wanted(self._live[stop - self._keys : stop])
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream and in the pool, plain JSON values."""
@@ -155,29 +177,11 @@ class ActivationPool:
             "scale": self.scale,
         }
 
-    @property
-    def _live(self) -> Tensor:
-        assert self._storage is not None
-        return self._storage
-
-    def _fill(self) -> None:
-        self._first_batch = self._next_batch
-        places = torch.randperm(self._rows, generator=seeded(self._seed, 1, self._generation)).to(
-            self._device
-        )
-        filled = 0
-        for batch in self._stream.batches(self._first_batch):
-            self._next_batch += 1
-            rows = batch[: self._rows - filled]
-            if len(rows) == 0:
-                continue  # all of its tokens were special ones
-            if self._storage is None:
-                self._storage = torch.empty(self._rows, rows.shape[1], dtype=self._dtype, device=self._device)
-            self._storage[places[filled : filled + len(rows)]] = self.stored(rows)
-            filled += len(rows)
-            if filled == self._rows:
-                return
-        raise too_short(filled, self._rows)
+    def close(self) -> None:
+        """End the filling of a generation that nobody will ask for."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
 
     def stored(self, rows: Tensor) -> Tensor:
         """[n, d] rows as the pool holds them: scaled, in its dtype, on its device.
@@ -186,14 +190,57 @@ class ActivationPool:
             InputError: a value overflows the dtype, or is not finite.
         """
         largest = float(rows.abs().max())
-        limit = torch.finfo(self._dtype).max
         if self.scale is None:
-            self.scale = 1.0
-            while largest * self.scale > limit * _LARGEST_FRACTION:
-                self.scale /= 2
-        if not largest * self.scale <= limit:
+            self.scale = fitting_scale(largest, self._dtype)
+        if not largest * self.scale <= torch.finfo(self._dtype).max:
             raise InputError(
                 f"an activation of {largest:.3g} at {self._site} overflows {self._dtype} (or is not finite): "
                 "set --pool-dtype bfloat16 or float32"
             )
         return (rows.to(self._device) * self.scale).to(self._dtype)
+
+    def _wanted(self, rows: Tensor) -> Tensor:
+        return rows.to(self._device, non_blocking=True)  # a view where they are there already
+
+    def _next_generation(self) -> None:
+        used, first_batch = self._live, self._next_batch
+        if self._ahead is None:
+            self._live, self._next_batch = self._filled(self._generation + 1, first_batch, used)
+        else:
+            self._live, self._next_batch = self._ahead.result()
+            self._spare = used
+        self._generation, self._first_batch, self._taken = self._generation + 1, first_batch, 0
+        self._begin_ahead()
+
+    def _begin_ahead(self) -> None:
+        """Begin to fill the next generation, where there will be one and room for it."""
+        self._ahead = None
+        assert self._place is not None
+        room = self._place.spare or self._fill_ahead
+        if not room or self._queries is None or self._queries <= self._rows - self._keys - self._taken:
+            return
+        generation, batch, spare = self._generation + 1, self._next_batch, self._spare
+        self._ahead = Ahead(lambda gone: self._filled(generation, batch, spare, gone), self._device)
+
+    def _filled(
+        self, generation: int, batch: int, storage: Tensor | None, gone: threading.Event | None = None
+    ) -> tuple[Tensor, int]:
+        """The rows of a generation that starts at a batch, written to the storage; the batch after them."""
+        order = torch.randperm(self._rows, generator=seeded(self._seed, 1, generation))
+        filled = 0
+        for activations in self._stream.batches(batch):
+            batch += 1
+            rows = activations[: self._rows - filled]
+            if len(rows) == 0:
+                continue  # all of its tokens were special ones
+            if storage is None:
+                if self._place is None:
+                    self._place = choose_place(self._rows, rows.shape[1], self._dtype, self._device)
+                storage = allocate(self._rows, rows.shape[1], self._dtype, self._place)
+            if filled == 0:
+                order = order.to(storage.device)
+            storage[order[filled : filled + len(rows)]] = self.stored(rows).to(storage.device)
+            filled += len(rows)
+            if filled == self._rows or (gone is not None and gone.is_set()):
+                return storage, batch
+        raise too_short(filled, self._rows)

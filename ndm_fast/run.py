@@ -5,46 +5,61 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
+import shutil
+import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ndm_fast.activation_cache import ActivationCache, CachedActivations
+from ndm_fast.cached_runs import share_harvest, with_cache
 from ndm_fast.checkpoint import save_checkpoint, unwritable
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError, StoppedError
 from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import take_rows
+from ndm_fast.pool import SiteStream, take_rows
+from ndm_fast.pool_storage import memory_line
+from ndm_fast.progress import Counted, Progress
 from ndm_fast.run_folder import RunFolder
+from ndm_fast.signals import stop_on_signal
 from ndm_fast.sites import resolve_sites
 from ndm_fast.split import split_space
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
 
+ACTIVATIONS = "activations"
+"""Folder below that of several sites' runs in which they share what was harvested."""
+
+
+@dataclass(frozen=True)
+class SiteRun:
+    """One site to train."""
+
+    config: RunConfig
+    """Settings of this site's run alone."""
+    folder: RunFolder
+    stream: SiteStream
+
 
 class _Recorder(Observer):
-    """Writes log, checkpoints and progress bar of a run."""
+    """Writes log and checkpoints of a run."""
 
-    def __init__(self, folder: RunFolder, log_bytes: int, steps_done: int, total: int, show: bool) -> None:
-        self._folder = folder
+    def __init__(self, folder: RunFolder, log_bytes: int, progress: Progress, stop: threading.Event) -> None:
+        self._folder, self._progress, self._stop = folder, progress, stop
         try:
             self._log = folder.log_file.open("ab")
             self._log.truncate(min(log_bytes, self._log.tell()))
             self._log.seek(0, os.SEEK_END)
         except OSError as error:
             raise unwritable(folder.log_file, error) from None
-        self._bar = tqdm(total=total, initial=steps_done, desc="train", unit="step", disable=not show)
-        self._started = time.monotonic()
-        self.stop = False
 
     def event(self, record: dict[str, Any]) -> None:
         try:
@@ -53,13 +68,7 @@ class _Recorder(Observer):
             raise unwritable(self._folder.log_file, error) from None
 
     def progress(self, trainer: Trainer) -> None:
-        self._bar.set_postfix(
-            loss=f"{trainer.train_loss:.4f}",
-            heldout=f"{trainer.heldout_loss:.4f}",
-            subspaces=len(trainer.widths),
-            refresh=False,
-        )
-        self._bar.update(trainer.step - self._bar.n)
+        self._progress.update(trainer)
 
     def checkpoint(self, trainer: Trainer) -> None:
         try:
@@ -70,30 +79,13 @@ class _Recorder(Observer):
         save_checkpoint(self._folder.checkpoint_file, tensors, {**values, "log_bytes": self._log.tell()})
 
     def stop_requested(self) -> bool:
-        return self.stop
+        return self._stop.is_set()
 
     def close(self) -> None:
-        self._bar.close()
         try:
             self._log.close()
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
-
-
-class _Counted:
-    """A stream that shows how many activations have come through it."""
-
-    def __init__(self, stream: ActivationStream, total: int, show: bool) -> None:
-        self._stream = stream
-        self._bar = tqdm(total=total, desc="harvest", unit="activation", unit_scale=True, disable=not show)
-
-    def batches(self, start: int = 0) -> Iterator[Tensor]:
-        for rows in self._stream.batches(start):
-            self._bar.update(len(rows))
-            yield rows
-
-    def close(self) -> None:
-        self._bar.close()
 
 
 def train_run(
@@ -103,52 +95,104 @@ def train_run(
     resume: bool = False,
     device: str = "cpu",
     show_progress: bool = True,
+    keep_activations: bool = False,
 ) -> list[RunFolder]:
     """Train every site of ``config`` and save the results.
+
+    Several sites are harvested together, into ``out/activations``, and trained one after the other.
 
     Args:
         out: the run's folder; with several sites, the folder of one run folder per site.
         resume: go on with what is there; start where there is nothing.
+        keep_activations: leave ``out/activations``, to train from it again.
 
     Raises:
         InputError: something about the input is wrong; nothing was overwritten.
         StoppedError: Ctrl-C or SIGTERM; the state is saved.
     """
+    if config.train.acts:
+        cache = ActivationCache(config.train.acts)
+        config = with_cache(config, cache)
+        cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
+        return train_sites(
+            site_runs(config, cached, out, resume=resume), device=device, show_progress=show_progress
+        )
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    sites = resolve_sites(model, list(config.harvest.site))
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
-    folders = []
-    for asked, site in zip(config.harvest.site, sites, strict=True):
-        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
-        folder = RunFolder(out if len(sites) == 1 else Path(out) / site.name)
-        stream = ActivationStream(model, tokenizer, site.name, documents, one.harvest)
-        one.train.widths(stream.width)
-        folder.begin(one, resume=resume)
-        if not folder.result_file.exists():
-            _train_one(one, folder, stream, device, show_progress, several=len(sites) > 1)
-        folders.append(folder)
+    resolve_sites(model, list(config.harvest.site))
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
+    streams = [
+        ActivationStream(model, tokenizer, site, documents, config.harvest) for site in config.harvest.site
+    ]
+    runs = site_runs(config, streams, out, resume=resume)
+    folder = Path(out) / ACTIVATIONS
+    open_runs = sum(not run.folder.result_file.exists() for run in runs)
+    shared = None
+    if open_runs > 1 or (open_runs and len(runs) > 1 and folder.exists()):
+        shared = share_harvest(config, model, tokenizer, folder, show_progress=show_progress)
+    if shared is not None:
+        runs = [dataclasses.replace(run, stream=shared.stream(run.stream.site)) for run in runs]
+    folders = train_sites(runs, device=device, show_progress=show_progress)
+    if shared is not None and not keep_activations:
+        shutil.rmtree(folder)
     return folders
 
 
-def _train_one(
-    config: RunConfig,
-    folder: RunFolder,
-    stream: ActivationStream,
-    device: str,
-    show: bool,
-    *,
-    several: bool,
-) -> None:
+def site_runs(
+    config: RunConfig, streams: Sequence[SiteStream], out: str | Path, *, resume: bool = False
+) -> list[SiteRun]:
+    """A run per stream; their folders are claimed, or taken up.
+
+    Args:
+        config: ``harvest.site`` names the streams' sites in their order.
+        out, resume: see :func:`train_run`.
+
+    Raises:
+        InputError: the settings do not fit an activation's width, or a folder holds something else.
+    """
+    for stream in streams:
+        config.train.widths(stream.width)
+    runs = []
+    for asked, stream in zip(config.harvest.site, streams, strict=True):
+        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
+        folder = RunFolder(out if len(streams) == 1 else Path(out) / stream.site)
+        folder.begin(one, resume=resume)
+        runs.append(SiteRun(one, folder, stream))
+    return runs
+
+
+def train_sites(
+    runs: Sequence[SiteRun], *, device: str = "cpu", show_progress: bool = True
+) -> list[RunFolder]:
+    """Train what is not finished, one after the other, with one progress bar.
+
+    With several processes, one harvests a cache, and each then trains its share, ``runs[rank::world]``.
+
+    Raises:
+        InputError, StoppedError: see :func:`train_run`.
+    """
+    progress = Progress(len(runs), runs[0].config.train.max_steps, show_progress)
+    try:
+        for number, run in enumerate(runs):
+            if not run.folder.result_file.exists():
+                _train_one(run, number, progress, device, several=len(runs) > 1)
+    finally:
+        progress.close()
+    return [run.folder for run in runs]
+
+
+def _train_one(run: SiteRun, number: int, progress: Progress, device: str, *, several: bool) -> None:
+    config, folder, stream = run.config, run.folder, run.stream
     state = folder.checkpoint()
     train = config.train
-    rows = (
-        train.heldout_queries
-        + train.heldout_keys
-        + min(train.pool_rows, train.max_steps * train.queries + train.keys)
-    )
-    counted = _Counted(stream, rows, show)
+    pool_rows = min(train.pool_rows, train.max_steps * train.queries + train.keys)
+    rows = train.heldout_queries + train.heldout_keys + pool_rows
+    if progress.show:
+        dtype = getattr(torch, train.pool_dtype)
+        tqdm.write(memory_line(pool_rows, stream.width, dtype, device), file=sys.stderr)
+    doing = "read" if isinstance(stream, CachedActivations) else "harvest"
+    counted = Counted(stream, rows, doing, progress.show)
     source = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
     splits = _Events()
     try:
@@ -159,14 +203,11 @@ def _train_one(
         trainer = Trainer(rows_of, train, config.merge, device=device, source=source, state=state)
     finally:
         counted.close()
-    recorder = _Recorder(folder, state[1]["log_bytes"] if state else 0, trainer.step, train.max_steps, show)
     try:
-        for event in [] if state else splits.records:
-            recorder.event(event)
-        with _stop_on_signal(recorder):
-            partition = trainer.run(recorder)
+        progress.begin(number, stream.site, trainer.step)
+        partition = _recorded(trainer, folder, state[1]["log_bytes"] if state else 0, splits, progress)
     finally:
-        recorder.close()
+        trainer.pool.close()
     if not trainer.finished:
         again = (
             "the same command and --resume" if several else f"`ndm-fast train --out {folder.path} --resume`"
@@ -175,6 +216,20 @@ def _train_one(
     if first:
         partition = SubspacePartition(first.rotation @ partition.rotation, partition.widths, source)
     folder.save_result(partition, _figures(trainer, partition, stream))
+
+
+def _recorded(
+    trainer: Trainer, folder: RunFolder, log_bytes: int, splits: _Events, progress: Progress
+) -> SubspacePartition:
+    """Run a trainer, with log and checkpoints, to its end or to a stop."""
+    with stop_on_signal() as stop:
+        recorder = _Recorder(folder, log_bytes, progress, stop)
+        try:
+            for event in [] if log_bytes else splits.records:
+                recorder.event(event)
+            return trainer.run(recorder)
+        finally:
+            recorder.close()
 
 
 class _Events(Observer):
@@ -191,7 +246,7 @@ class _Events(Observer):
 class _Rotated:
     """A stream in the coordinates of a partition."""
 
-    stream: _Counted
+    stream: Counted
     partition: SubspacePartition
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
@@ -201,14 +256,14 @@ class _Rotated:
 
 
 def _split_first(
-    config: RunConfig, stream: _Counted, rows: int, device: str, observer: Observer
+    config: RunConfig, stream: Counted, rows: int, device: str, observer: Observer
 ) -> SubspacePartition:
     """Split the space of a run's first activations; a resumed run does so again, to the same result."""
     activations, _ = take_rows(stream.batches(), rows)
     return split_space(activations.to(device, torch.float32), config.train, config.merge, observer)
 
 
-def _figures(trainer: Trainer, partition: SubspacePartition, stream: ActivationStream) -> dict[str, Any]:
+def _figures(trainer: Trainer, partition: SubspacePartition, stream: SiteStream) -> dict[str, Any]:
     """What ``result.json`` holds: per subspace width, share of variance and held-out distance."""
     variances = trainer.heldout_variances()
     return {
@@ -220,22 +275,3 @@ def _figures(trainer: Trainer, partition: SubspacePartition, stream: ActivationS
         "orthogonality_error": partition.orthogonality_error(),
         "outliers_dropped": stream.outliers_dropped,
     }
-
-
-@contextmanager
-def _stop_on_signal(recorder: _Recorder) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C interrupts at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        recorder.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, where signals cannot be caught
-        previous = {}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

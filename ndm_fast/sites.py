@@ -162,7 +162,7 @@ def resolve_site(model: nn.Module, name: str) -> Site:
         )
     inner, end = points[kind]
     module = f"{blocks}.{index}.{inner}" if inner else f"{blocks}.{index}"
-    return Site(f"blocks.{index}.hook_{kind}", module, end)
+    return Site(canonical_name(name), module, end)
 
 
 def resolve_sites(model: nn.Module, names: str | Iterable[str]) -> list[Site]:
@@ -175,6 +175,12 @@ def resolve_sites(model: nn.Module, names: str | Iterable[str]) -> list[Site]:
     if not sites:
         raise InputError(f"no site given: name at least one, as {_FORMS}")
     return sites
+
+
+def canonical_name(name: str) -> str:
+    """`name` in its canonical form as far as that is told without a model: short names, not module paths."""
+    point = _parse(name)
+    return f"blocks.{point[0]}.hook_{point[1]}" if point else name
 
 
 def list_sites(model: nn.Module) -> list[str]:

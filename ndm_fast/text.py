@@ -10,7 +10,7 @@ import random
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.tokenizing import tokenize
 
 DOCSTRINGS = "docstrings"
 """Name of the built-in text: the docstrings of the Python that is running."""
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
-_DOCUMENTS_AT_ONCE = 64
 _SHORTEST_DOCSTRING = 80
 
 
@@ -89,7 +89,13 @@ def frame(tokenizer: Any, bos: bool = False) -> Frame:
 
 
 def pack(
-    documents: Iterable[str], tokenizer: Any, length: int, rows_per_batch: int, *, bos: bool = False
+    documents: Iterable[str],
+    tokenizer: Any,
+    length: int,
+    rows_per_batch: int,
+    *,
+    bos: bool = False,
+    workers: int = 0,
 ) -> Iterator[PackedRows]:
     """Documents one after the other, cut into rows of exactly ``length`` tokens; a last short row is dropped.
 
@@ -100,6 +106,7 @@ def pack(
         tokenizer: a fast Hugging Face tokenizer.
         length: tokens in a row, the special ones included.
         rows_per_batch: rows yielded at once; the last batch may hold fewer.
+        workers: processes that tokenize ahead, see ``ndm_fast.tokenizing``.
     """
     first, last, separator = frame(tokenizer, bos)
     special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)))
@@ -114,7 +121,7 @@ def pack(
         rows.clear()
         return PackedRows(stacked, owned, torch.isin(stacked, special_ids))
 
-    for number, ids in enumerate(_tokenize(documents, tokenizer)):
+    for number, ids in enumerate(tokenize(documents, tokenizer, workers)):
         tokens += [*ids, separator]
         owners += [number] * (len(ids) + 1)
         taken = 0
@@ -127,12 +134,6 @@ def pack(
         del tokens[:taken], owners[:taken]
     if rows:
         yield batch()
-
-
-def _tokenize(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    source = iter(documents)
-    while some := list(islice(source, _DOCUMENTS_AT_ONCE)):
-        yield from tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _find_files(data: str) -> list[Path]:

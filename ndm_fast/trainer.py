@@ -85,6 +85,7 @@ class Trainer:
             first_batch=heldout_batches,
             state=values.get("pool"),
             site=(source or {}).get("site", "the stream"),
+            queries=(train.max_steps - values.get("step", 0)) * train.queries,
         )
         self._heldout = self.pool.stored(heldout)
         self._escape = Escape(train.seed)

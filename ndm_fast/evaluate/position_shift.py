@@ -156,7 +156,7 @@ def run_position_shift(
     partition = folder.partition().to(device)
     model, tokenizer = load_model(config.model, config.dtype, device)
     later = later or _next_block(model, config.site[0])
-    documents = open_documents(config.data, config.text_field, folder.config().train.seed)
+    documents = open_documents(config.data, config.text_field, folder.config().documents_seed)
     length = config.context_length or 128
     packed = pack(documents(), tokenizer, length, config.rows_per_batch, bos=config.bos)
     parts: list[Tensor] = []

@@ -120,7 +120,7 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
     """The held-out queries and keys of a run, with their tokens: the same rows that training held out."""
     config = folder.config()
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     wanted = config.train.heldout_queries + config.train.heldout_keys
     parts: list[TokenRows] = []

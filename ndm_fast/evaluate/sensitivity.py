@@ -85,7 +85,7 @@ def _plan(config: RunConfig, name: str, value: float, steps: int) -> RunConfig:
 
 def _harvest(config: RunConfig, plans: Sequence[RunConfig], device: str) -> TensorStream:
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     needed = max(
         p.train.heldout_queries

@@ -49,7 +49,7 @@ def run_index(
         return index
     config = folder.config()
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     return build_index(harvest_batches(stream, rows), partition, folder.index_folder, tokenizer, dtype=dtype)
 
@@ -57,7 +57,7 @@ def run_index(
 def harvest_batches(stream: ActivationStream, rows: int) -> Iterator[TextBatch]:
     """Batches of a stream until they hold ``rows`` activations or the text ends; the last one is cut."""
     held = 0
-    for packed, kept, found in stream.harvested_rows():
+    for packed, kept, found, _ in stream.harvested_rows():
         place = kept.flatten().nonzero()[:, 0][: rows - held]
         yield TextBatch(found.activations[: len(place)], place, packed.tokens, packed.documents)
         held += len(place)
