@@ -119,8 +119,8 @@ def _check_space(folder: Path, manifest: dict[str, Any], quiet: bool) -> None:
     needed, free = cache_bytes(widths, missing, manifest["dtype"]), free_bytes(folder)
     if needed > free:
         raise InputError(
-            f"{missing} rows of {len(widths)} site(s) take {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are "
-            f"free in {folder}: lower --rows, set --store-dtype bfloat16, or choose an --out elsewhere"
+            f"{missing} rows of {len(widths)} site(s) take {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} "
+            f"GiB are free in {folder}: lower --rows, set --store-dtype bfloat16, or choose another disk"
         )
     if not quiet:
         tqdm.write(f"{needed / 2**30:.2f} GiB will be written to {folder}", file=sys.stderr)

@@ -107,19 +107,19 @@ class _Writer:
         for number, shard in enumerate(self.manifest["shards"]):
             if all(self._whole(name, about) for name, about in shard.items()):
                 continue
-            count = len(next(iter(shard.values()))["batches"])
             found = []
+            count = len(next(iter(shard.values()))["batches"])
             for batch in islice(self._harvester.batches(number * self._size), count):
                 if stop.is_set():
                     raise _Stopped
                 found.append(batch)
-            again = self._write(number, found)
-            if any(again[name]["batches"] != about["batches"] for name, about in shard.items()):
-                raise InputError(
-                    f"the text {self.manifest['settings']['data']} is not what it was when {self._folder} "
-                    "was harvested: harvest it anew into another folder"
-                )
-            self.manifest["shards"][number] = again
+            for site in self.manifest["sites"]:
+                if [len(one[site].rows.token) for one in found] != shard[shard_name(site, number)]["batches"]:
+                    raise InputError(
+                        f"the text {self.manifest['settings']['data']} has changed since {self._folder} was "
+                        "harvested: harvest it anew into another folder"
+                    )
+            self.manifest["shards"][number] = self._write(number, found)
             self._save()
 
     def go_on(self, stop: threading.Event, bar: Any) -> None:

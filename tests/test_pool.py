@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ndm_fast import pool_storage
 from ndm_fast.errors import InputError
 from ndm_fast.pool import ActivationPool, TensorStream, seeded, take_rows
+from ndm_fast.pool_storage import choose_place, memory_line
 
 
 def numbered(sizes: list[int], width: int = 3) -> TensorStream:
@@ -192,3 +194,88 @@ def test_generators_differ_by_seed_and_purpose():
     assert float(torch.rand(1, generator=seeded(0, 1))) == draws[1]
     seeded(2**40, 3)
     seeded(-1, 3)
+
+
+def test_memory_is_stated():
+    assert memory_line(4_194_304, 768, torch.float16, "cuda:0") == (
+        "pool: 4,194,304 rows x 768 x float16 = 6.00 GiB on cuda:0"
+    )
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Free memory by kind of device, in bytes; the GPU need not exist."""
+    bytes_free = {"cpu": 1000, "cuda": 1000}
+    monkeypatch.setattr(pool_storage, "free_memory", lambda device: bytes_free[device.type])
+    return bytes_free
+
+
+def test_a_pool_that_does_not_fit_says_what_would(free):
+    """900 bytes can be used, a row takes 12."""
+    with pytest.raises(InputError, match=r"a pool of 76 rows .* set --pool-rows to 75 or less"):
+        ActivationPool(Endless3(), 76, 10)
+    ActivationPool(Endless3(), 75, 10)
+    ActivationPool(Endless3(), 150, 10, dtype=torch.bfloat16)
+
+
+class Endless3:
+    def batches(self, start: int = 0):
+        while True:
+            yield torch.ones(9, 3)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "cpu", "place"),
+    [
+        (4000, 0, ("cuda", False, True)),
+        (2000, 0, ("cuda", False, False)),
+        (1000, 2000, ("cpu", True, False)),
+        (1000, 4000, ("cpu", True, True)),
+    ],
+)
+def test_a_gpu_without_room_has_its_pool_in_host_memory(free, caplog, cuda, cpu, place):
+    """A decision only: there is no GPU here."""
+    free |= {"cuda": cuda, "cpu": cpu}
+    found = choose_place(100, 4, torch.float32, torch.device("cuda", 0))
+    assert (found.device.type, found.pinned, found.spare) == place
+    assert [("pinned host memory" in line) for line in caplog.messages] == [True] * found.pinned
+
+
+def test_a_gpu_pool_that_fits_nowhere_is_refused(free):
+    with pytest.raises(InputError, match="set --pool-rows to 56 or less"):
+        choose_place(100, 4, torch.float32, torch.device("cuda", 0))
+
+
+def test_free_memory_of_this_machine_is_known():
+    assert 2**20 < pool_storage.free_memory(torch.device("cpu")) < 2**50
+
+
+@settings(max_examples=30)
+@given(counts=st.lists(st.integers(1, 14), min_size=1, max_size=9), stop=st.integers(0, 8))
+def test_generations_filled_ahead_are_the_same(counts, stop):
+    """Also for a pool that is restored from another's state."""
+
+    def play(pool: ActivationPool, counts: list[int]) -> list[list[int]]:
+        return [ids(rows) for count in counts for rows in (pool.take(count), pool.next_keys())]
+
+    plain = ActivationPool(Endless(), 21, 7, seed=3)
+    ahead = ActivationPool(Endless(), 21, 7, seed=3, queries=sum(counts), ahead=True)
+    assert play(ahead, counts[:stop]) == play(plain, counts[:stop])
+    assert ahead.state_dict() == plain.state_dict()
+    ahead.close()
+    left = sum(counts[stop:])
+    again = ActivationPool(Endless(), 21, 7, seed=3, queries=left, ahead=True, state=ahead.state_dict())
+    assert play(again, counts[stop:]) == play(plain, counts[stop:])
+    again.close()
+
+
+def test_nothing_is_filled_ahead_that_nobody_takes():
+    stream = Endless()
+    pool = ActivationPool(stream, 21, 7, queries=28, ahead=True)
+    pool.take(14)
+    pool.take(14)
+    assert len(stream.starts) == 2
+    short = ActivationPool(numbered([21, 5]), 21, 7, queries=20, ahead=True)
+    short.take(14)
+    with pytest.raises(InputError, match="ended after 5 activations, 21"):
+        short.take(6)
