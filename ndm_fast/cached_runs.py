@@ -15,7 +15,7 @@ from ndm_fast.cache_folder import cache_bytes, free_bytes
 from ndm_fast.cache_writer import SHARD_MIB, harvest_cache
 from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import Harvester, load_model
+from ndm_fast.harvest import Harvester, load_model, prepare_model
 from ndm_fast.text import open_documents
 
 _FREE = ("site", "repeat_data", "tokenize_workers")
@@ -45,6 +45,7 @@ def harvest_run(
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
     model, tokenizer = load_model(config.model, config.dtype, device)
+    prepare_model(model, config)
     documents = open_documents(config.data, config.text_field, config.text_seed or 0)
     return harvest_cache(
         Harvester(model, tokenizer, config.site, documents, config),

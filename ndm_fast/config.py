@@ -40,6 +40,7 @@ class HarvestConfig:
     rows_per_batch: int = _described(16, "packed rows in one forward pass")
     dtype: str = _described("float32", f"dtype the model runs in: {', '.join(DTYPES)}")
     autocast: str | None = _described(None, f"dtype of the model's products: {', '.join(DTYPES[1:])}")
+    compile_model: bool = _described(False, "torch.compile the model's blocks, save those with a site inside")
     tokenize_workers: int = _described(0, "processes that tokenize ahead of the model; 0: none")
     bos: bool = _described(False, "start every row with the tokenizer's BOS token")
     repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
 from ndm_fast.hooks import collect_activations
-from ndm_fast.sites import resolve_sites, site_width
+from ndm_fast.sites import blocks_without, resolve_sites, site_width
 from ndm_fast.text import PackedRows, pack
 
 EMBEDDED_MODEL = "minilm"
@@ -81,6 +81,20 @@ def load_model(
             "check the name or folder, and the network or HF_TOKEN for a hub model"
         ) from None
     return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def prepare_model(model: Any, config: HarvestConfig) -> None:
+    """Compile the model's blocks where ``config.compile_model`` asks for it; they stay compiled.
+
+    Hooks do not reach into compiled code: blocks that one of ``config.site`` lies inside of are left as they
+    are, and no other site inside of a block can be read afterwards.
+
+    Raises:
+        InputError: unknown site; a family whose blocks are not known.
+    """
+    if config.compile_model:
+        for block in blocks_without(model, resolve_sites(model, config.site)):
+            block.forward = torch.compile(block.forward)
 
 
 class Harvester:

@@ -23,14 +23,13 @@ from ndm_fast.cached_runs import share_harvest, with_cache
 from ndm_fast.checkpoint import save_checkpoint, unwritable
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError, StoppedError
-from ndm_fast.harvest import ActivationStream, load_model
+from ndm_fast.harvest import ActivationStream, load_model, prepare_model
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import SiteStream, take_rows
 from ndm_fast.pool_storage import memory_line
 from ndm_fast.progress import Counted, Progress
 from ndm_fast.run_folder import RunFolder
 from ndm_fast.signals import stop_on_signal
-from ndm_fast.sites import resolve_sites
 from ndm_fast.split import split_space
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
@@ -120,7 +119,7 @@ def train_run(
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    resolve_sites(model, list(config.harvest.site))
+    prepare_model(model, config.harvest)
     documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     streams = [
         ActivationStream(model, tokenizer, site, documents, config.harvest) for site in config.harvest.site

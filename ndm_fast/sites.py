@@ -230,6 +230,29 @@ def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Modul
     return None
 
 
+def blocks_without(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
+    """The transformer blocks that no site lies inside of; a block's own input and output are not inside.
+
+    Raises:
+        InputError: the family is unknown, so that the blocks are not known either.
+    """
+    family = _family(model)
+    if family is None:
+        raise InputError(
+            f"the blocks of {_describe(model)} are not known, as its family has no named sites: leave "
+            "--compile-model away"
+        )
+    path = _blocks_path(model, family)
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    inside = [site.module for site in sites]
+    return [
+        block
+        for number, block in enumerate(blocks)
+        if not any(module.startswith(f"{path}.{number}.") for module in inside)
+    ]
+
+
 def site_width(model: nn.Module, site: Site) -> int:
     """Width d of the activation at `site`: the hidden size, for a module path that module's own output width.
 

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
     "rows_per_batch": 3,
     "dtype": "bfloat16",
     "autocast": "bfloat16",
+    "compile_model": True,
     "tokenize_workers": 2,
     "bos": True,
     "repeat_data": True,

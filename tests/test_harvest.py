@@ -13,7 +13,7 @@ import torch
 
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import ActivationStream, TokenRows, load_model
+from ndm_fast.harvest import ActivationStream, Harvester, TokenRows, load_model, prepare_model
 from ndm_fast.text import open_documents, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +130,41 @@ def test_empty_documents_give_empty_batches(loaded, tmp_path):
     config = HarvestConfig(context_length=LENGTH, rows_per_batch=ROWS, max_norm_ratio=2.0)
     stream = ActivationStream(*loaded, "x0.post", open_documents(str(tmp_path)), config)
     assert [len(batch) for batch in stream.batches()] == [0, 0, 0]
+
+
+def test_autocast_runs_products_in_half_precision(stream_of):
+    plain, cast = (next(stream_of(autocast=dtype).batches()) for dtype in (None, "bfloat16"))
+    assert cast.dtype == torch.float32  # the residual stream is summed in the weights' dtype
+    assert not torch.equal(cast, plain)
+    torch.testing.assert_close(cast, plain, rtol=0.05, atol=0.2)
+
+
+def test_blocks_with_a_site_inside_are_not_compiled(tiny_model, monkeypatch):
+    """The compiler itself is left out here: it takes a minute."""
+    model = load_model(str(tiny_model))[0]
+    monkeypatch.setattr(torch, "compile", lambda function: ("compiled", function))
+    before = [block.forward for block in model.h]
+    prepare_model(model, HarvestConfig(site=("x0.post", "x1.mid")))
+    assert [block.forward for block in model.h] == before
+    prepare_model(model, HarvestConfig(site=("x0.post", "x1.mid"), compile_model=True))
+    assert [block.forward for block in model.h] == [("compiled", before[0]), before[1]]
+
+
+@pytest.mark.slow
+def test_compiled_models_give_the_same(tiny_model, corpus):
+    found = []
+    for compiled in (False, True):
+        model, tokenizer = load_model(str(tiny_model))
+        sites = ("x0.post", "x1.mid", "x1.post")
+        config = HarvestConfig(site=sites, context_length=LENGTH, rows_per_batch=ROWS, compile_model=compiled)
+        prepare_model(model, config)
+        harvester = Harvester(model, tokenizer, sites, open_documents(str(corpus)), config)
+        found.append(list(islice(harvester.batches(), 3)))
+    for plain, ours in zip(*found, strict=True):
+        for site in plain:
+            torch.testing.assert_close(
+                ours[site].rows.activations, plain[site].rows.activations, rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.fixture
