@@ -5,6 +5,7 @@
 See the README for a first run, ``ndm_fast.reference`` for the glossary.
 """
 
+from ndm_fast.activation_cache import ActivationCache
 from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.harvest import ActivationStream, load_model
@@ -21,6 +22,7 @@ from ndm_fast.trainer import Observer, Trainer
 from ndm_fast.version import __version__
 
 __all__ = [
+    "ActivationCache",
     "ActivationPool",
     "ActivationStream",
     "HarvestConfig",

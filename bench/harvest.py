@@ -1,0 +1,119 @@
+"""Activations per second: one site, three sites in one pass, three passes; and training from a cache.
+
+    python bench/harvest.py
+
+MiniLM on Python's docstrings, rows of 40 tokens. Each way reads the same text; that the rows are the same is
+checked first. Ratios are within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import torch
+from measuring import result_file, rounds, seconds, spread, times_faster, write_results
+
+from ndm_fast.cached_runs import harvest_run
+from ndm_fast.config import HarvestConfig, from_flat
+from ndm_fast.harvest import ActivationStream, Harvester, load_model
+from ndm_fast.presets import preset
+from ndm_fast.report.table import text_table
+from ndm_fast.run import train_run
+from ndm_fast.text import open_documents, pack
+
+SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.3.hook_resid_post")
+CONFIG = HarvestConfig(model="minilm", site=SITES, data="docstrings", context_length=40)
+
+
+def harvest_rows(repeats: int, batches: int) -> list[dict[str, object]]:
+    """Harvesting in memory, without the disk."""
+    model, tokenizer = load_model("minilm")
+    documents = open_documents("docstrings")
+
+    def harvester(*sites: str, **changes: object) -> Harvester:
+        config = dataclasses.replace(CONFIG, **changes)
+        return Harvester(model, tokenizer, sites, documents, config)
+
+    def read(source: Harvester) -> None:
+        for _ in islice(source.batches(), batches):
+            pass
+
+    def packed(workers: int) -> None:
+        for _ in islice(pack(documents(), tokenizer, 40, CONFIG.rows_per_batch, workers=workers), batches):
+            pass
+
+    together = next(harvester(*SITES).batches())
+    for site in SITES:
+        alone = next(ActivationStream(model, tokenizer, site, documents, CONFIG).batches())
+        assert torch.equal(together[site].rows.activations, alone)
+    rows = sum(len(found[SITES[2]].rows.token) for found in islice(harvester(SITES[2]).batches(), batches))
+    ways = {
+        "one site": lambda: read(harvester(SITES[2])),
+        "three sites, one pass": lambda: read(harvester(*SITES)),
+        "three sites, three passes": lambda: [read(harvester(site)) for site in SITES],
+        "one site, 1 tokenizing process": lambda: read(harvester(SITES[2], tokenize_workers=1)),
+        "one site, autocast bfloat16": lambda: read(harvester(SITES[2], autocast="bfloat16")),
+        "packing alone": lambda: packed(0),
+        "packing alone, 1 process": lambda: packed(1),
+    }
+    times = rounds(ways, repeats)
+    return [
+        {
+            "way": name,
+            "rows_per_site": rows,
+            "seconds": spread(spent)["median"],
+            "seconds_min": min(spent),
+            "seconds_max": max(spent),
+            "rows_per_s": rows / spread(spent)["median"],
+            "time_over_one_site": 1 / times_faster(times, name, "one site"),
+        }
+        for name, spent in times.items()
+    ]
+
+
+def train_rows(steps: int) -> list[dict[str, object]]:
+    """The demo's settings with few steps: from the model, and from a cache that was harvested before."""
+    config = from_flat({**preset("demo"), "max_steps": steps, "merge_start": None})
+    train = config.train
+    needed = train.heldout_queries + train.heldout_keys + steps * train.queries + train.keys + 2000
+    with tempfile.TemporaryDirectory() as scratch:
+        acts, model, cache = (Path(scratch) / name for name in ("acts", "model", "cache"))
+        spent = {
+            "harvest to disk": seconds(
+                lambda: harvest_run(config.harvest, acts, needed, show_progress=False)
+            ),
+            "train from the model": seconds(lambda: train_run(config, model, show_progress=False)),
+        }
+        cached = dataclasses.replace(config, train=dataclasses.replace(train, acts=str(acts)))
+        spent["train from the cache"] = seconds(lambda: train_run(cached, cache, show_progress=False))
+        weights = "partition/partition.safetensors"
+        assert (model / weights).read_bytes() == (cache / weights).read_bytes()
+        size = sum(path.stat().st_size for path in acts.rglob("*.safetensors")) / 2**20
+    return [
+        {"way": f"{name}, {steps} steps", "rows_per_site": needed, "seconds": time, "cache_mib": size}
+        for name, time in spent.items()
+    ]
+
+
+def main() -> None:
+    """Time every way and write the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    harvested = harvest_rows(options.repeats, options.batches)
+    print(text_table(harvested))
+    trained = train_rows(options.steps)
+    print(text_table(trained))
+    write_results(result_file("harvest"), [*harvested, *trained])
+
+
+if __name__ == "__main__":
+    main()
