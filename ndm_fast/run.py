@@ -166,11 +166,14 @@ def train_sites(
 ) -> list[RunFolder]:
     """Train what is not finished, one after the other, with one progress bar.
 
-    With several processes, one harvests a cache, and each then trains its share, ``runs[rank::world]``.
+    With several processes, one harvests a cache, and each then trains its share, ``runs[rank::world]``, which
+    may be none.
 
     Raises:
         InputError, StoppedError: see :func:`train_run`.
     """
+    if not runs:
+        return []
     progress = Progress(len(runs), runs[0].config.train.max_steps, show_progress)
     try:
         for number, run in enumerate(runs):
