@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm import tqdm
 
@@ -115,10 +116,7 @@ class _Writer:
                 found.append(batch)
             for site in self.manifest["sites"]:
                 if [len(one[site].rows.token) for one in found] != shard[shard_name(site, number)]["batches"]:
-                    raise InputError(
-                        f"the text {self.manifest['settings']['data']} has changed since {self._folder} was "
-                        "harvested: harvest it anew into another folder"
-                    )
+                    raise self._text_changed()
             self.manifest["shards"][number] = self._write(number, found)
             self._save()
 
@@ -133,7 +131,7 @@ class _Writer:
         }
         pending: list[dict[str, HarvestedRows]] = []
         if min(held.values()) < self.manifest["rows"]:
-            for found in self._harvester.batches(len(shards) * self._size):
+            for found in self._batches(len(shards)):
                 if stop.is_set():
                     raise _Stopped
                 pending.append(found)
@@ -150,6 +148,25 @@ class _Writer:
             raise InputError("the text gave no activations: give more text, or lower --context-length")
         self.manifest["complete"] = True
         self._save()
+
+    def _batches(self, shards: int) -> Iterator[dict[str, HarvestedRows]]:
+        """The batches after those shards, where the last one's last batch still has the same tokens."""
+        batches = self._harvester.batches(max(0, shards * self._size - 1))
+        if shards:
+            last = next(batches, None)
+            for site in self.manifest["sites"]:
+                tokens = load_file(self._folder / shard_name(site, shards - 1))["token"]
+                count = self.manifest["shards"][-1][shard_name(site, shards - 1)]["batches"][-1]
+                expected = tokens[len(tokens) - count :]
+                if last is None or not torch.equal(last[site].rows.token.int(), expected):
+                    raise self._text_changed()
+        return batches
+
+    def _text_changed(self) -> InputError:
+        return InputError(
+            f"the text {self.manifest['settings']['data']} has changed since {self._folder} was begun: "
+            "harvest it anew into another folder"
+        )
 
     def _add(self, pending: list[dict[str, HarvestedRows]]) -> None:
         shards = self.manifest["shards"]

@@ -334,16 +334,29 @@ def test_damaged_manifests_are_refused(ndm, train_flags, tmp_path, whole, files,
     assert files(out) == before
 
 
-def test_a_text_that_changed_is_noticed_when_a_shard_is_mended(ndm, tmp_path, harvest_flags, corpus):
-    text = shutil.copytree(corpus, tmp_path / "text")
-    assert ndm(*harvest_flags(tmp_path / "acts", data=text)).code == 0
-    shard = tmp_path / "acts" / SITES[0] / "rows-00001.safetensors"
-    flip(shard)
-    for path in text.iterdir():
-        path.write_text("a red cat. " * 5)
-    said = ndm("harvest", "--quiet", "--out", tmp_path / "acts", "--resume")
-    assert "has changed since" in said.err
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("text", ["a red cat. ", ""])
+def test_a_text_that_has_changed_is_noticed(ndm, tmp_path, harvest_flags, corpus, monkeypatch, damaged, text):
+    """Where a harvest goes on, and where a shard is mended."""
+    data, out = shutil.copytree(corpus, tmp_path / "text"), tmp_path / "acts"
+    write = cache_writer.write_atomic
+
+    def write_and_stop(path: Path, content: bytes) -> None:
+        write(path, content)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_writer, "write_atomic", write_and_stop)
+        assert ndm(*harvest_flags(out, data=data)).code == 130
+    if damaged:
+        flip(out / SITES[0] / "rows-00000.safetensors")
+    for path in data.iterdir():
+        path.write_text(text * 5)
+    said = ndm("harvest", "--quiet", "--out", out, "--resume")
     assert said.code == 2
+    assert (
+        f"the text {data} has changed since {out} was begun: harvest it anew into another folder" in said.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -479,6 +492,17 @@ def test_several_sites_are_harvested_once_and_trained_as_one_by_one(ndm, train_f
     assert sorted(path.name for path in (tmp_path / "together").iterdir()) == SITES
     for site in SITES:
         assert run_folder(tmp_path / "together" / site) == run_folder(tmp_path / "single" / site)
+
+
+def test_several_sites_are_shown_as_one(ndm, train_flags, tmp_path):
+    command = [
+        word for word in train_flags(tmp_path / "run", site=SITES[:2], max_steps=8) if word != "--quiet"
+    ]
+    shown = ndm(*command).err
+    assert "GiB will be written to" in shown
+    assert "pool: 384 rows x 32 x float32 = 0.00 GiB on cpu" in shown
+    assert re.search(rf"site 1 of 2, {SITES[0]}: +\d+%.*/16 ", shown)
+    assert re.search(rf"site 2 of 2, {SITES[1]}: 100%.* 16/16 ", shown)
 
 
 def test_what_several_sites_share_can_be_kept(ndm, train_flags, tmp_path, passes):
