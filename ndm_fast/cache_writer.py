@@ -142,12 +142,11 @@ class _Writer:
                     break
                 if len(pending) == self._size:
                     self._add(pending)
-        if pending:
-            self._add(pending)
         if min(held.values()) == 0:
             raise InputError("the text gave no activations: give more text, or lower --context-length")
+        # Together with the last shard, which may hold fewer batches: what is gone on with has whole ones.
         self.manifest["complete"] = True
-        self._save()
+        self._add(pending)
 
     def _batches(self, shards: int) -> Iterator[dict[str, HarvestedRows]]:
         """The batches after those shards, where the last one's last batch still has the same tokens."""
@@ -170,9 +169,10 @@ class _Writer:
 
     def _add(self, pending: list[dict[str, HarvestedRows]]) -> None:
         shards = self.manifest["shards"]
-        shards.append(self._write(len(shards), pending))
+        if pending:
+            shards.append(self._write(len(shards), pending))
+            pending.clear()
         self._save()
-        pending.clear()
 
     def _save(self) -> None:
         write_json(self._folder / MANIFEST, self.manifest)

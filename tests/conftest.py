@@ -276,8 +276,9 @@ class Driver:
         self._process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """One for all tests, as its imports take seconds."""
     made = Driver(tmp_path_factory.mktemp("driver") / "output")
     yield made
     made.close()
