@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class LazyRotation(LieRotation):
     second-order term need not be formed. So a step at a small rate is ``R <- R + R U``, and orthogonality is
     restored when :attr:`matrix` is read, or before the drift, about ``4 d lr^2`` a step, is large. The
     products with the gradient and with U are in bf16 where the device has it (moments, R and what restores
-    it in fp32): what bf16 rounds off ``R U`` is below ``2^-8`` of a step, and is orthogonal again after a read.
+    it in fp32): what bf16 rounds off ``R U`` is below ``2^-8`` of a step, and no longer seen after a read.
 
     Args:
         start, betas: as for :class:`LieRotation`.
