@@ -3,8 +3,9 @@
     python bench/train.py [--only 384 768] [--no-sweeps] [--out FILE]
 
 Activations are made up (``synthetic.py``), harvest is that of two blocks of a random GPT-2 of the width. The
-slope of log time over log d, K or Q is compared with that of the cost model (design section 4): rotation of the
-keys once a search and of the queries, ``2 Q K d`` for the search; ``4 Q d^2`` for the gradient, products of d^3.
+slope of log time over log d, K or Q is compared with that of the cost model (design section 4): rotation of
+the keys once a search and of the queries, ``2 Q K d`` for the search; ``4 Q d^2`` for the gradient, products
+of d^3.
 """
 
 from __future__ import annotations

@@ -149,9 +149,23 @@ class Trainer:
         size = self.config.queries
         queries, keys = self.pool.take(steps * size), self.pool.next_keys()
         index = self._neighbours(queries, keys)
-        weights = self._loss_weights()
+        for step, rate, loss in self.take_steps(queries, keys, index):
+            self.train_loss = float(loss) / self._unit
+            observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
+        self._last = queries[-size:], keys, index[:, -size:]
+
+    def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
+        """One optimiser step for every ``config.queries`` of the queries, without waiting for the device.
+
+        Args:
+            queries: [m Q, d]; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
+
+        Returns:
+            Step, rate and mean loss so far (on the device), where a line of the log is due.
+        """
+        size, weights = self.config.queries, self._loss_weights()
         logged = []
-        for batch in range(steps):
+        for batch in range(len(queries) // size):
             rows = slice(batch * size, (batch + 1) * size)
             objective = loss_and_gradient(
                 queries[rows], keys, index[:, rows], self.rotation.working, self.widths, self.config.metric
@@ -164,10 +178,7 @@ class Trainer:
             if self.step % self.config.log_every == 0:
                 logged.append((self.step, rate, torch.stack(self._losses).mean()))
                 self._losses.clear()
-        for step, rate, loss in logged:  # reading a loss waits for the device: not between the steps
-            self.train_loss = float(loss) / self._unit
-            observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
-        self._last = queries[-size:], keys, index[:, -size:]
+        return logged
 
     def _neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
         """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
