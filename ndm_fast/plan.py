@@ -18,8 +18,8 @@ _PROCESS_BYTES = 0.6e9
 """Python, torch and transformers, before anything is loaded."""
 _GPU_COPY_BYTES = 1.3e9
 """What a search on a GPU holds at once at most: rotated keys and minima (``ndm_fast.gpu_frame``)."""
-_UPDATE_PRODUCTS = {"lie": 5.0, "lazy": 2.0, "exp": 75.0}
-"""Products of d^3 a step; exp: a matrix exponential of d, and its derivative, one of 2 d (degree 8 to 18)."""
+_UPDATE_PRODUCTS = {"lie": 5.0, "lazy": 2.0, "exp": 45.0}
+"""Products of d^3 a step; exp: about five in a matrix exponential, and five of (2 d)^3 in its derivative."""
 _ADAM_PASSES = 14
 """Times that a [d, d] fp32 matrix is read or written in an update, beside the products."""
 
