@@ -84,7 +84,7 @@ CPU_EFFICIENCY = Efficiencies(
     product=0.97,
     elementwise=0.6,
     pair=31.0,
-    source="bench/train.py and bench/mutual_information.py on two cores of a Zen 4",
+    source="single timings on a Zen 4 (docs/training-speed.md), not checked against whole runs yet",
 )
 GPU_EFFICIENCY = Efficiencies(
     forward=0.5,
