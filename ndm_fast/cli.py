@@ -1,4 +1,4 @@
-"""The command ``ndm-fast``: train, harvest, evaluate, report, index, explore, toy, doctor."""
+"""The command ``ndm-fast``: train, harvest, evaluate, report, index, explore, plan, toy, doctor."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_harvest(commands)
     add_evaluate(commands)
     add_report(commands)
+    _add_plan(commands)
     _add_toy(commands)
     doctor = commands.add_parser("doctor", help="what is installed, which backend runs, and why")
     doctor.set_defaults(run=_doctor)
@@ -75,19 +76,23 @@ def _add_train(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.add_argument("--out", required=True, help="folder of the run")
-    train.add_argument("--preset", choices=sorted(PRESETS), default=None, help="settings to start from")
-    train.add_argument("--config", default=None, help="YAML or JSON file with settings")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out, if there is one")
     train.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.add_argument(
         "--keep-activations", action="store_true", help="several sites: leave OUT/activations for later runs"
     )
+    _add_settings(train)
+    train.set_defaults(run=_train)
+
+
+def _add_settings(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--preset", choices=sorted(PRESETS), default=None, help="settings to start from")
+    command.add_argument("--config", default=None, help="YAML or JSON file with settings")
     for name, cls in GROUPS.items():
-        group = train.add_argument_group(f"{name} settings")
+        group = command.add_argument_group(f"{name} settings")
         for field in dataclasses.fields(cls):
             _add_setting(group, field)
-    train.set_defaults(run=_train)
 
 
 _TYPES = {"int": int, "float": float, "str": str, "float | str": str}  # a number in words is one too
@@ -117,8 +122,9 @@ def _settings(options: argparse.Namespace) -> RunConfig:
     """Settings in their order: defaults, preset, file, flags; a run that is resumed comes first of all."""
     from ndm_fast.run_folder import RunFolder
 
-    folder = RunFolder(options.out)
-    begun = folder.config().flat() if options.resume and folder.config_file.exists() else {}
+    begun: dict[str, Any] = {}
+    if getattr(options, "resume", False) and (folder := RunFolder(options.out)).config_file.exists():
+        begun = folder.config().flat()
     chosen = preset(options.preset) if options.preset else {}
     written = _read_settings(Path(options.config)) if options.config else {}
     if {**begun, **written, **_flags(options)}.get("acts"):  # which model and text, the activations know
@@ -217,6 +223,32 @@ def _harvest(options: argparse.Namespace) -> None:
     held = held_rows(cache.manifest)
     ended = f"; the text ended before {rows:,}" if held < rows else ""
     print(f"{held:,} activations each of {', '.join(cache.sites)} in {out}{ended}")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="what a run would cost: FLOPs, time, memory, disk",
+        description="Predict a run from the model's config alone. Settings as for `ndm-fast train`.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan.add_argument("--device", default="cpu", help="cpu (measured now), or H200, H100, A100, L40S, 4090")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_settings(plan)
+    plan.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from ndm_fast.hardware import machine_of
+    from ndm_fast.plan import describe, make_plan, model_shape
+
+    config = _settings(options)
+    if not config.harvest.site:
+        raise InputError("no site given: pass --site, for instance blocks.4.hook_resid_post")
+    shape = model_shape(config.harvest.model, config.harvest.site[0])
+    machine = machine_of(options.device)
+    plan = make_plan(config, shape, machine)
+    print(json.dumps(dataclasses.asdict(plan), indent=2) if options.json else describe(plan, machine))
 
 
 def _add_toy(commands: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ndm_fast.errors import InputError
 
 METRICS = ("euclidean", "cosine")
-ROTATIONS = ("lie", "exp")
+ROTATIONS = ("lie", "lazy", "exp")
 STARTS = ("identity", "random", "pca")
 SCHEDULES = ("constant", "linear")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -65,7 +65,7 @@ def load_model(
     """
     if not name:
         raise InputError("no model given: pass --model with a Hugging Face name or a folder")
-    source = _embedded_folder() if name == EMBEDDED_MODEL else name
+    source = embedded_folder() if name == EMBEDDED_MODEL else name
     try:
         with _no_bars(local=Path(source).is_dir()):
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -243,7 +243,8 @@ class ActivationStream:
             yield found[self.site]
 
 
-def _embedded_folder() -> str:
+def embedded_folder() -> str:
+    """Folder of the embedded model, in Hugging Face format."""
     package = importlib.util.find_spec(_EMBEDDED_PACKAGE)
     if package is None or package.origin is None:
         raise InputError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_CACHED_ELEMENTS = 1 << 19
+"""Elements of the differences to neighbours that are made at once on a CPU: 2 MB, or they leave the cache."""
 
 
 class Objective(NamedTuple):
@@ -39,27 +43,28 @@ def loss_and_gradient(
         rotation: [d, d], in whose dtype all is computed.
     """
     queries = queries.to(rotation.dtype)
-    weights = loss_weights(widths, metric, rotation.device).to(rotation.dtype)
     gradient = torch.empty_like(rotation)
     losses = []
-    for subspaces, columns in equal_width_runs(widths):
+    together = max(1, _CACHED_ELEMENTS // queries.numel()) if rotation.device.type == "cpu" else len(widths)
+    for subspaces, columns in equal_width_runs(widths, together):
         count, width = subspaces.stop - subspaces.start, widths[subspaces.start]
+        weight = width / sum(widths) if metric == "cosine" else 1 / len(widths)
         neighbours = keys[index[subspaces]].to(rotation.dtype)
         basis = rotation[:, columns].unflatten(1, (count, width)).transpose(0, 1)
         part = _cosine if metric == "cosine" else _euclidean
         distance, raw = part(queries, neighbours, basis)
         losses.append(distance.mean(1))
-        scaled = raw * (weights[subspaces, None, None] / queries.shape[0])
-        gradient[:, columns] = scaled.transpose(0, 1).flatten(1)
+        into = gradient[:, columns].unflatten(1, (count, width))
+        torch.mul(raw.transpose(0, 1), weight / queries.shape[0], out=into)
     return Objective(torch.cat(losses), gradient)
 
 
-def equal_width_runs(widths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Runs of neighbouring subspaces of one width: their numbers, and their columns."""
+def equal_width_runs(widths: Sequence[int], longest: int = sys.maxsize) -> Iterator[tuple[slice, slice]]:
+    """Runs of up to ``longest`` neighbouring subspaces of one width: their numbers, and their columns."""
     start = column = 0
     while start < len(widths):
         stop = start
-        while stop < len(widths) and widths[stop] == widths[start]:
+        while stop < min(len(widths), start + longest) and widths[stop] == widths[start]:
             stop += 1
         size = (stop - start) * widths[start]
         yield slice(start, stop), slice(column, column + size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,16 @@ over all entries.
 class Rotation(Protocol):
     """A [d, d] orthogonal matrix that a gradient moves."""
 
+    def __init__(self, start: Tensor, betas: tuple[float, float]) -> None: ...
+
     @property
     def matrix(self) -> Tensor:
         """The current rotation, [d, d] fp32; not to be written to."""
+        ...
+
+    @property
+    def working(self) -> Tensor:
+        """[d, d] where to take the next gradient: ``matrix``, or what it is before it is made orthogonal."""
         ...
 
     def step(self, gradient: Tensor, lr: float) -> None:
@@ -66,22 +73,30 @@ class LieRotation:
         """The current rotation, [d, d]."""
         return self._matrix
 
+    @property
+    def working(self) -> Tensor:
+        """``matrix``, which is orthogonal after every step."""
+        return self.matrix
+
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
-        self._steps += 1
         rotated = self._matrix.T @ gradient
-        tangent = rotated - rotated.T
+        update = self._adam(rotated - rotated.T, lr)
+        self._matrix = self._moved(update)
+        small = lr * math.sqrt(len(update)) <= _SMALL_STEP
+        if not small or self._steps % _RENORMALISE_EVERY == 0:
+            self._matrix = _newton_schulz(self._matrix)
+
+    def _adam(self, tangent: Tensor, lr: float) -> Tensor:
+        """[d, d] skew update ``-lr m/(sqrt(v) + eps)``, with the moments moved on."""
+        self._steps += 1
         fast, slow = self._betas
         self._first.lerp_(tangent, 1 - fast)
         self._second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
         debias = math.sqrt(1 - slow**self._steps)
         denominator = self._second.sqrt().add_(EPSILON * debias)
-        update = (self._first / denominator).mul_(-lr * debias / (1 - fast**self._steps))
-        self._matrix = self._moved(update)
-        small = lr * math.sqrt(len(update)) <= _SMALL_STEP
-        if not small or self._steps % _RENORMALISE_EVERY == 0:
-            self._matrix = _newton_schulz(self._matrix)
+        return (self._first / denominator).mul_(-lr * debias / (1 - fast**self._steps))
 
     def _moved(self, update: Tensor) -> Tensor:
         turn = torch.addmm(update, update, update, alpha=0.5)
@@ -134,6 +149,11 @@ class ExpRotation:
         """The current rotation, [d, d]."""
         return self._current.detach()
 
+    @property
+    def working(self) -> Tensor:
+        """``matrix``, which is orthogonal after every step."""
+        return self.matrix
+
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
         for group in self._adam.param_groups:
@@ -167,12 +187,12 @@ def _newton_schulz(matrix: Tensor) -> Tensor:
     return torch.addmm(matrix, matrix, matrix.T @ matrix, beta=1.5, alpha=-0.5)
 
 
-ROTATIONS: dict[str, Any] = {"lie": LieRotation, "exp": ExpRotation}
-
-
 def make_rotation(kind: str, start: Tensor, betas: tuple[float, float]) -> Rotation:
-    """The optimiser by name, ``"lie"`` or ``"exp"``, starting from an orthogonal matrix."""
-    return ROTATIONS[kind](start, betas)
+    """The optimiser by name, ``"lie"``, ``"lazy"`` or ``"exp"``, starting from an orthogonal matrix."""
+    from ndm_fast.lazy_rotation import LazyRotation  # it builds on this module
+
+    kinds: dict[str, type[Rotation]] = {"lie": LieRotation, "lazy": LazyRotation, "exp": ExpRotation}
+    return kinds[kind](start, betas)
 
 
 def random_rotation(width: int, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
+from ndm_fast.centring import rotate_centred, sample_mean
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
@@ -147,12 +148,27 @@ class Trainer:
         """
         size = self.config.queries
         queries, keys = self.pool.take(steps * size), self.pool.next_keys()
-        index = self._search(queries, keys).index
-        weights = self._loss_weights()
-        for batch in range(steps):
+        index = self._neighbours(queries, keys)
+        for step, rate, loss in self.take_steps(queries, keys, index):
+            self.train_loss = float(loss) / self._unit
+            observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
+        self._last = queries[-size:], keys, index[:, -size:]
+
+    def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
+        """One optimiser step for every ``config.queries`` of the queries, without waiting for the device.
+
+        Args:
+            queries: [m Q, d]; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
+
+        Returns:
+            Step, rate and mean loss so far (on the device), where a line of the log is due.
+        """
+        size, weights = self.config.queries, self._loss_weights()
+        logged = []
+        for batch in range(len(queries) // size):
             rows = slice(batch * size, (batch + 1) * size)
             objective = loss_and_gradient(
-                queries[rows], keys, index[:, rows], self.rotation.matrix, self.widths, self.config.metric
+                queries[rows], keys, index[:, rows], self.rotation.working, self.widths, self.config.metric
             )
             gradient = clipped(objective.gradient, self.config.grad_clip * self.scale)
             rate = self.schedule.learning_rate(self.step)
@@ -160,9 +176,28 @@ class Trainer:
             self._losses.append(weights @ objective.by_subspace)
             self.step += 1
             if self.step % self.config.log_every == 0:
-                self.train_loss = self._take_mean_loss()
-                observer.event({"event": "train", "step": self.step, "loss": self.train_loss, "lr": rate})
-        self._last = queries[-size:], keys, index[:, -size:]
+                logged.append((self.step, rate, torch.stack(self._losses).mean()))
+                self._losses.clear()
+        return logged
+
+    def _neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
+
+        On a CPU exact distances from raw rows, which training has no use for, take longer than the search.
+        """
+        if self.device.type != "cpu" or self.config.metric == "cosine":
+            return self._search(queries, keys).index
+        origin = sample_mean(keys)
+        return ops.nearest_neighbors(
+            rotate_centred(queries, self.rotation.matrix, origin),
+            rotate_centred(keys, self.rotation.matrix, origin),
+            self.rotation.matrix,
+            self.widths,
+            precision=self.config.precision,
+            keys_rotated=True,
+            queries_rotated=True,
+            check_finite=False,
+        ).index
 
     def _search(self, queries: Tensor, keys: Tensor) -> ops.Neighbors:
         return ops.nearest_neighbors(
@@ -302,11 +337,6 @@ class Trainer:
     def _unit(self) -> float:
         """Stored distances over true ones; a cosine has no scale."""
         return 1.0 if self.config.metric == "cosine" else self.scale
-
-    def _take_mean_loss(self) -> float:
-        mean = float(torch.stack(self._losses).mean()) / self._unit
-        self._losses.clear()
-        return mean
 
     def _crossed(self, before: int, every: int) -> bool:
         return before // every != self.step // every

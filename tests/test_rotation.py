@@ -15,7 +15,7 @@ def _descend(kind, steps, lr, target, start):
     return rotation
 
 
-@pytest.mark.parametrize("kind", ["lie", "exp"])
+@pytest.mark.parametrize("kind", ["lie", "lazy", "exp"])
 def test_finds_a_target_rotation(kind):
     generator = torch.Generator().manual_seed(0)
     start = random_rotation(8, generator)
@@ -28,7 +28,7 @@ def test_finds_a_target_rotation(kind):
 
 @pytest.mark.parametrize("coherent", [False, True], ids=["random", "coherent"])
 @pytest.mark.parametrize("lr", [0.03, 1e-3])
-@pytest.mark.parametrize("kind", ["lie", "exp"])
+@pytest.mark.parametrize("kind", ["lie", "lazy", "exp"])
 def test_starts_where_it_is_told_and_stays_orthogonal(kind, lr, coherent):
     generator = torch.Generator().manual_seed(1)
     start = random_rotation(48, generator)
@@ -67,7 +67,7 @@ def test_both_schemes_take_the_same_first_step():
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("kind", ["lie", "exp"])
+@pytest.mark.parametrize("kind", ["lie", "lazy", "exp"])
 def test_state_goes_on_bit_for_bit(kind):
     generator = torch.Generator().manual_seed(3)
     gradients = torch.randn(9, 12, 12, generator=generator)

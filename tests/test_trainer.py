@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ndm_fast import reference
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.partition import orthogonality_error
@@ -93,6 +95,7 @@ def energy_shares(partition, mixing):
         {"rotation": "exp", "search_every": 1},
         {"schedule": "constant", "warmup_steps": 0, "lr": 0.01},
         {"pool_dtype": "float16"},
+        {"rotation": "lazy"},
     ],
     ids=lambda mode: "-".join(map(str, mode.values())) or "default",
 )
@@ -130,6 +133,61 @@ def test_stale_neighbours_never_underestimate():
     gaps = [r["stale_neighbour_gap"] for r in recorder.of("evaluate") if r["step"]]
     assert gaps
     assert min(gaps) > -1e-5
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on whatever would wait for a GPU: numbers read back, shapes that depend on values."""
+
+    _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in self._WAITING, func
+        return func(*args, **(kwargs or {}))
+
+
+def _block(device="cpu", **changes):
+    """A trainer before its second block, and what that block takes steps on."""
+    rows, _ = planted(12000)
+    config = TrainConfig(**{**SETTINGS, "log_every": 4, **changes})
+    trainer = Trainer(stream_of(rows), config, device=device)
+    trainer.train_block(config.search_every, Observer())
+    queries, keys = trainer.pool.take(config.search_every * config.queries), trainer.pool.next_keys()
+    return trainer, (queries, keys, trainer._neighbours(queries, keys))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("rotation", ["lie", "lazy"])
+def test_nothing_is_read_back_between_steps(rotation, metric):
+    trainer, block = _block(rotation=rotation, metric=metric)
+    with NoHostReads():
+        logged = trainer.take_steps(*block)
+    assert [step for step, _, _ in logged] == [12, 16]
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        float(logged[0][2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotation", ["lie", "lazy"])
+def test_no_host_sync_between_steps(rotation):
+    trainer, block = _block("cuda", rotation=rotation)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.take_steps(*block)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == 16
+
+
+def test_neighbours_of_the_loop_are_the_nearest():
+    trainer, (queries, keys, index) = _block(pool_dtype="float16")
+    exact = reference.nearest_neighbors(queries, keys, trainer.rotation.matrix, trainer.widths)
+    found = torch.stack(
+        [
+            ((queries.float() - keys[rows].float()) @ basis).norm(dim=1)
+            for rows, basis in zip(index, trainer.rotation.matrix.split(WIDTH, 1), strict=True)
+        ]
+    )
+    torch.testing.assert_close(found, exact.distance.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_merging_joins_the_halves_of_a_variable_and_then_stops():
