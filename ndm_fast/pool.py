@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.ranks import ALONE, Ranks
 
 _LARGEST_FRACTION = 0.25
 """Share of the storage dtype's range that the first rows may use; later rows may be larger."""
@@ -86,6 +87,7 @@ class ActivationPool:
         first_batch: number of the stream's batch to start from.
         state: a ``state_dict`` to go on from; that generation is harvested once more.
         site: what error messages call the origin of the rows.
+        ranks: those that share the rows: each reads the whole stream and keeps its part of the shuffled rows.
 
     Raises:
         InputError: the stream ends before the pool is full; a value overflows the storage dtype.
@@ -103,11 +105,15 @@ class ActivationPool:
         first_batch: int = 0,
         state: dict[str, Any] | None = None,
         site: str = "the stream",
+        ranks: Ranks = ALONE,
     ) -> None:
         if rows <= keys:
             raise InputError(f"a pool of {rows} rows has none beside its {keys} keys: raise pool_rows")
         self._stream, self._rows, self._keys, self._seed = stream, rows, keys, seed
-        self._site = site
+        self._site, self._ranks = site, ranks
+        # Windows of keys end with the last row and are multiples of ``ranks.size`` long. Numbers that are a
+        # multiple of it at the end put the i-th key of every window on rank ``i % size``.
+        self._before = -rows % ranks.size
         self._dtype, self._device = dtype, torch.device(device)
         self._storage: Tensor | None = None
         self.scale: float | None = state["scale"] if state else None
@@ -120,7 +126,7 @@ class ActivationPool:
     def take(self, count: int) -> Tensor:
         """[count, d] queries; they leave the pool, which is filled anew when too few rows are left.
 
-        A view, valid until the next call of :meth:`take`.
+        A view, valid until the next call of :meth:`take`; of several ranks all get the same.
         """
         if count > self._rows - self._keys:
             raise InputError(
@@ -132,18 +138,22 @@ class ActivationPool:
             self._fill()
             self._taken = 0
         self._taken += count
-        return self._live[self._taken - count : self._taken]
+        start, stop = self._before + self._taken - count, self._before + self._taken
+        return self._ranks.gather(self._live[self._ranks.local(start, stop)], start, stop)
 
     def next_keys(self) -> Tensor:
-        """[K, d] keys: a view of rows that have not been queries; each call gives the next window."""
+        """[K, d] keys: a view of rows that have not been queries; each call gives the next window.
+
+        Of several ranks each gets its part, see :class:`ndm_fast.ranks.Ranks`.
+        """
         self._searches += 1
         return self.peek_keys()
 
     def peek_keys(self) -> Tensor:
         """[K, d] the window that :meth:`next_keys` gave last."""
         windows = (self._rows - self._taken) // self._keys
-        stop = self._rows - self._searches % windows * self._keys
-        return self._live[stop - self._keys : stop]
+        stop = self._before + self._rows - self._searches % windows * self._keys
+        return self._live[self._ranks.local(stop - self._keys, stop)]
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream and in the pool, plain JSON values."""
@@ -162,9 +172,9 @@ class ActivationPool:
 
     def _fill(self) -> None:
         self._first_batch = self._next_batch
-        places = torch.randperm(self._rows, generator=seeded(self._seed, 1, self._generation)).to(
-            self._device
-        )
+        shuffled = torch.randperm(self._rows, generator=seeded(self._seed, 1, self._generation))
+        places = (shuffled + self._before).to(self._device)
+        held = -(-self._rows // self._ranks.size)
         filled = 0
         for batch in self._stream.batches(self._first_batch):
             self._next_batch += 1
@@ -172,8 +182,9 @@ class ActivationPool:
             if len(rows) == 0:
                 continue  # all of its tokens were special ones
             if self._storage is None:
-                self._storage = torch.empty(self._rows, rows.shape[1], dtype=self._dtype, device=self._device)
-            self._storage[places[filled : filled + len(rows)]] = self.stored(rows)
+                self._storage = torch.empty(held, rows.shape[1], dtype=self._dtype, device=self._device)
+            mine, where = self._ranks.keep(self.stored(rows), places[filled : filled + len(rows)])
+            self._storage[where] = mine
             filled += len(rows)
             if filled == self._rows:
                 return

@@ -8,8 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,14 +25,29 @@ from ndm_fast.errors import InputError, StoppedError
 from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import take_rows
+from ndm_fast.ranks import Group, launched
 from ndm_fast.run_folder import RunFolder
 from ndm_fast.sites import resolve_sites
 from ndm_fast.split import split_space
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
 
+State = tuple[dict[str, Tensor], dict[str, Any]]
 
-class _Recorder(Observer):
+
+class _Stoppable(Observer):
+    """Stops a run when told to; on ranks other than the first it does nothing else."""
+
+    stop = False
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class _Recorder(_Stoppable):
     """Writes log, checkpoints and progress bar of a run."""
 
     def __init__(self, folder: RunFolder, log_bytes: int, steps_done: int, total: int, show: bool) -> None:
@@ -44,7 +60,6 @@ class _Recorder(Observer):
             raise unwritable(folder.log_file, error) from None
         self._bar = tqdm(total=total, initial=steps_done, desc="train", unit="step", disable=not show)
         self._started = time.monotonic()
-        self.stop = False
 
     def event(self, record: dict[str, Any]) -> None:
         try:
@@ -68,9 +83,6 @@ class _Recorder(Observer):
             raise unwritable(self._folder.log_file, error) from None
         tensors, values = trainer.state_dict()
         save_checkpoint(self._folder.checkpoint_file, tensors, {**values, "log_bytes": self._log.tell()})
-
-    def stop_requested(self) -> bool:
-        return self.stop
 
     def close(self) -> None:
         self._bar.close()
@@ -104,32 +116,61 @@ def train_run(
     device: str = "cpu",
     show_progress: bool = True,
 ) -> list[RunFolder]:
-    """Train every site of ``config`` and save the results.
+    """Train every site of ``config`` and save the results; under torchrun, together with the other ranks.
 
     Args:
         out: the run's folder; with several sites, the folder of one run folder per site.
         resume: go on with what is there; start where there is nothing.
 
+    Returns:
+        The folders that this process wrote.
+
     Raises:
         InputError: something about the input is wrong; nothing was overwritten.
         StoppedError: Ctrl-C or SIGTERM; the state is saved.
+        RanksError: another rank is gone.
     """
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
     sites = resolve_sites(model, list(config.harvest.site))
     documents = open_documents(config.harvest.data, config.harvest.text_field, config.train.seed)
+    launch = launched()
+    shared = launch.shared(config.train.parallel, len(sites))
+    several = len(sites) * launch.size > 1
+    tasks = list(zip(config.harvest.site, sites, strict=True))
+    if shared == "sites":
+        tasks = tasks[launch.rank :: launch.size]
     folders = []
-    for asked, site in zip(config.harvest.site, sites, strict=True):
-        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
-        folder = RunFolder(out if len(sites) == 1 else Path(out) / site.name)
-        stream = ActivationStream(model, tokenizer, site.name, documents, one.harvest)
-        one.train.widths(stream.width)
-        folder.begin(one, resume=resume)
-        if not folder.result_file.exists():
-            _train_one(one, folder, stream, device, show_progress, several=len(sites) > 1)
-        folders.append(folder)
+    with _group(shared, device) as group:
+        for asked, site in tasks:
+            one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
+            folder = RunFolder(out if len(sites) == 1 else Path(out) / site.name)
+            stream = ActivationStream(model, tokenizer, site.name, documents, one.harvest)
+            one.train.widths(stream.width)
+            done, state = group.all.first(partial(_take_up, folder, one, resume))
+            if not done:
+                show = show_progress and launch.rank == 0
+                _train_one(one, folder, stream, device, show, state, group, several=several)
+            if group.all.rank == 0:
+                folders.append(folder)
     return folders
+
+
+def _group(shared: str, device: str) -> AbstractContextManager[Group]:
+    """The ranks that train each site together."""
+    if shared == "sites" or launched().size == 1:
+        return nullcontext(Group())
+    from ndm_fast.distributed import together  # one process has no use for torch.distributed
+
+    return together(shared, device)
+
+
+def _take_up(folder: RunFolder, config: RunConfig, resume: bool) -> tuple[bool, State | None]:
+    """Claim a run's folder; whether there is a result already, and if not, the state to go on from."""
+    folder.begin(config, resume=resume)
+    done = folder.result_file.exists()
+    return done, None if done else folder.checkpoint()
 
 
 def _train_one(
@@ -138,10 +179,16 @@ def _train_one(
     stream: ActivationStream,
     device: str,
     show: bool,
+    state: State | None,
+    group: Group,
     *,
     several: bool,
 ) -> None:
-    state = folder.checkpoint()
+    """Train one site from a state, or from the start.
+
+    Args:
+        several: whether the command is about more than this site or this process.
+    """
     train = config.train
     rows = (
         train.heldout_queries
@@ -152,18 +199,24 @@ def _train_one(
     source = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
     splits = _Events()
     try:
-        first = _split_first(config, counted, rows, device, splits) if train.mode == "split" else None
+        split = _split_first(config, counted, rows, device, splits) if train.mode == "split" else None
+        first = group.all.first(lambda: split)
         if first:
             train = dataclasses.replace(train, start="identity", initial_widths=first.widths)
         rows_of = _Rotated(counted, first) if first else counted
-        trainer = Trainer(rows_of, train, config.merge, device=device, source=source, state=state)
+        trainer = Trainer(
+            rows_of, train, config.merge, device=device, source=source, state=state, group=group
+        )
     finally:
         counted.close()
-    recorder = _Recorder(folder, state[1]["log_bytes"] if state else 0, trainer.step, train.max_steps, show)
+    recorder: _Stoppable = _Stoppable()
+    if group.all.rank == 0:
+        log_bytes = state[1]["log_bytes"] if state else 0
+        recorder = _Recorder(folder, log_bytes, trainer.step, train.max_steps, show)
     try:
         for event in [] if state else splits.records:
             recorder.event(event)
-        with _stop_on_signal(recorder):
+        with _stop_on_signal(recorder, alone=launched().size == 1):
             partition = trainer.run(recorder)
     finally:
         recorder.close()
@@ -174,7 +227,9 @@ def _train_one(
         raise StoppedError(f"stopped at step {trainer.step}, state saved: go on with {again}")
     if first:
         partition = SubspacePartition(first.rotation @ partition.rotation, partition.widths, source)
-    folder.save_result(partition, _figures(trainer, partition, stream))
+    figures = _figures(trainer, partition, stream)
+    if group.all.rank == 0:
+        folder.save_result(partition, figures)
 
 
 class _Events(Observer):
@@ -223,12 +278,16 @@ def _figures(trainer: Trainer, partition: SubspacePartition, stream: ActivationS
 
 
 @contextmanager
-def _stop_on_signal(recorder: _Recorder) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C interrupts at once."""
+def _stop_on_signal(recorder: _Stoppable, *, alone: bool) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask for a stop at the next step; a second Ctrl-C interrupts at once.
+
+    Not where torchrun passes every Ctrl-C on to processes that the terminal has told already.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         recorder.stop = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -14,9 +14,10 @@ from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.merge_tree import merge_tree
 from ndm_fast.mutual_information import mutual_information, subspace_variances
-from ndm_fast.objective import loss_and_gradient, loss_weights
+from ndm_fast.objective import Objective, loss_and_gradient, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
+from ndm_fast.ranks import Group
 from ndm_fast.rotation import make_rotation, principal_components, random_rotation
 from ndm_fast.schedule import Schedule
 
@@ -47,9 +48,11 @@ class Trainer:
         device: where pool and rotation live.
         source: what to note in the partition (model, site ...).
         state: tensors and plain values of :meth:`state_dict`, to go on from.
+        group: the ranks that train together, each with the same stream and the same state.
 
     Raises:
-        InputError: the settings do not fit the activations, or the stream is too short.
+        InputError: the settings do not fit the activations or the ranks, or the stream is too short.
+        RanksError: from any method, where another rank is gone.
     """
 
     def __init__(
@@ -61,11 +64,14 @@ class Trainer:
         device: torch.device | str = "cpu",
         source: dict[str, Any] | None = None,
         state: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.config = train
         self.merge_config = merge or MergeConfig()
         self.schedule = Schedule(train, self.merge_config)
         self.device = torch.device(device)
+        self.group = group or Group()
+        self.group.check(train)
         self.step = 0
         self.finished = False
         self.train_loss = self.heldout_loss = float("nan")
@@ -85,6 +91,7 @@ class Trainer:
             first_batch=heldout_batches,
             state=values.get("pool"),
             site=(source or {}).get("site", "the stream"),
+            ranks=self.group.keys,
         )
         self._heldout = self.pool.stored(heldout)
         self._escape = Escape(train.seed)
@@ -122,7 +129,7 @@ class Trainer:
             observer.progress(self)
             if self._crossed(before, self.config.eval_every) or self.step == end:
                 self._evaluate(observer, stale_gap=self.config.search_every > 1)
-            if observer.stop_requested():
+            if self.group.all.any(observer.stop_requested()):
                 break
             if self._crossed(before, self.config.checkpoint_every):
                 observer.checkpoint(self)
@@ -144,15 +151,14 @@ class Trainer:
 
         Neighbours up to ``steps`` old can only be farther than the true ones: the loss is majorised.
         """
-        size = self.config.queries
-        queries, keys = self.pool.take(steps * size), self.pool.next_keys()
+        size = self.config.queries // self.group.queries.size
+        queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
+        keys = self.pool.next_keys()
         index = self._search(queries, keys).index
         weights = self._loss_weights()
         for batch in range(steps):
             rows = slice(batch * size, (batch + 1) * size)
-            objective = loss_and_gradient(
-                queries[rows], keys, index[:, rows], self.rotation.matrix, self.widths, self.config.metric
-            )
+            objective = self._objective(queries[rows], keys, index[:, rows])
             gradient = clipped(objective.gradient, self.config.grad_clip * self.scale)
             rate = self.schedule.learning_rate(self.step)
             self.rotation.step(gradient, rate)
@@ -164,7 +170,8 @@ class Trainer:
         self._last = queries[-size:], keys, index[:, -size:]
 
     def _search(self, queries: Tensor, keys: Tensor) -> ops.Neighbors:
-        return ops.nearest_neighbors(
+        """Neighbours of this rank's queries among the keys of all ranks."""
+        here = ops.nearest_neighbors(
             queries,
             keys,
             self.rotation.matrix,
@@ -173,9 +180,18 @@ class Trainer:
             precision=self.config.precision,
             check_finite=False,  # the pool has looked
         )
+        return self.group.keys.nearest(here)
+
+    def _objective(self, queries: Tensor, keys: Tensor, index: Tensor) -> Objective:
+        """Loss and gradient over the queries and neighbours of all ranks."""
+        places, here = self.group.keys.owned(index)
+        matrix, widths, metric = self.rotation.matrix, self.widths, self.config.metric
+        part = loss_and_gradient(queries, keys, places, matrix, widths, metric, here)
+        return Objective(*(self.group.combine(each) for each in part))
 
     def _evaluate(self, observer: Observer, stale_gap: bool = False) -> Tensor:
         """[S] held-out mean distance per subspace."""
+        self.group.all.check_same(self.rotation.matrix, f"the rotation at step {self.step}")
         distance = self.heldout_distance()
         self.heldout_loss = self._weighted(distance)
         record = {
@@ -194,7 +210,10 @@ class Trainer:
     def heldout_distance(self) -> Tensor:
         """[S] mean distance of the held-out queries to their neighbours among the held-out keys."""
         cut = self.config.heldout_queries
-        return self._search(self._heldout[:cut], self._heldout[cut:]).distance.mean(1) / self._unit
+        queries = self.group.queries.share(self._heldout[:cut])
+        keys = self.group.keys.share(self._heldout[cut:])
+        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        return total / cut / self._unit
 
     def heldout_variances(self) -> Tensor:
         """[S] fp64 variance of the held-out activations in each subspace."""
@@ -203,9 +222,9 @@ class Trainer:
     def _stale_gap(self) -> float:
         """How much farther than the true neighbours the last batch's are, relative to the loss."""
         queries, keys, index = self._last
-        matrix, widths, metric = self.rotation.matrix, self.widths, self.config.metric
-        stale = loss_and_gradient(queries, keys, index, matrix, widths, metric).by_subspace
-        fresh = self._search(queries, keys).distance.mean(1)
+        stale = self._objective(queries, keys, index).by_subspace
+        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        fresh = total / self.config.queries
         return self._weighted(stale) / max(self._weighted(fresh), torch.finfo(torch.float32).tiny) - 1
 
     def _merge(self, observer: Observer) -> bool:
@@ -237,9 +256,9 @@ class Trainer:
 
     def _auto_threshold(self, observer: Observer) -> float:
         """Found once, at the first check: after merging, what is left would show a widest gap again."""
-        tree = merge_tree(
-            *self._information_rows(), self.rotation.matrix, self.widths, seeded(self.config.seed, 5)
-        )
+        queries, keys = self._information_rows()
+        keys = self.group.keys.gather(keys, 0, self._information_keys)  # shuffled as a whole
+        tree = merge_tree(queries, keys, self.rotation.matrix, self.widths, seeded(self.config.seed, 5))
         observer.event(
             {
                 "event": "merge_tree",
@@ -266,13 +285,19 @@ class Trainer:
             )
 
     def _information(self) -> Tensor:
-        """[S, S] mutual information between subspaces."""
-        return mutual_information(*self._information_rows(), self.rotation.matrix, self.widths)
+        """[S, S] mutual information between subspaces; decisions hang on it, so all ranks have rank 0's."""
+        queries, keys = self._information_rows()
+        found = mutual_information(queries, keys, self.rotation.matrix, self.widths, group=self.group)
+        return self.group.all.of_first(found)
 
     def _information_rows(self) -> tuple[Tensor, Tensor]:
-        """Held-out queries, and keys of the pool."""
+        """Held-out queries, and keys of the pool that are held here."""
         queries = self._heldout[: min(self.merge_config.mi_queries, self.config.heldout_queries)]
-        return queries, self.pool.peek_keys()[: self.merge_config.mi_keys]
+        return queries, self.pool.peek_keys()[self.group.keys.local(0, self._information_keys)]
+
+    @property
+    def _information_keys(self) -> int:
+        return min(self.merge_config.mi_keys, self.config.keys)
 
     def _hold_out(self, stream: Stream) -> tuple[Tensor, int]:
         """The first rows of the stream, shuffled, never trained on; and the batch that comes after them."""
@@ -288,7 +313,8 @@ class Trainer:
         return torch.eye(width, device=self.device)
 
     def _reset_rotation(self, matrix: Tensor) -> None:
-        self.rotation = make_rotation(self.config.rotation, matrix, self.config.betas)
+        start = self.group.all.of_first(matrix)
+        self.rotation = make_rotation(self.config.rotation, start, self.config.betas)
 
     def _weighted(self, by_subspace: Tensor) -> float:
         """The loss from means per subspace."""
