@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -109,7 +110,9 @@ def together(shared: str, device: str) -> Iterator[Group]:
 
 def lost(error: Exception) -> RanksError:
     """The error for a rank that waits in vain."""
-    reason = str(error).strip().splitlines()[0]
+    reason = (
+        re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
+    )  # no source lines, no advice
     return RanksError(
         f"rank {launched().rank} lost another rank, which failed, was killed or hangs ({reason}): "
         "go on from the last checkpoint with --resume"
