@@ -7,21 +7,22 @@ processes have to meet. In one process every one of them hands back what it was 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from ndm_fast import ops
 from ndm_fast.config import TrainConfig
 from ndm_fast.errors import InputError, RanksError
-from ndm_fast.reference import Neighbors
+from ndm_fast.reference import Neighbors, distance_to
 
 T = TypeVar("T")
 
-_INDEX_BITS = 32
-_MAGNITUDE = 0x7FFFFFFF
+_ROUNDING = 1e-12
+"""Relative difference of fp64 distances up to which they count as equal."""
 
 
 class Ranks:
@@ -96,19 +97,30 @@ class Ranks:
         whole[(self.rank - start) % self.size :: self.size] = rows
         return self.sum(whole)  # of rows that are zero on all ranks but one: exact in any dtype
 
-    def nearest(self, found: Neighbors) -> Neighbors:
-        """Nearest over all ranks, from the nearest on each; indices become numbers over all ranks.
+    def nearest_neighbors(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        rotation: Tensor,
+        widths: Sequence[int],
+        metric: str,
+        precision: str,
+    ) -> Neighbors:
+        """As ``ops.nearest_neighbors`` among the keys of all ranks, of which ``keys`` are those held here.
 
-        The lowest number wins among equal fp32 distances: one minimum over (distance, number), packed.
+        Indices are numbers over all ranks. Each rank's nearest are compared in fp64: of equal keys, which text
+        is full of, the lowest number must win, and fp32 distances to equal rows may differ by rounding.
         """
+        found = ops.nearest_neighbors(
+            queries, keys, rotation, widths, metric=metric, precision=precision, check_finite=False
+        )
         if self.size == 1:
             return found
-        bits = found.distance.contiguous().view(torch.int32).long()
-        ordered = torch.where(bits < 0, bits ^ _MAGNITUDE, bits)  # as integers in the order of the floats
-        packed = self.least(ordered << _INDEX_BITS | (found.index * self.size + self.rank))
-        ordered = packed >> _INDEX_BITS
-        bits = torch.where(ordered < 0, ordered ^ _MAGNITUDE, ordered).int()
-        return Neighbors(bits.view(torch.float32), packed & (1 << _INDEX_BITS) - 1)
+        distance = distance_to(queries, keys, rotation, widths, found.index, metric=metric)
+        least = self.least(distance.clone())
+        farther = distance > least + least.abs() * _ROUNDING + _ROUNDING**2
+        number = (found.index * self.size + self.rank).masked_fill_(farther, torch.iinfo(torch.int64).max)
+        return Neighbors(least.float(), self.least(number))
 
     def owned(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
         """Places of rows on their own ranks, and which of them are here; None: all."""

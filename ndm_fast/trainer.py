@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
@@ -18,6 +17,7 @@ from ndm_fast.objective import Objective, loss_and_gradient, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
 from ndm_fast.ranks import Group
+from ndm_fast.reference import Neighbors
 from ndm_fast.rotation import make_rotation, principal_components, random_rotation
 from ndm_fast.schedule import Schedule
 
@@ -169,18 +169,12 @@ class Trainer:
                 observer.event({"event": "train", "step": self.step, "loss": self.train_loss, "lr": rate})
         self._last = queries[-size:], keys, index[:, -size:]
 
-    def _search(self, queries: Tensor, keys: Tensor) -> ops.Neighbors:
+    def _search(self, queries: Tensor, keys: Tensor) -> Neighbors:
         """Neighbours of this rank's queries among the keys of all ranks."""
-        here = ops.nearest_neighbors(
-            queries,
-            keys,
-            self.rotation.matrix,
-            self.widths,
-            metric=self.config.metric,
-            precision=self.config.precision,
-            check_finite=False,  # the pool has looked
+        matrix, widths, config = self.rotation.matrix, self.widths, self.config
+        return self.group.keys.nearest_neighbors(
+            queries, keys, matrix, widths, config.metric, config.precision
         )
-        return self.group.keys.nearest(here)
 
     def _objective(self, queries: Tensor, keys: Tensor, index: Tensor) -> Objective:
         """Loss and gradient over the queries and neighbours of all ranks."""
