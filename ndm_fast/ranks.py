@@ -108,8 +108,8 @@ class Ranks:
     ) -> Neighbors:
         """As ``ops.nearest_neighbors`` among the keys of all ranks, of which ``keys`` are those held here.
 
-        Indices are numbers over all ranks. Each rank's nearest are compared in fp64: of equal keys, which text
-        is full of, the lowest number must win, and fp32 distances to equal rows may differ by rounding.
+        Indices are numbers over all ranks. Each rank's nearest are compared in fp64: of equal keys, of which
+        text is full, the lowest number must win, and fp32 distances to equal rows may differ by rounding.
         """
         found = ops.nearest_neighbors(
             queries, keys, rotation, widths, metric=metric, precision=precision, check_finite=False
