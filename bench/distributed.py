@@ -2,8 +2,8 @@
 
     python bench/distributed.py --steps 600 --out bench/results/distributed.json
 
-Held-out loss of ``--parallel queries`` and ``keys`` beside one process, before merging and at the end; and the
-neighbours that keys dealt out over two ranks give, beside those among all keys, on the demo's activations.
+Held-out loss of ``--parallel queries`` and ``keys`` beside one process, before merging and at the end; and
+the neighbours among keys dealt out over two ranks, beside those among all keys, on the demo's activations.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def train(ranks: int, parallel: str, changes: dict[str, int], out: Path) -> dict
         command += [f"--{name.replace('_', '-')}", str(value)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     folder = RunFolder(out)
-    before = [e for e in folder.events("evaluate") if e["step"] == changes["merge_start"]][0]
+    before = next(e for e in folder.events("evaluate") if e["step"] == changes["merge_start"])
     return {
         "parallel": parallel if ranks > 1 else "one process",
         "ranks": ranks,

@@ -493,7 +493,7 @@ def test_a_killed_rank_ends_torchrun(train_flags, tmp_path, victim):
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", ["queries", "keys"])
 def test_ten_kills_change_nothing(launcher, train_flags, tmp_path, shared):
-    """Of either rank, at random points of start, harvest and training; after a run that ends comes another."""
+    """Of either rank, at random points of start, harvest and training; a run that ends is followed by one."""
     chance = random.Random(time.time_ns())
     flags = {"parallel": shared, "merging": True, "merge_start": 2000, "max_steps": 3000, "repeat_data": True}
     whole = tmp_path / "whole"
