@@ -110,9 +110,8 @@ def together(shared: str, device: str) -> Iterator[Group]:
 
 def lost(error: Exception) -> RanksError:
     """The error for a rank that waits in vain."""
-    reason = (
-        re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
-    )  # no source lines, no advice
+    # Gloo begins with a source line and ends with advice.
+    reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0].splitlines()[0]
     return RanksError(
         f"rank {launched().rank} lost another rank, which failed, was killed or hangs ({reason}): "
         "go on from the last checkpoint with --resume"

@@ -122,6 +122,23 @@ class Ranks:
         number = (found.index * self.size + self.rank).masked_fill_(farther, torch.iinfo(torch.int64).max)
         return Neighbors(least.float(), self.least(number))
 
+    def ksg_counts(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        rotation: Tensor,
+        widths: Sequence[int],
+        variances: Tensor,
+        pairs: Tensor,
+        backend: str | None,
+    ) -> Tensor:
+        """Counts of ``ops.ksg_radius_and_counts`` over the keys of all ranks; all rows are rotated."""
+        rows = (queries, keys, rotation, widths, variances, pairs)
+        if self.size == 1:
+            return ops.ksg_radius_and_counts(*rows, rotated=True, backend=backend)[1]
+        radius = self.least(ops.ksg_radius(*rows, rotated=True, backend=backend))
+        return self.sum(ops.ksg_counts(*rows, radius, rotated=True, backend=backend))
+
     def owned(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
         """Places of rows on their own ranks, and which of them are here; None: all."""
         if self.size == 1:
