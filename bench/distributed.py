@@ -1,6 +1,6 @@
 """Do two ranks do what one process does? The demo's run as one process and as two gloo ranks; no timing.
 
-    python bench/distributed.py --steps 600 --out bench/results/distributed.json
+    python bench/distributed.py --steps 160 --heldout-keys 8192 --out bench/results/distributed.json
 
 Held-out loss of ``--parallel queries`` and ``keys`` beside one process, before merging and at the end; and
 the neighbours among keys dealt out over two ranks, beside those among all keys, on the demo's activations.
