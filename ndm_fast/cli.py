@@ -13,35 +13,46 @@ from typing import Any, NoReturn
 
 from ndm_fast.config import DTYPES, GROUPS, HarvestConfig, RunConfig, from_flat
 from ndm_fast.devices import check_device
-from ndm_fast.errors import InputError, StoppedError
+from ndm_fast.errors import InputError, RanksError, StoppedError
 from ndm_fast.evaluate.commands import add_evaluate
 from ndm_fast.presets import PRESETS, preset
 from ndm_fast.report.commands import add_report
 from ndm_fast.version import __version__
 
-_EXIT_INPUT, _EXIT_STOPPED = 2, 130
+_EXIT_RANKS, _EXIT_INPUT, _EXIT_STOPPED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for bad input, 130 where it was interrupted."""
+    """Run the command; returns its exit code.
+
+    0, 1 where the ranks of a distributed run lost each other, 2 for bad input, 130 where it was interrupted.
+    """
     try:
         options = _parser().parse_args(arguments)
         options.run(options)
     except InputError as error:
-        print(f"ndm-fast: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever it quotes
-        return _EXIT_INPUT
+        return _failed(error, _EXIT_INPUT)
+    except RanksError as error:
+        return _failed(error, _EXIT_RANKS)
     except StoppedError as stopped:
-        print(f"ndm-fast: {stopped}", file=sys.stderr)
-        return _EXIT_STOPPED
+        return _failed(stopped, _EXIT_STOPPED)
     except KeyboardInterrupt:
-        print(
-            "ndm-fast: interrupted before the next checkpoint; what was saved before is whole",
-            file=sys.stderr,
-        )
-        return _EXIT_STOPPED
+        message = "interrupted before the next checkpoint; what was saved before is whole"
+        return _failed(message, _EXIT_STOPPED)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _failed(message: object, code: int) -> int:
+    """The exit code, after printing one line; of torchrun's processes only the first to fail prints."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        from ndm_fast.distributed import first_to_fail
+
+        if not first_to_fail():
+            return code
+    print(f"ndm-fast: {' '.join(str(message).split())}", file=sys.stderr)  # one line, whatever it quotes
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -153,16 +164,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from ndm_fast.ranks import launched
     from ndm_fast.report.table import text_table
     from ndm_fast.run import train_run
 
     config = _settings(options)
-    check_device(options.device)
+    device = launched().device(options.device)
+    check_device(device)
     for folder in train_run(
         config,
         options.out,
         resume=options.resume,
-        device=options.device,
+        device=device,
         show_progress=not options.quiet,
         keep_activations=options.keep_activations,
     ):

@@ -21,6 +21,7 @@ SCHEDULES = ("constant", "linear")
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 MODES = ("grow", "split")
+PARALLEL = ("auto", "sites", "queries", "keys")
 
 
 def _described(default: Any, meaning: str) -> Any:
@@ -88,6 +89,10 @@ class TrainConfig:
     escape_steps: int = _described(200, "steps after which a re-initialisation is kept or undone")
     mode: str = _described("grow", "grow: units merge; split: one space is split, then trained as a whole")
     split_steps: int = _described(300, "mode split: steps of every split that is tried")
+    parallel: str = _described(
+        "auto",
+        "what torchrun's ranks share: sites, queries or keys; auto: sites, or queries if these are too few",
+    )
     log_every: int = _described(20, "steps between lines of training loss in the log")
     eval_every: int = _described(100, "steps between held-out evaluations")
     checkpoint_every: int = _described(200, "steps between checkpoints")
@@ -99,6 +104,7 @@ class TrainConfig:
             raise InputError(f"betas are {list(self.betas)}: give two numbers from 0 to below 1")
         _one_of("metric", self.metric, METRICS)
         _one_of("mode", self.mode, MODES)
+        _one_of("parallel", self.parallel, PARALLEL)
         _one_of("rotation", self.rotation, ROTATIONS)
         _one_of("start", self.start, STARTS)
         _one_of("schedule", self.schedule, SCHEDULES)

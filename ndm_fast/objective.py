@@ -29,7 +29,13 @@ def loss_weights(widths: Sequence[int], metric: str, device: torch.device | str 
 
 
 def loss_and_gradient(
-    queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor, widths: Sequence[int], metric: str
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    counted: Tensor | None = None,
 ) -> Objective:
     """Loss and gradient for given neighbours.
 
@@ -41,6 +47,8 @@ def loss_and_gradient(
     Args:
         queries: [Q, d]; keys: [K, d]; index: [S, Q] int64, the row of ``keys`` that is nearest.
         rotation: [d, d], in whose dtype all is computed.
+        counted: [S, Q] bool, the neighbours that contribute; default all. The means are over Q anyhow, so
+            that parts of them, each from the rank that has the rows, add up.
     """
     queries = queries.to(rotation.dtype)
     gradient = torch.empty_like(rotation)
@@ -52,7 +60,8 @@ def loss_and_gradient(
         neighbours = keys[index[subspaces]].to(rotation.dtype)
         basis = rotation[:, columns].unflatten(1, (count, width)).transpose(0, 1)
         part = _cosine if metric == "cosine" else _euclidean
-        distance, raw = part(queries, neighbours, basis)
+        here = None if counted is None else counted[subspaces].to(rotation.dtype)
+        distance, raw = part(queries, neighbours, basis, here)
         losses.append(distance.mean(1))
         into = gradient[:, columns].unflatten(1, (count, width))
         torch.mul(raw.transpose(0, 1), weight / queries.shape[0], out=into)
@@ -71,24 +80,31 @@ def equal_width_runs(widths: Sequence[int], longest: int = sys.maxsize) -> Itera
         start, column = stop, column + size
 
 
-def _euclidean(queries: Tensor, neighbours: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """[s, Q] distances and [s, d, p] sums over queries of their gradients."""
+def _euclidean(
+    queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[s, Q] distances and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
     delta = queries - neighbours
     projected = delta @ basis
     distance = torch.linalg.vector_norm(projected, dim=2)
+    if here is not None:
+        distance = distance * here  # and a distance of zero contributes no gradient
     return distance, delta.transpose(1, 2) @ _over_norm(projected, distance)
 
 
-def _cosine(queries: Tensor, neighbours: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """[s, Q] ``1 - cos`` and [s, d, p] sums over queries of their gradients."""
+def _cosine(queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[s, Q] ``1 - cos`` and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
     query_part, key_part = queries @ basis, neighbours @ basis
     query_norm = torch.linalg.vector_norm(query_part, dim=2)
     key_norm = torch.linalg.vector_norm(key_part, dim=2)
+    if here is not None:
+        query_norm, key_norm = query_norm * here, key_norm * here
     u, v = _over_norm(query_part, query_norm), _over_norm(key_part, key_norm)
     cosine = (u * v).sum(2)
     by_query = _over_norm(v - cosine[..., None] * u, query_norm)
     by_key = _over_norm(u - cosine[..., None] * v, key_norm)
-    return 1 - cosine, -(queries.T @ by_query + neighbours.transpose(1, 2) @ by_key)
+    distance = (1 if here is None else here) - cosine
+    return distance, -(queries.T @ by_query + neighbours.transpose(1, 2) @ by_key)
 
 
 def _over_norm(rows: Tensor, norm: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ndm_fast.errors import InputError
 from ndm_fast.fill_ahead import Ahead
 from ndm_fast.pool_storage import Place, allocate, choose_place, fitting_scale
+from ndm_fast.ranks import ALONE, Ranks
 
 
 class Stream(Protocol):
@@ -101,6 +102,7 @@ class ActivationPool:
         site: what error messages call the origin of the rows.
         queries: how many will be taken from now on; None: no generation is filled ahead.
         ahead: fill ahead on the CPU too; the rows are the same.
+        ranks: those that share the rows: each reads the whole stream and keeps its part of the shuffled rows.
 
     Raises:
         InputError: the stream ends before the pool is full; a value overflows the storage dtype; the pool
@@ -121,11 +123,15 @@ class ActivationPool:
         site: str = "the stream",
         queries: int | None = None,
         ahead: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         if rows <= keys:
             raise InputError(f"a pool of {rows} rows has none beside its {keys} keys: raise pool_rows")
         self._stream, self._rows, self._keys, self._seed = stream, rows, keys, seed
-        self._site = site
+        self._site, self._ranks = site, ranks
+        # Windows of keys end with the last row and are multiples of ``ranks.size`` long. Numbers that are a
+        # multiple of it at the end put the i-th key of every window on rank ``i % size``.
+        self._before = -rows % ranks.size
         self._dtype, self._device = dtype, torch.device(device)
         self._place: Place | None = None
         self._spare: Tensor | None = None
@@ -142,7 +148,7 @@ class ActivationPool:
     def take(self, count: int) -> Tensor:
         """[count, d] queries; they leave the pool, which is filled anew when too few rows are left.
 
-        Valid until the next call of :meth:`take`.
+        Valid until the next call of :meth:`take`; of several ranks all get the same.
         """
         if count > self._rows - self._keys:
             raise InputError(
@@ -154,18 +160,22 @@ class ActivationPool:
         self._taken += count
         if self._queries is not None:
             self._queries -= count
-        return self._wanted(self._live[self._taken - count : self._taken])
+        start, stop = self._before + self._taken - count, self._before + self._taken
+        return self._ranks.gather(self._wanted(self._live[self._ranks.local(start, stop)]), start, stop)
 
     def next_keys(self) -> Tensor:
-        """[K, d] keys: a view of rows that have not been queries; each call gives the next window."""
+        """[K, d] keys: a view of rows that have not been queries; each call gives the next window.
+
+        Of several ranks each gets its part, see :class:`ndm_fast.ranks.Ranks`.
+        """
         self._searches += 1
         return self.peek_keys()
 
     def peek_keys(self) -> Tensor:
         """[K, d] the window that :meth:`next_keys` gave last."""
         windows = (self._rows - self._taken) // self._keys
-        stop = self._rows - self._searches % windows * self._keys
-        return self._wanted(self._live[stop - self._keys : stop])
+        stop = self._before + self._rows - self._searches % windows * self._keys
+        return self._wanted(self._live[self._ranks.local(stop - self._keys, stop)])
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the stream and in the pool, plain JSON values."""
@@ -226,7 +236,8 @@ class ActivationPool:
         self, generation: int, batch: int, storage: Tensor | None, gone: threading.Event | None = None
     ) -> tuple[Tensor, int]:
         """The rows of a generation that starts at a batch, written to the storage; the batch after them."""
-        order = torch.randperm(self._rows, generator=seeded(self._seed, 1, generation))
+        order = torch.randperm(self._rows, generator=seeded(self._seed, 1, generation)) + self._before
+        held = -(-self._rows // self._ranks.size)
         filled = 0
         for activations in self._stream.batches(batch):
             batch += 1
@@ -235,11 +246,12 @@ class ActivationPool:
                 continue  # all of its tokens were special ones
             if storage is None:
                 if self._place is None:
-                    self._place = choose_place(self._rows, rows.shape[1], self._dtype, self._device)
-                storage = allocate(self._rows, rows.shape[1], self._dtype, self._place)
+                    self._place = choose_place(held, rows.shape[1], self._dtype, self._device)
+                storage = allocate(held, rows.shape[1], self._dtype, self._place)
             if filled == 0:
                 order = order.to(storage.device)
-            storage[order[filled : filled + len(rows)]] = self.stored(rows).to(storage.device)
+            mine, places = self._ranks.keep(self.stored(rows), order[filled : filled + len(rows)])
+            storage[places] = mine.to(storage.device)
             filled += len(rows)
             if filled == self._rows or (gone is not None and gone.is_set()):
                 return storage, batch

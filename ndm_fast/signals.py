@@ -10,13 +10,18 @@ from types import FrameType
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that is set by Ctrl-C and SIGTERM; a second Ctrl-C interrupts at once."""
+def stop_on_signal(*, alone: bool = True) -> Iterator[threading.Event]:
+    """An event that is set by Ctrl-C and SIGTERM; a second Ctrl-C interrupts at once.
+
+    Args:
+        alone: not where torchrun passes every Ctrl-C on to processes that the terminal has told already.
+    """
     asked = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if alone:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:
         previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -15,9 +15,11 @@ from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.merge_tree import merge_tree
 from ndm_fast.mutual_information import mutual_information, subspace_variances
-from ndm_fast.objective import loss_and_gradient, loss_weights
+from ndm_fast.objective import Objective, loss_and_gradient, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
+from ndm_fast.ranks import Group
+from ndm_fast.reference import Neighbors
 from ndm_fast.rotation import make_rotation, principal_components, random_rotation
 from ndm_fast.schedule import Schedule
 
@@ -48,9 +50,11 @@ class Trainer:
         device: where pool and rotation live.
         source: what to note in the partition (model, site ...).
         state: tensors and plain values of :meth:`state_dict`, to go on from.
+        group: the ranks that train together, each with the same stream and the same state.
 
     Raises:
-        InputError: the settings do not fit the activations, or the stream is too short.
+        InputError: the settings do not fit the activations or the ranks, or the stream is too short.
+        RanksError: from any method, where another rank is gone.
     """
 
     def __init__(
@@ -62,11 +66,14 @@ class Trainer:
         device: torch.device | str = "cpu",
         source: dict[str, Any] | None = None,
         state: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
+        group: Group | None = None,
     ) -> None:
         self.config = train
         self.merge_config = merge or MergeConfig()
         self.schedule = Schedule(train, self.merge_config)
         self.device = torch.device(device)
+        self.group = group or Group()
+        self.group.check(train)
         self.step = 0
         self.finished = False
         self.train_loss = self.heldout_loss = float("nan")
@@ -87,6 +94,7 @@ class Trainer:
             state=values.get("pool"),
             site=(source or {}).get("site", "the stream"),
             queries=(train.max_steps - values.get("step", 0)) * train.queries,
+            ranks=self.group.keys,
         )
         self._heldout = self.pool.stored(heldout)
         self._escape = Escape(train.seed)
@@ -124,7 +132,7 @@ class Trainer:
             observer.progress(self)
             if self._crossed(before, self.config.eval_every) or self.step == end:
                 self._evaluate(observer, stale_gap=self.config.search_every > 1)
-            if observer.stop_requested():
+            if self.group.all.any(observer.stop_requested()):
                 break
             if self._crossed(before, self.config.checkpoint_every):
                 observer.checkpoint(self)
@@ -146,30 +154,34 @@ class Trainer:
 
         Neighbours up to ``steps`` old can only be farther than the true ones: the loss is majorised.
         """
-        size = self.config.queries
-        queries, keys = self.pool.take(steps * size), self.pool.next_keys()
+        queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
+        keys = self.pool.next_keys()
         index = self._neighbours(queries, keys)
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = float(loss) / self._unit
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
+        size = self._batch_size
         self._last = queries[-size:], keys, index[:, -size:]
 
+    @property
+    def _batch_size(self) -> int:
+        """Queries of this rank in a step."""
+        return self.config.queries // self.group.queries.size
+
     def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
-        """One optimiser step for every ``config.queries`` of the queries, without waiting for the device.
+        """One optimiser step for every batch of the queries, without waiting for the device.
 
         Args:
-            queries: [m Q, d]; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
+            queries: [m Q, d] of this rank; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
 
         Returns:
             Step, rate and mean loss so far (on the device), where a line of the log is due.
         """
-        size, weights = self.config.queries, self._loss_weights()
+        size, weights = self._batch_size, self._loss_weights()
         logged = []
         for batch in range(len(queries) // size):
             rows = slice(batch * size, (batch + 1) * size)
-            objective = loss_and_gradient(
-                queries[rows], keys, index[:, rows], self.rotation.working, self.widths, self.config.metric
-            )
+            objective = self._objective(queries[rows], keys, index[:, rows], self.rotation.working)
             gradient = clipped(objective.gradient, self.config.grad_clip * self.scale)
             rate = self.schedule.learning_rate(self.step)
             self.rotation.step(gradient, rate)
@@ -185,7 +197,7 @@ class Trainer:
 
         On a CPU exact distances from raw rows, which training has no use for, take longer than the search.
         """
-        if self.device.type != "cpu" or self.config.metric == "cosine":
+        if self.device.type != "cpu" or self.config.metric == "cosine" or self.group.keys.size > 1:
             return self._search(queries, keys).index
         origin = sample_mean(keys)
         return ops.nearest_neighbors(
@@ -199,19 +211,22 @@ class Trainer:
             check_finite=False,
         ).index
 
-    def _search(self, queries: Tensor, keys: Tensor) -> ops.Neighbors:
-        return ops.nearest_neighbors(
-            queries,
-            keys,
-            self.rotation.matrix,
-            self.widths,
-            metric=self.config.metric,
-            precision=self.config.precision,
-            check_finite=False,  # the pool has looked
+    def _search(self, queries: Tensor, keys: Tensor) -> Neighbors:
+        """Neighbours of this rank's queries among the keys of all ranks."""
+        matrix, widths, config = self.rotation.matrix, self.widths, self.config
+        return self.group.keys.nearest_neighbors(
+            queries, keys, matrix, widths, config.metric, config.precision
         )
+
+    def _objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
+        """Loss and gradient over the queries and neighbours of all ranks."""
+        places, here = self.group.keys.owned(index)
+        part = loss_and_gradient(queries, keys, places, rotation, self.widths, self.config.metric, here)
+        return Objective(*(self.group.combine(each) for each in part))
 
     def _evaluate(self, observer: Observer, stale_gap: bool = False) -> Tensor:
         """[S] held-out mean distance per subspace."""
+        self.group.all.check_same(self.rotation.matrix, f"the rotation at step {self.step}")
         distance = self.heldout_distance()
         self.heldout_loss = self._weighted(distance)
         record = {
@@ -230,7 +245,10 @@ class Trainer:
     def heldout_distance(self) -> Tensor:
         """[S] mean distance of the held-out queries to their neighbours among the held-out keys."""
         cut = self.config.heldout_queries
-        return self._search(self._heldout[:cut], self._heldout[cut:]).distance.mean(1) / self._unit
+        queries = self.group.queries.share(self._heldout[:cut])
+        keys = self.group.keys.share(self._heldout[cut:])
+        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        return total / cut / self._unit
 
     def heldout_variances(self) -> Tensor:
         """[S] fp64 variance of the held-out activations in each subspace."""
@@ -239,9 +257,9 @@ class Trainer:
     def _stale_gap(self) -> float:
         """How much farther than the true neighbours the last batch's are, relative to the loss."""
         queries, keys, index = self._last
-        matrix, widths, metric = self.rotation.matrix, self.widths, self.config.metric
-        stale = loss_and_gradient(queries, keys, index, matrix, widths, metric).by_subspace
-        fresh = self._search(queries, keys).distance.mean(1)
+        stale = self._objective(queries, keys, index, self.rotation.matrix).by_subspace
+        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        fresh = total / self.config.queries
         return self._weighted(stale) / max(self._weighted(fresh), torch.finfo(torch.float32).tiny) - 1
 
     def _merge(self, observer: Observer) -> bool:
@@ -273,9 +291,9 @@ class Trainer:
 
     def _auto_threshold(self, observer: Observer) -> float:
         """Found once, at the first check: after merging, what is left would show a widest gap again."""
-        tree = merge_tree(
-            *self._information_rows(), self.rotation.matrix, self.widths, seeded(self.config.seed, 5)
-        )
+        queries, keys = self._information_rows()
+        keys = self.group.keys.gather(keys, 0, self._information_keys)  # shuffled as a whole
+        tree = merge_tree(queries, keys, self.rotation.matrix, self.widths, seeded(self.config.seed, 5))
         observer.event(
             {
                 "event": "merge_tree",
@@ -302,13 +320,19 @@ class Trainer:
             )
 
     def _information(self) -> Tensor:
-        """[S, S] mutual information between subspaces."""
-        return mutual_information(*self._information_rows(), self.rotation.matrix, self.widths)
+        """[S, S] mutual information between subspaces; decisions hang on it, so all ranks have rank 0's."""
+        queries, keys = self._information_rows()
+        found = mutual_information(queries, keys, self.rotation.matrix, self.widths, group=self.group)
+        return self.group.all.of_first(found)
 
     def _information_rows(self) -> tuple[Tensor, Tensor]:
-        """Held-out queries, and keys of the pool."""
+        """Held-out queries, and keys of the pool that are held here."""
         queries = self._heldout[: min(self.merge_config.mi_queries, self.config.heldout_queries)]
-        return queries, self.pool.peek_keys()[: self.merge_config.mi_keys]
+        return queries, self.pool.peek_keys()[self.group.keys.local(0, self._information_keys)]
+
+    @property
+    def _information_keys(self) -> int:
+        return min(self.merge_config.mi_keys, self.config.keys)
 
     def _hold_out(self, stream: Stream) -> tuple[Tensor, int]:
         """The first rows of the stream, shuffled, never trained on; and the batch that comes after them."""
@@ -324,7 +348,8 @@ class Trainer:
         return torch.eye(width, device=self.device)
 
     def _reset_rotation(self, matrix: Tensor) -> None:
-        self.rotation = make_rotation(self.config.rotation, matrix, self.config.betas)
+        start = self.group.all.of_first(matrix)
+        self.rotation = make_rotation(self.config.rotation, start, self.config.betas)
 
     def _weighted(self, by_subspace: Tensor) -> float:
         """The loss from means per subspace."""

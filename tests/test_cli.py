@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "escape_tries": 1,
     "escape_steps": 2,
     "mode": "split",
+    "parallel": "keys",
     "split_steps": 7,
     "log_every": 3,
     "eval_every": 4,

@@ -76,7 +76,7 @@ BAD = [
     (HarvestConfig, {"context_length": 3}, "at least 4"),
     (HarvestConfig, {"max_norm_ratio": 1.0}, "above 1"),
     (TrainConfig, {"metric": "manhattan"}, "euclidean, cosine"),
-    (TrainConfig, {"rotation": "cayley"}, "lie, exp"),
+    (TrainConfig, {"rotation": "cayley"}, "lie, lazy, exp"),
     (TrainConfig, {"start": "zero"}, "identity, random, pca"),
     (TrainConfig, {"schedule": "step"}, "constant, linear"),
     (TrainConfig, {"pool_dtype": "int8"}, "float32, bfloat16, float16"),

