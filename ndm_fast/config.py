@@ -72,6 +72,9 @@ class TrainConfig:
     queries: int = _described(128, "queries in one step")
     keys: int = _described(16384, "keys that each query is compared with")
     search_every: int = _described(16, "steps that share one search; 1 searches every step")
+    search_ahead: float = _described(
+        1.0, "share of the steps of a search by which it looks ahead along the last update, at low rates"
+    )
     max_steps: int = _described(2000, "steps at which training ends, merged or not")
     lr: float = _described(3e-3, "peak learning rate, radians per step and coordinate pair")
     betas: tuple[float, float] = _described((0.9, 0.999), "decay of Adam's first and second moment")
@@ -112,6 +115,8 @@ class TrainConfig:
         _one_of("precision", self.precision, ("fp32", "bf16"))
         for name in _POSITIVE:
             _positive(name, getattr(self, name))
+        if not 0 <= self.search_ahead <= 1:
+            raise InputError(f"search_ahead is {self.search_ahead}: give a share from 0 to 1")
         if self.warmup_steps < 0 or self.escape_tries < 0:
             raise InputError("warmup_steps and escape_tries count something: give 0 or more")
         if self.pool_rows < self.keys + self.queries * self.search_every:

@@ -12,6 +12,9 @@ EPSILON = 1e-8
 """Adam's guard against a zero second moment."""
 _RENORMALISE_EVERY = 8
 """Steps between Newton-Schulz steps where the steps are small."""
+_LOW_RATE, _FARTHEST = 1e-3, 0.2
+"""Learning rate up to which :meth:`LieRotation.ahead` looks ahead (at higher ones updates turn too soon),
+and ``sqrt(d)`` times how far, at most."""
 _SMALL_STEP = 0.0063
 """``lr sqrt(d)`` up to which eight steps without one keep every entry of ``R'R`` to 1e-5.
 
@@ -38,6 +41,10 @@ class Rotation(Protocol):
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        ...
+
+    def ahead(self, steps: float, lr: float) -> Tensor:
+        """[d, d] orthogonal: about where that many steps at this learning rate will lead."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -88,19 +95,32 @@ class LieRotation:
         if not small or self._steps % _RENORMALISE_EVERY == 0:
             self._matrix = _newton_schulz(self._matrix)
 
+    @torch.no_grad()
+    def ahead(self, steps: float, lr: float) -> Tensor:
+        """[d, d] where the rotation will be if it goes on along its last update; low rates only."""
+        root = math.sqrt(len(self._matrix))
+        if self._steps == 0 or steps == 0 or lr > _LOW_RATE:
+            return self.matrix
+        there = self._moved(self._update(min(steps * lr, _FARTHEST / root)))
+        return _newton_schulz(_newton_schulz(there))
+
     def _adam(self, tangent: Tensor, lr: float) -> Tensor:
         """[d, d] skew update ``-lr m/(sqrt(v) + eps)``, with the moments moved on."""
         self._steps += 1
         fast, slow = self._betas
         self._first.lerp_(tangent, 1 - fast)
         self._second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
+        return self._update(lr)
+
+    def _update(self, lr: float) -> Tensor:
+        fast, slow = self._betas
         debias = math.sqrt(1 - slow**self._steps)
         denominator = self._second.sqrt().add_(EPSILON * debias)
         return (self._first / denominator).mul_(-lr * debias / (1 - fast**self._steps))
 
     def _moved(self, update: Tensor) -> Tensor:
         turn = torch.addmm(update, update, update, alpha=0.5)
-        return torch.addmm(self._matrix, self._matrix, turn)
+        return torch.addmm(self.matrix, self.matrix, turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Matrix, moments and step count."""
@@ -152,6 +172,10 @@ class ExpRotation:
     @property
     def working(self) -> Tensor:
         """``matrix``, which is orthogonal after every step."""
+        return self.matrix
+
+    def ahead(self, steps: float, lr: float) -> Tensor:
+        """``matrix``: this scheme searches where it is."""
         return self.matrix
 
     def step(self, gradient: Tensor, lr: float) -> None:

@@ -156,7 +156,7 @@ class Trainer:
         """
         queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
         keys = self.pool.next_keys()
-        index = self._neighbours(queries, keys)
+        index = self._neighbours(queries, keys, self._rotation_ahead(steps))
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = float(loss) / self._unit
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
@@ -192,18 +192,23 @@ class Trainer:
                 self._losses.clear()
         return logged
 
-    def _neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def _rotation_ahead(self, steps: int) -> Tensor:
+        """[d, d] where to search for the next steps: neighbours found where they begin hold them back."""
+        rate = self.schedule.learning_rate(self.step)
+        return self.rotation.ahead(self.config.search_ahead * (steps - 1), rate)
+
+    def _neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
         """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
 
         On a CPU exact distances from raw rows, which training has no use for, take longer than the search.
         """
         if self.device.type != "cpu" or self.config.metric == "cosine" or self.group.keys.size > 1:
-            return self._search(queries, keys).index
+            return self._search(queries, keys, rotation).index
         origin = sample_mean(keys)
         return ops.nearest_neighbors(
-            rotate_centred(queries, self.rotation.matrix, origin),
-            rotate_centred(keys, self.rotation.matrix, origin),
-            self.rotation.matrix,
+            rotate_centred(queries, rotation, origin),
+            rotate_centred(keys, rotation, origin),
+            rotation,
             self.widths,
             precision=self.config.precision,
             keys_rotated=True,
@@ -211,11 +216,11 @@ class Trainer:
             check_finite=False,
         ).index
 
-    def _search(self, queries: Tensor, keys: Tensor) -> Neighbors:
+    def _search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
         """Neighbours of this rank's queries among the keys of all ranks."""
-        matrix, widths, config = self.rotation.matrix, self.widths, self.config
+        config = self.config
         return self.group.keys.nearest_neighbors(
-            queries, keys, matrix, widths, config.metric, config.precision
+            queries, keys, rotation, self.widths, config.metric, config.precision
         )
 
     def _objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
@@ -247,7 +252,7 @@ class Trainer:
         cut = self.config.heldout_queries
         queries = self.group.queries.share(self._heldout[:cut])
         keys = self.group.keys.share(self._heldout[cut:])
-        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        total = self.group.queries.sum(self._search(queries, keys, self.rotation.matrix).distance.sum(1))
         return total / cut / self._unit
 
     def heldout_variances(self) -> Tensor:
@@ -258,7 +263,7 @@ class Trainer:
         """How much farther than the true neighbours the last batch's are, relative to the loss."""
         queries, keys, index = self._last
         stale = self._objective(queries, keys, index, self.rotation.matrix).by_subspace
-        total = self.group.queries.sum(self._search(queries, keys).distance.sum(1))
+        total = self.group.queries.sum(self._search(queries, keys, self.rotation.matrix).distance.sum(1))
         fresh = total / self.config.queries
         return self._weighted(stale) / max(self._weighted(fresh), torch.finfo(torch.float32).tiny) - 1
 

@@ -93,3 +93,21 @@ def test_principal_components_are_ordered_by_variance():
     rows = torch.randn(500, 5) * torch.tensor([1.0, 5.0, 0.1, 3.0, 2.0])
     variances = (rows @ principal_components(rows)).var(0)
     assert (variances.diff() < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["lie", "lazy"])
+def test_looks_ahead_along_the_last_update(kind: str) -> None:
+    """Under a constant gradient updates keep their direction, so the guess is where the steps lead."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = make_rotation(kind, random_rotation(24, generator), (0.9, 0.999))
+    gradient = torch.randn(24, 24, generator=generator)
+    assert torch.equal(rotation.ahead(10, 1e-4), rotation.matrix)  # there is no update yet
+    for _ in range(5):
+        rotation.step(gradient, 1e-4)
+    before, guess = rotation.matrix.clone(), rotation.ahead(10, 1e-4)
+    assert torch.equal(rotation.ahead(0, 1e-4), before)
+    assert torch.equal(rotation.ahead(10, 1e-2), before)  # too high a rate
+    assert orthogonality_error(rotation.ahead(10**6, 1e-4)) < 1e-5
+    for _ in range(10):
+        rotation.step(gradient, 1e-4)
+    assert torch.dist(guess, rotation.matrix) < 0.1 * torch.dist(before, rotation.matrix)

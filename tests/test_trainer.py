@@ -152,7 +152,7 @@ def _block(device="cpu", **changes):
     trainer = Trainer(stream_of(rows), config, device=device)
     trainer.train_block(config.search_every, Observer())
     queries, keys = trainer.pool.take(config.search_every * config.queries), trainer.pool.next_keys()
-    return trainer, (queries, keys, trainer._neighbours(queries, keys))
+    return trainer, (queries, keys, trainer._neighbours(queries, keys, trainer.rotation.matrix))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
