@@ -36,7 +36,7 @@ class Machine:
         return self.name != "cpu"
 
 
-# Makers' data sheets; memory in 10^9 bytes.
+# As the makers state them, from memory; memory in 10^9 bytes.
 GPUS: dict[str, Machine] = {
     machine.name: machine
     for machine in (
@@ -84,7 +84,7 @@ CPU_EFFICIENCY = Efficiencies(
     product=0.97,
     elementwise=0.6,
     pair=31.0,
-    source="single timings on a Zen 4 (docs/training-speed.md), not checked against whole runs yet",
+    source="estimates from single timings on a busy Zen 4, not checked against whole runs",
 )
 GPU_EFFICIENCY = Efficiencies(
     forward=0.5,
