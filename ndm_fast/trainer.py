@@ -316,7 +316,7 @@ class Trainer:
             matrix, self.heldout_loss, verdict = self._escape.judge(self.rotation.matrix, self.heldout_loss)
             observer.event({"event": "escape", "step": self.step, **verdict})
             self._reset_rotation(matrix)
-        if self._escape.tried < self.config.escape_tries:
+        if self._escape.tried < self.config.escape_tries and len(self.widths) > 1:
             losses = self._evaluate(observer)
             self._reset_rotation(
                 self._escape.propose(

@@ -224,6 +224,15 @@ def test_target_subspaces_ends_merging():
     assert len(trainer.run()) == 6
 
 
+def test_one_subspace_has_no_pair_to_escape_with():
+    config = TrainConfig(**{**SETTINGS, "unit_size": 2 * WIDTH, "escape_tries": 2, "escape_steps": 50})
+    recorder = Recorder()
+    trainer = Trainer(stream_of(planted()[0]), config)
+    assert trainer.run(recorder).widths == (2 * WIDTH,)
+    assert trainer.finished
+    assert recorder.of("escape") == []
+
+
 def test_escapes_never_end_higher_than_they_began():
     rows, _ = planted(40000, groups=3)
     config = TrainConfig(**{**SETTINGS, "max_steps": 500, "escape_tries": 4, "escape_steps": 75, "lr": 0.02})
