@@ -227,7 +227,7 @@ def test_target_subspaces_ends_merging():
 def test_one_subspace_has_no_pair_to_escape_with():
     config = TrainConfig(**{**SETTINGS, "unit_size": 2 * WIDTH, "escape_tries": 2, "escape_steps": 50})
     recorder = Recorder()
-    trainer = Trainer(stream_of(planted()[0]), config)
+    trainer = Trainer(stream_of(planted(rows=30_000)[0]), config)
     assert trainer.run(recorder).widths == (2 * WIDTH,)
     assert trainer.finished
     assert recorder.of("escape") == []
