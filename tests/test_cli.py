@@ -47,6 +47,7 @@ OTHER: dict[str, Any] = {
     "queries": 5,
     "keys": 500,
     "search_every": 2,
+    "search_ahead": 0.5,
     "max_steps": 9,
     "lr": 0.5,
     "betas": [0.5, 0.6],
