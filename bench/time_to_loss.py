@@ -135,7 +135,7 @@ def draw(rows: list[dict[str, Any]], target: float, path: Path) -> None:
         axes.plot([p["seconds"] for p in points], [p["loss"] for p in points], marker=".", label=one["mode"])
     axes.axhline(target, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out distance to the nearest neighbour")
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
