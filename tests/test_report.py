@@ -191,6 +191,19 @@ def test_reading_names_the_variable_with_clear_evidence(shares: dict[str, float]
     assert reading.line.startswith(variable)
 
 
+@pytest.mark.parametrize(
+    ("reading", "line"),
+    [
+        ("unclear", "mixed, in part current token (82 %)"),
+        ("position", "position (10 % within 3)"),
+        ("next token", "next token (10 % of neighbours)"),
+    ],
+)
+def test_a_page_says_what_the_command_says(reading: str, line: str) -> None:
+    told = {**row(same_token=0.82), "reading": reading}
+    assert read_subspace(told, [told, row(), row()]).line == line
+
+
 def test_short_rows_of_text_do_not_make_everything_position() -> None:
     rows = [row(position_within_3=0.9) for _ in range(4)]
     assert read_subspace(rows[0], rows).variable == "mixed"
