@@ -41,7 +41,14 @@ KERNEL_FLAGS = {
     ],
 }
 CUDA_SOURCES = ["sweep.cu", "resolve.cu"]
-PLAIN_SOURCES = ["module.cpp", "driver.cpp", "ksg_driver.cpp", "dispatch.cpp", "parallel.cpp"]
+PLAIN_SOURCES = [
+    "module.cpp",
+    "driver.cpp",
+    "ksg_driver.cpp",
+    "step_driver.cpp",
+    "dispatch.cpp",
+    "parallel.cpp",
+]
 
 
 class BuildExtension(build_ext):

@@ -25,12 +25,13 @@ from measuring import result_file, rounds, times_faster, verdict, write_results
 from torch import Tensor
 
 from ndm_fast import cpu, reference
+from ndm_fast.cpu_extension import ISA_VARIABLE
 
 SIZES = [(384, 32, 1024, 16384), (768, 32, 1024, 65536), (2304, 72, 1024, 16384)]
 SIZES += [(d, p, 128, k) for d, p, _, k in SIZES]
 BASELINE_SUBSPACES = 2
 SQUARE = 2048
-AVX2_ONLY = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", cpu.ISA_VARIABLE: "avx2"}
+AVX2_ONLY = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", ISA_VARIABLE: "avx2"}
 Size = tuple[int, int, int, int]
 
 

@@ -43,8 +43,8 @@ class TimedTrainer(Trainer):
     def train_block(self, steps: int, observer: Observer) -> None:
         self._timed("block", super().train_block, steps, observer)
 
-    def _neighbours(self, queries: Tensor, keys: Tensor) -> Tensor:
-        return self._timed("search", super()._neighbours, queries, keys)
+    def _neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
+        return self._timed("search", super()._neighbours, queries, keys, rotation)
 
     def heldout_distance(self) -> Tensor:
         return self._timed("evaluate", super().heldout_distance)

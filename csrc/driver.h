@@ -19,6 +19,12 @@ void ksg_counts(Ksg ksg, const Kernels& kernels, int threads, const float* radiu
 // Both, with one look at the keys where not too many of them are near.
 void ksg_radius_and_counts(Ksg ksg, const Kernels& kernels, int threads, float* radius, int64_t* counts);
 
+// Fills `mean` and `gradient`.
+void mean_distance_gradient(const Gradient& gradient, const Kernels& kernels, int threads);
+
+// Moves the moments on and writes the update.
+void lie_update(const LieUpdate& update, const Kernels& kernels, int threads);
+
 // Fastest set that this CPU runs, or null with `why` filled if the named one cannot run.
 const Kernels* choose_kernels(const std::string& name, std::string* why);
 

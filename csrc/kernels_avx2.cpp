@@ -5,7 +5,9 @@
 
 #include "vector_avx2.h"
 
+#include "gradient_kernel.h"
 #include "ksg_kernel.h"
+#include "lie_kernel.h"
 #include "search_rerank.h"
 
 namespace ndm {
@@ -13,7 +15,8 @@ namespace ndm {
 // 6 x 2 accumulators + 2 keys + 1 query: 15 of 16 registers.
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2",   6,        {pack_queries<6, Fp32>, sweep_tile<Vec8, 6, Fp32>},
-                                  {},       rerank<Vec8>, ksg_kernels<Vec8, 6, 2>()};
+                                  {},       rerank<Vec8>, ksg_kernels<Vec8, 6, 2>(),
+                                  gradient_kernels<Vec8, 6, 2>(), lie_update<Vec8>};
   return &kernels;
 }
 

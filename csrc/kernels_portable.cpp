@@ -3,7 +3,9 @@
 
 #include "vector_portable.h"
 
+#include "gradient_kernel.h"
 #include "ksg_kernel.h"
+#include "lie_kernel.h"
 #include "search_rerank.h"
 
 namespace ndm {
@@ -17,7 +19,8 @@ constexpr int kBlock = 2;
 
 const Kernels* portable_kernels() {
   static const Kernels kernels = {"portable", kBlock, {pack_queries<kBlock, Fp32>, sweep_tile<Vec8, kBlock, Fp32>},
-                                  {},         rerank<Vec8>, ksg_kernels<Vec8, kBlock, 2>()};
+                                  {},         rerank<Vec8>, ksg_kernels<Vec8, kBlock, 2>(),
+                                  gradient_kernels<Vec8, kBlock, 2>(), lie_update<Vec8>};
   return &kernels;
 }
 

@@ -122,6 +122,45 @@ void ksg_radius_and_counts(const std::string& isa, int threads, int64_t queries,
   if (queries && pairs) ndm::ksg_radius_and_counts(a, kernels, threads, at<float>(radius), at<int64_t>(counts));
 }
 
+void mean_distance_gradient(const std::string& isa, int threads, int64_t queries, int64_t keys,
+                            const std::vector<int64_t>& offsets, const RowsTuple& raw_queries, const RowsTuple& raw_keys,
+                            uintptr_t index, int64_t index_stride, uintptr_t counted, int64_t counted_stride,
+                            uintptr_t rotation, uintptr_t mean, uintptr_t gradient) {
+  check_sizes(queries - 1, keys, offsets, threads);
+  const ndm::Kernels& kernels = kernels_named(isa);
+  ndm::Gradient a;
+  a.queries = queries;
+  a.width = offsets.back();
+  a.subspaces = static_cast<int64_t>(offsets.size()) - 1;
+  a.offsets = offsets.data();
+  a.raw_queries = rows(raw_queries);
+  a.raw_keys = rows(raw_keys);
+  a.index = at<const int64_t>(index);
+  a.index_stride = index_stride;
+  a.counted = at<const uint8_t>(counted);
+  a.counted_stride = counted_stride;
+  a.rotation = at<const float>(rotation);
+  a.mean = at<float>(mean);
+  a.gradient = at<float>(gradient);
+  for (int64_t s = 0; s < a.subspaces; ++s)
+    for (int64_t q = 0; q < queries; ++q)
+      if (const int64_t key = a.index[s * index_stride + q]; key < 0 || key >= keys)
+        throw std::invalid_argument("index names row " + std::to_string(key) + " of " + std::to_string(keys));
+  py::gil_scoped_release unlocked;
+  ndm::mean_distance_gradient(a, kernels, threads);
+}
+
+void lie_update(const std::string& isa, int threads, int64_t width, uintptr_t product, uintptr_t first,
+                uintptr_t second, float scale, float guard, double fast, double slow, uintptr_t update,
+                uintptr_t half_update) {
+  if (width < 1 || threads < 1) throw std::invalid_argument("sizes must be positive");
+  const ndm::Kernels& kernels = kernels_named(isa);
+  const ndm::LieUpdate a{width, at<const float>(product), at<float>(first), at<float>(second), fast, slow, scale,
+                         guard, at<float>(update),        at<uint16_t>(half_update)};
+  py::gil_scoped_release unlocked;
+  ndm::lie_update(a, kernels, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -132,4 +171,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("ksg_radius", &ksg_radius);
   m.def("ksg_counts", &ksg_counts);
   m.def("ksg_radius_and_counts", &ksg_radius_and_counts);
+  m.def("mean_distance_gradient", &mean_distance_gradient);
+  m.def("lie_update", &lie_update);
 }

@@ -36,6 +36,14 @@ inline float from_float16(uint16_t half) {
   return from_bits(sign | (rest << 13)) * 0x1p112f;
 }
 
+// Nearest, ties to even.
+inline uint16_t to_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
+}
+
 inline int64_t element_size(Type type) { return type == Type::float32 ? 4 : 2; }
 
 inline const char* row_address(const Rows& rows, int64_t row, int64_t column) {

@@ -23,6 +23,11 @@ constexpr int kEntries = 16;
 // Largest number of keys packed at once (bounds stack buffers).
 constexpr int kMaxPack = 128;
 
+// Rows of the gradient made at once, queries summed at once, and rotated columns read at once.
+constexpr int kGradientRows = 256, kGradientQueries = 128, kGradientDepth = 128;
+// Rows and columns of a tile of the update.
+constexpr int kLieTile = 64;
+
 // One call of nearest_neighbors. Two forms of input:
 //   rotated: `rotated_keys` are the caller's, `exact_queries` are the rotated queries in fp64;
 //   raw:     `rotated_keys` are our fp32 copy, and the exact distance comes from raw rows and `rotation`.
@@ -104,6 +109,32 @@ inline int64_t ksg_per_query(const Ksg& a) {
   return a.limits ? a.entries[a.subspaces] : a.pairs + 2 * a.subspaces;
 }
 
+// One call of mean_distance_gradient.
+struct Gradient {
+  int64_t queries = 0, width = 0, subspaces = 0;
+  const int64_t* offsets = nullptr;     // [S + 1]
+  Rows raw_queries, raw_keys;
+  const int64_t* index = nullptr;       // [S, Q] the key that is near
+  int64_t index_stride = 0;             // from one subspace to the next
+  const uint8_t* counted = nullptr;     // [S, Q] 0 where a neighbour contributes nothing; null: all do
+  int64_t counted_stride = 0;
+  const float* rotation = nullptr;      // [d, d]
+  float* mean = nullptr;                // [S] distance
+  float* gradient = nullptr;            // [d, d]
+};
+
+// One call of lie_update.
+struct LieUpdate {
+  int64_t width = 0;
+  const float* product = nullptr;       // [d, d] R'G, or null: the moments stay
+  float* first = nullptr;               // [d, d] Adam's moments of the tangent
+  float* second = nullptr;
+  double fast = 0, slow = 0;            // their decays, near 1
+  float scale = 0, guard = 0;
+  float* update = nullptr;              // [d, d], or null
+  uint16_t* half_update = nullptr;      // the same rounded to bf16, or null
+};
+
 // How rows enter the proposal pass: as they are, or rounded.
 struct Proposal {
   void (*pack_queries)(const Search&, int64_t subspace);
@@ -118,6 +149,11 @@ struct KsgKernels {
   void (*count_noted)(const Ksg&, float* state, const KsgNotes& notes, const float* limits, int32_t* counts);
 };
 
+struct GradientKernels {
+  int lanes, row_block;  // of the products
+  void (*gradient)(const Gradient&, int64_t subspace, float* scratch);
+};
+
 // What one instruction set offers. `threads` share a call through the item index alone.
 struct Kernels {
   const char* name;
@@ -126,6 +162,8 @@ struct Kernels {
   Proposal bf16;  // null where the instruction set has no such products
   void (*rerank)(const Search&, int64_t subspace, int64_t first_query, int64_t last_query, float* scratch);
   KsgKernels ksg;
+  GradientKernels gradient;
+  void (*lie_update)(const LieUpdate&, int64_t first_row, float* scratch);
 };
 
 const Kernels* portable_kernels();

@@ -4,18 +4,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "rows.h"
 #include "vector_avx512.h"
 
 namespace ndm {
 namespace {
 
-// bf16 nearest to x, ties to even, in the upper half of a word.
-inline uint32_t bfloat16_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (x != x) return 0x7FC00000u;
-  return (bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u;
-}
+// bf16 nearest to x in the upper half of a word.
+inline uint32_t bfloat16_bits(float x) { return static_cast<uint32_t>(to_bfloat16(x)) << 16; }
 
 // Two columns per lane, the even one in the low half.
 struct Bf16Pairs {

@@ -1,6 +1,7 @@
 // Eight fp32 lanes in GCC/clang vector extensions: SSE2, NEON or plain code, as the target has it.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 namespace ndm {
@@ -23,6 +24,16 @@ struct Vec {
     std::memcpy(p + 4, &high, 16);
   }
   friend Vec operator-(Vec a, Vec b) { return {a.low - b.low, a.high - b.high}; }
+  friend Vec operator+(Vec a, Vec b) { return {a.low + b.low, a.high + b.high}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.low * b.low, a.high * b.high}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.low / b.low, a.high / b.high}; }
+  static Vec sqrt(Vec a) {
+    for (int l = 0; l < 4; ++l) {
+      a.low[l] = std::sqrt(a.low[l]);
+      a.high[l] = std::sqrt(a.high[l]);
+    }
+    return a;
+  }
   static Vec fma(Vec a, Vec b, Vec c) { return {a.low * b.low + c.low, a.high * b.high + c.high}; }
   static Vec min(Vec a, Vec b) {
     return {a.low < b.low ? a.low : b.low, a.high < b.high ? a.high : b.high};

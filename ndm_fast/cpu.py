@@ -1,14 +1,12 @@
-"""Compiled CPU ops: checks addresses, rotates through BLAS, and calls ``ndm_fast._C``.
+"""Compiled CPU ops of the search and the MI estimate: rotates through BLAS, and calls ``ndm_fast._C``.
 
-The extension takes raw addresses and knows nothing of torch, so device, dtype, shape and stride are checked
-here before one is handed out. Shapes and names as in ``ndm_fast.reference``, which says what each op means;
+Shapes and names as in ``ndm_fast.reference``, which says what each op means;
 ``docs/kernels.md`` says how they are made fast.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -17,54 +15,34 @@ import torch
 from torch import Tensor
 
 from ndm_fast.centring import rotate_centred, sample_mean
+from ndm_fast.cpu_extension import (
+    available,
+    check_rows,
+    extension,
+    isa,
+    rows_of,
+    unit_columns,
+    why_unavailable,
+)
 from ndm_fast.reference import Neighbors
 
-# After torch, so that the extension finds torch's OpenMP runtime and brings in none of its own.
-_C: ModuleType | None
-try:
-    from ndm_fast import _C  # type: ignore[attr-defined, no-redef, unused-ignore]
-
-    _OBSTACLE: str | None = None
-except ImportError as error:
-    _C = None
-    _OBSTACLE = f"ndm_fast._C is not built ({error}): install with a C++17 compiler at hand"
-
-ISA_VARIABLE = "NDM_FAST_CPU_ISA"
-"""Environment variable that forces an instruction set: avx512bf16, avx512, avx2 or portable."""
+__all__ = [
+    "available",
+    "isa",
+    "ksg_counts",
+    "ksg_radius",
+    "ksg_radius_and_counts",
+    "nearest_neighbors",
+    "why_unavailable",
+]
 
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _EXACT_ELEMENTS = 1 << 20
 """Elements of the rotation that are in fp64 at once: 8 MB."""
 _QUERY_ELEMENTS = 5 << 19
 """Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
 _NO_ROWS = (0, 0, 0)
-
-
-def available() -> bool:
-    """Whether the extension can be imported."""
-    return _C is not None
-
-
-def why_unavailable() -> str | None:
-    """Why the extension cannot be used, or None where it can."""
-    return _OBSTACLE
-
-
-def isa() -> str:
-    """Instruction set in use: ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
-
-    The fastest that the CPU has, or the one named by ``NDM_FAST_CPU_ISA``.
-
-    Raises:
-        ValueError: the extension is missing, the name is unknown, or the CPU cannot run it.
-    """
-    wanted = os.environ.get(ISA_VARIABLE, "")
-    try:
-        return _extension().isa(wanted)
-    except ValueError as error:
-        raise ValueError(f"{ISA_VARIABLE}={wanted!r} cannot be used: {error}") from None
 
 
 def nearest_neighbors(
@@ -97,8 +75,7 @@ def nearest_neighbors(
     Raises:
         ValueError: one line that names the argument.
     """
-    extension = _extension()
-    offsets = _check_rows(queries, keys, rotation, widths)
+    offsets = check_rows(queries, keys, rotation, widths)
     if metric not in ("euclidean", "cosine"):
         raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
     if precision not in ("fp32", "bf16"):
@@ -107,8 +84,8 @@ def nearest_neighbors(
         raise ValueError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
     if len(queries) == 0:
         return _empty_neighbors(len(widths), 0)
-    queries, keys, rotation = _unit_columns(queries), _unit_columns(keys), rotation.detach().contiguous()
-    call = _Search(extension, offsets, metric == "cosine", precision == "bf16")
+    queries, keys, rotation = unit_columns(queries), unit_columns(keys), rotation.detach().contiguous()
+    call = _Search(extension(), offsets, metric == "cosine", precision == "bf16")
     origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:
         blocks = [
@@ -148,7 +125,7 @@ def ksg_radius(
     """
     arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
     radius = torch.empty(len(pairs), len(queries))
-    _extension().ksg_radius(*arguments.values, radius.data_ptr())
+    extension().ksg_radius(*arguments.values, radius.data_ptr())
     return radius
 
 
@@ -179,7 +156,7 @@ def ksg_counts(
         )
     radius = radius.detach().float().contiguous()
     counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64)
-    _extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
+    extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
     return counts
 
 
@@ -197,7 +174,7 @@ def ksg_radius_and_counts(
     arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
     radius = torch.empty(len(pairs), len(queries))
     counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64)
-    _extension().ksg_radius_and_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
+    extension().ksg_radius_and_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
     return radius, counts
 
 
@@ -217,46 +194,6 @@ class _PreparedKeys(NamedTuple):
     """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
     error: Tensor
     """[K] fp32 bound on the norm of the rotation's rounding error."""
-
-
-def _extension() -> ModuleType:
-    if _C is None:
-        raise ValueError(_OBSTACLE)
-    return _C
-
-
-def _check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int]) -> list[int]:
-    """Offsets of the subspaces, [S + 1]; everything whose neglect would read outside of memory is checked."""
-    if not widths or min(widths) < 1:
-        raise ValueError(f"widths {list(widths)} are empty or hold one below 1: give positive widths")
-    width = sum(widths)
-    for name, tensor in (("queries", queries), ("keys", keys), ("rotation", rotation)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}: move it to the CPU")
-        if tensor.layout != torch.strided or tensor.ndim != 2 or tensor.shape[1] != width:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: give dense rows of width {width}")
-        if tensor.dtype not in _TYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}: give float32, float16 or bfloat16")
-    if rotation.dtype != torch.float32 or rotation.shape[0] != width:
-        raise ValueError(
-            f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 {[width, width]}"
-        )
-    if len(keys) == 0:
-        raise ValueError("keys has no rows: give at least one")
-    offsets = [0]
-    for one in widths:
-        offsets.append(offsets[-1] + one)
-    return offsets
-
-
-def _unit_columns(rows: Tensor) -> Tensor:
-    """The same rows with neighbouring columns next to each other; rows may stay strided."""
-    rows = rows.detach()
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int]:
-    return tensor.data_ptr(), _TYPES[tensor.dtype], tensor.stride(0)
 
 
 def _query_blocks(queries: Tensor) -> Iterator[Tensor]:
@@ -298,8 +235,8 @@ def _search_raw(
     rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin)
     call.extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), call.offsets, call.cosine, call.bf16),
-        *(_rows(prepared.rotated), 0, rotated.data_ptr(), 0),
-        *(_rows(queries), _rows(keys), rotation.data_ptr()),
+        *(rows_of(prepared.rotated), 0, rotated.data_ptr(), 0),
+        *(rows_of(queries), rows_of(keys), rotation.data_ptr()),
         *(query_error.data_ptr(), prepared.error.data_ptr()),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
@@ -320,7 +257,7 @@ def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: 
             call.cosine,
             call.bf16,
         ),
-        *(_rows(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
+        *(rows_of(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
@@ -343,8 +280,8 @@ def _ksg_arguments(
     pairs: Tensor,
     rotated: bool,
 ) -> _KsgArguments:
-    offsets = _check_rows(queries, keys, rotation, widths)
-    _extension()
+    offsets = check_rows(queries, keys, rotation, widths)
+    extension()
     if variances.shape != (len(widths),) or variances.device.type != "cpu":
         raise ValueError(f"variances has shape {list(variances.shape)}: give [{len(widths)}] on the CPU")
     if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64 or pairs.device.type != "cpu":

@@ -57,19 +57,25 @@ class LazyRotation(LieRotation):
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate; no host sync."""
-        rotated = self._product(self._matrix.T, gradient)
-        update = self._adam(rotated - rotated.T, lr)
-        drift = 4 * lr**2 * len(update)
-        if drift > _FIRST_ORDER:
+        matrix = self._matrix.bfloat16() if self._half else self._matrix
+        drift = 4 * lr**2 * len(matrix)
+        first_order = drift <= _FIRST_ORDER
+        product = (matrix.T @ gradient.to(matrix.dtype)).float()
+        update = self._adam(product, lr, half=self._half and first_order)
+        if not first_order:
             update.add_(self._product(update, update), alpha=0.5)
             drift = drift**2 / 4
-        self._matrix = self._matrix + self._product(self._matrix, update)
+        self._matrix = self._matrix + matrix @ update.to(matrix.dtype)
         self._moved_since_read = True
         self._drift += drift
         if self._drift > _DRIFT or self._steps <= _FIRST_STEPS:
             for _ in range(2):
                 self._matrix = self._repaired(self._matrix, self._excess(self._matrix))
             self._drift = 0.0
+
+    def _moved(self, update: Tensor) -> Tensor:
+        turn = self._product(update, update).mul_(0.5).add_(update)
+        return self.matrix + self._product(self.matrix, turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Matrix, moments and step count."""

@@ -232,3 +232,31 @@ def _squared_distances(query_part: Tensor, key_part: Tensor, metric: str) -> tup
     key_norms = key_part.square().sum(1)
     squared = query_norms[:, None] + key_norms - 2 * query_part @ key_part.T
     return squared.clamp_min_(0), TIE_TOLERANCE * (query_norms + key_norms.max())
+
+
+def lie_update(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    guard: float,
+    betas: tuple[float, float],
+    half: bool = False,
+) -> Tensor:
+    """[d, d] Adam's update on the Lie algebra, ``U = -scale m / (sqrt(v) + guard)`` (design section 5).
+
+    Args:
+        product: [d, d] ``R'G`` of a rotation and its gradient; the tangent is ``R'G - G'R``. None leaves the
+            moments as they are.
+        first, second: [d, d] moments m and v of the tangent, moved on in place.
+        scale, guard: learning rate and Adam's epsilon, with the bias corrections.
+        betas: decay of m and of v.
+        half: return the update in bf16.
+    """
+    fast, slow = betas
+    if product is not None:
+        tangent = product - product.T
+        first.lerp_(tangent, 1 - fast)
+        second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
+    update = (first / second.sqrt().add_(guard)).mul_(-scale)
+    return update.bfloat16() if half else update

@@ -8,13 +8,17 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ndm_fast import step_ops
+
 EPSILON = 1e-8
 """Adam's guard against a zero second moment."""
 _RENORMALISE_EVERY = 8
 """Steps between Newton-Schulz steps where the steps are small."""
-_LOW_RATE, _FARTHEST = 1e-3, 0.2
-"""Learning rate up to which :meth:`LieRotation.ahead` looks ahead (at higher ones updates turn too soon),
-and ``sqrt(d)`` times how far, at most."""
+_LOW_RATE, _FARTHEST = 1e-3, 0.4
+"""Learning rate up to which :meth:`LieRotation.ahead` looks ahead (at higher ones updates turn too soon), and
+how far, at most: the spectral norm of the turn, in radians."""
+_POWER_STEPS = 6
+"""Products with a vector that estimate a spectral norm: to 10 % for noise."""
 _SMALL_STEP = 0.0063
 """``lr sqrt(d)`` up to which eight steps without one keep every entry of ``R'R`` to 1e-5.
 
@@ -44,7 +48,7 @@ class Rotation(Protocol):
         ...
 
     def ahead(self, steps: float, lr: float) -> Tensor:
-        """[d, d] orthogonal: about where that many steps at this learning rate will lead."""
+        """[d, d] orthogonal to 1 %: about where that many steps at this learning rate will lead."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -69,7 +73,7 @@ class LieRotation:
     """
 
     def __init__(self, start: Tensor, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        self._matrix = start.detach().clone().float()
+        self._matrix = start.detach().float().clone(memory_format=torch.contiguous_format)
         self._first = torch.zeros_like(self._matrix)
         self._second = torch.zeros_like(self._matrix)
         self._steps = 0
@@ -88,8 +92,7 @@ class LieRotation:
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
-        rotated = self._matrix.T @ gradient
-        update = self._adam(rotated - rotated.T, lr)
+        update = self._adam(self._matrix.T @ gradient, lr)
         self._matrix = self._moved(update)
         small = lr * math.sqrt(len(update)) <= _SMALL_STEP
         if not small or self._steps % _RENORMALISE_EVERY == 0:
@@ -97,26 +100,24 @@ class LieRotation:
 
     @torch.no_grad()
     def ahead(self, steps: float, lr: float) -> Tensor:
-        """[d, d] where the rotation will be if it goes on along its last update; low rates only."""
-        root = math.sqrt(len(self._matrix))
+        """[d, d] where the rotation will be if it goes on along its last update; low rates only.
+
+        Singular values are within ``1 + 0.4^4 / 8`` of 1, which a search does not notice.
+        """
         if self._steps == 0 or steps == 0 or lr > _LOW_RATE:
             return self.matrix
-        there = self._moved(self._update(min(steps * lr, _FARTHEST / root)))
-        return _newton_schulz(_newton_schulz(there))
+        return self._moved(_turn_at_most(self._update(None, steps * lr), _FARTHEST))
 
-    def _adam(self, tangent: Tensor, lr: float) -> Tensor:
-        """[d, d] skew update ``-lr m/(sqrt(v) + eps)``, with the moments moved on."""
+    def _adam(self, product: Tensor, lr: float, half: bool = False) -> Tensor:
+        """[d, d] skew update ``-lr m/(sqrt(v) + eps)`` for ``R'G``, with the moments moved on."""
         self._steps += 1
-        fast, slow = self._betas
-        self._first.lerp_(tangent, 1 - fast)
-        self._second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
-        return self._update(lr)
+        return self._update(product, lr, half)
 
-    def _update(self, lr: float) -> Tensor:
+    def _update(self, product: Tensor | None, lr: float, half: bool = False) -> Tensor:
         fast, slow = self._betas
         debias = math.sqrt(1 - slow**self._steps)
-        denominator = self._second.sqrt().add_(EPSILON * debias)
-        return (self._first / denominator).mul_(-lr * debias / (1 - fast**self._steps))
+        scale, guard = lr * debias / (1 - fast**self._steps), EPSILON * debias
+        return step_ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
 
     def _moved(self, update: Tensor) -> Tensor:
         turn = torch.addmm(update, update, update, alpha=0.5)
@@ -204,6 +205,15 @@ class ExpRotation:
         adam = self._adam.state_dict()
         self._adam.load_state_dict({**adam, "state": {0: moments} if moments else {}})
         self._current = self._weight()
+
+
+def _turn_at_most(update: Tensor, largest: float) -> Tensor:
+    """A skew update, scaled to a spectral norm of about ``largest`` where it is above; no host sync."""
+    vector = torch.arange(len(update), device=update.device, dtype=update.dtype).cos()
+    for _ in range(_POWER_STEPS):
+        before, vector = vector, update @ vector
+    norm = torch.linalg.vector_norm(vector) / torch.linalg.vector_norm(before)
+    return update.mul_((largest / norm).clamp_max(1).nan_to_num(nan=0.0))
 
 
 def _newton_schulz(matrix: Tensor) -> Tensor:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
+from ndm_fast import ops, step_ops
 from ndm_fast.centring import rotate_centred, sample_mean
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.merge_tree import merge_tree
 from ndm_fast.mutual_information import mutual_information, subspace_variances
-from ndm_fast.objective import Objective, loss_and_gradient, loss_weights
+from ndm_fast.objective import Objective, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
 from ndm_fast.ranks import Group
@@ -226,7 +226,9 @@ class Trainer:
     def _objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
         """Loss and gradient over the queries and neighbours of all ranks."""
         places, here = self.group.keys.owned(index)
-        part = loss_and_gradient(queries, keys, places, rotation, self.widths, self.config.metric, here)
+        part = step_ops.loss_and_gradient(
+            queries, keys, places, rotation, self.widths, self.config.metric, here
+        )
         return Objective(*(self.group.combine(each) for each in part))
 
     def _evaluate(self, observer: Observer, stale_gap: bool = False) -> Tensor:

@@ -28,6 +28,8 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
+from ndm_fast import cpu_extension
+
 settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("shared")
 
@@ -51,6 +53,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in reasons.items():
             if reason and marker in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _runnable_isas() -> list[str]:
+    names = []
+    for name in ("avx512bf16", "avx512", "avx2", "portable"):
+        with suppress(ValueError):
+            names.append(cpu_extension.extension().isa(name))
+    return names
+
+
+@pytest.fixture(params=_runnable_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every instruction set that this machine runs, one after the other."""
+    monkeypatch.setenv(cpu_extension.ISA_VARIABLE, request.param)
+    assert cpu_extension.isa() == request.param
+    return request.param
 
 
 def words(count: int, seed: int) -> str:

@@ -116,7 +116,7 @@ def test_finds_planted_subspaces(mode):
 def test_cosine_descends_towards_the_planted_subspaces():
     """Its loss is flat near the optimum (1 - cos is quadratic in the angle), so the end is reached slowly."""
     rows, mixing = planted(40000)
-    config = TrainConfig(**{**SETTINGS, "metric": "cosine", "max_steps": 600, "lr": 0.06})
+    config = TrainConfig(**{**SETTINGS, "metric": "cosine", "max_steps": 1200, "lr": 0.06})
     recorder = Recorder()
     trainer = Trainer(stream_of(rows.repeat(3, 1)), config)
     before = energy_shares(trainer.partition, mixing).max(1).values.min()

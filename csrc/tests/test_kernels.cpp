@@ -189,6 +189,87 @@ void check_ksg(const ndm::Kernels& kernels, const Shape& shape) {
   check(good, std::string(kernels.name) + " ksg Q" + std::to_string(shape.queries) + " K" + std::to_string(shape.keys));
 }
 
+void check_step(const ndm::Kernels& kernels, const Shape& shape, bool half) {
+  const std::vector<int64_t> offsets = offsets_of(shape);
+  const int64_t d = offsets.back();
+  std::vector<float> queries = random_rows(shape.queries, d, false), keys = random_rows(shape.keys, d, false);
+  std::vector<uint16_t> half_keys;
+  for (float& x : keys) {
+    half_keys.push_back(to_bfloat16(x));
+    if (half) x = from_bfloat16(half_keys.back());
+  }
+  std::vector<float> rotation(static_cast<size_t>(d * d)), found(rotation.size()), mean(shape.widths.size());
+  for (int64_t j = 0; j < d; ++j) rotation[static_cast<size_t>(j * d + j)] = 1;
+  std::vector<int64_t> index;
+  std::vector<uint8_t> counted;
+  for (size_t i = 0; i < shape.widths.size() * static_cast<size_t>(shape.queries); ++i) {
+    index.push_back(static_cast<int64_t>(generator() % static_cast<uint64_t>(shape.keys)));
+    counted.push_back(generator() % 4 != 0);
+  }
+  ndm::Gradient a;
+  a.queries = shape.queries;
+  a.width = d;
+  a.subspaces = static_cast<int64_t>(shape.widths.size());
+  a.offsets = offsets.data();
+  a.raw_queries = {queries.data(), ndm::Type::float32, d};
+  a.raw_keys = half ? ndm::Rows{half_keys.data(), ndm::Type::bfloat16, d}
+                    : ndm::Rows{keys.data(), ndm::Type::float32, d};
+  a.index = index.data();
+  a.index_stride = a.counted_stride = shape.queries;
+  a.counted = counted.data();
+  a.rotation = rotation.data();
+  a.mean = mean.data();
+  a.gradient = found.data();
+  ndm::mean_distance_gradient(a, kernels, 2);
+  std::vector<double> expected(found.size());
+  bool good = true;
+  for (size_t s = 0; s < shape.widths.size(); ++s) {
+    double total = 0;
+    for (int64_t q = 0; q < shape.queries; ++q) {
+      const size_t at = s * static_cast<size_t>(shape.queries) + static_cast<size_t>(q);
+      if (!counted[at]) continue;
+      const float* key = &keys[static_cast<size_t>(index[at] * d)];
+      const float* query = &queries[static_cast<size_t>(q * d)];
+      double norm = 0;
+      for (int64_t j = offsets[s]; j < offsets[s + 1]; ++j) norm += std::pow(double(query[j]) - key[j], 2);
+      norm = std::sqrt(norm);
+      total += norm;
+      for (int64_t i = 0; i < d; ++i)
+        for (int64_t j = offsets[s]; norm > 0 && j < offsets[s + 1]; ++j)
+          expected[static_cast<size_t>(i * d + j)] += (double(query[i]) - key[i]) * (double(query[j]) - key[j]) /
+                                                     (norm * double(shape.queries) * double(a.subspaces));
+    }
+    good = good && std::abs(mean[s] - total / double(shape.queries)) <= 1e-5 * total / double(shape.queries);
+  }
+  for (size_t i = 0; i < found.size(); ++i) good = good && std::abs(found[i] - expected[i]) <= 1e-4;
+  check(good, std::string(kernels.name) + " gradient Q" + std::to_string(shape.queries) + " d" + std::to_string(d));
+
+  std::vector<float> first(found.size()), second(found.size()), update(found.size());
+  std::vector<uint16_t> half_update(found.size());
+  ndm::LieUpdate u;
+  u.width = d;
+  u.product = found.data();
+  u.first = first.data();
+  u.second = second.data();
+  u.fast = 0.9;
+  u.slow = 0.999;
+  u.scale = 1e-3f;
+  u.guard = 1e-8f;
+  u.update = half ? nullptr : update.data();
+  u.half_update = half ? half_update.data() : nullptr;
+  ndm::lie_update(u, kernels, 2);
+  good = true;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      const size_t at = static_cast<size_t>(i * d + j), mirrored = static_cast<size_t>(j * d + i);
+      const double tangent = double(found[at]) - found[mirrored];
+      const double expected_update = -1e-3 * 0.1 * tangent / (std::sqrt(0.001 * tangent * tangent) + 1e-8);
+      const double got = half ? from_bfloat16(half_update[at]) : update[at];
+      good = good && std::abs(got - expected_update) <= (half ? 1e-2 : 1e-4) * std::abs(expected_update) + 1e-9;
+    }
+  check(good, std::string(kernels.name) + " update d" + std::to_string(d));
+}
+
 // Any answer will do, as long as nothing is read or written out of bounds.
 void check_not_finite(const ndm::Kernels& kernels) {
   const std::vector<int64_t> offsets{0, 5};
@@ -228,6 +309,7 @@ int main() {
     for (const Shape& shape : shapes) {
       for (int form = 0; form < 16; ++form) check_search(*kernels, shape, form & 1, form & 2, form & 4, form & 8);
       if (shape.keys <= 1000) check_ksg(*kernels, shape);
+      for (const bool half : {false, true}) check_step(*kernels, shape, half);
     }
     check_not_finite(*kernels);
     std::printf("ran %s\n", isa);

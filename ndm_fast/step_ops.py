@@ -1,0 +1,127 @@
+"""Public ops of an optimiser step: the loss with its gradient, and Adam on the Lie algebra.
+
+Beside ``ndm_fast.ops``, whose backends they share: ``cpu`` has both in C++ (the gradient of the euclidean
+metric), elsewhere they are torch code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ndm_fast import backends, cpu_step, objective, reference
+from ndm_fast.objective import Objective
+
+
+def loss_and_gradient(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str = "euclidean",
+    counted: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Objective:
+    """Loss and gradient for given neighbours, as ``ndm_fast.objective.loss_and_gradient`` has them.
+
+    Args:
+        queries: [Q, d] and keys: [K, d], fp32, fp16 or bf16.
+        index: [S, Q] int64, the row of ``keys`` that is nearest.
+        rotation: [d, d] fp32.
+        widths: widths of the S subspaces; they sum to d.
+        metric: ``"euclidean"`` or ``"cosine"``.
+        counted: [S, Q] bool, the neighbours that contribute to the means over Q; default all.
+        backend: see ``ndm_fast.backends``.
+
+    Returns:
+        ``Objective(by_subspace [S], gradient [d, d])``, fp32.
+
+    Raises:
+        InputError (a ValueError): the backend cannot run. ValueError: an argument of a wrong shape or dtype.
+    """
+    chosen = backends.choose(queries.device, backend).name
+    return Objective(
+        *_loss_and_gradient(queries, keys, index, rotation, list(widths), metric, counted, chosen)
+    )
+
+
+def lie_update(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    guard: float,
+    betas: tuple[float, float],
+    *,
+    half: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """[d, d] skew update of a rotation by Adam; see ``ndm_fast.reference.lie_update`` for the arguments.
+
+    ``first`` and ``second``, [d, d] fp32 and contiguous, move on in place.
+    """
+    chosen = backends.choose(first.device, backend).name
+    return _lie_update(product, first, second, scale, guard, list(betas), half, chosen)
+
+
+@torch.library.custom_op("ndm_fast::loss_and_gradient", mutates_args=())
+def _loss_and_gradient(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: list[int],
+    metric: str,
+    counted: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "cpu" and metric == "euclidean":
+        return cpu_step.mean_distance_gradient(queries, keys, index, rotation, widths, counted)
+    return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
+
+
+@_loss_and_gradient.register_fake
+def _(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: list[int],
+    metric: str,
+    counted: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return rotation.new_empty(len(widths)), torch.empty_like(rotation)
+
+
+@torch.library.custom_op("ndm_fast::lie_update", mutates_args=("first", "second"))
+def _lie_update(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    guard: float,
+    betas: list[float],
+    half: bool,
+    backend: str,
+) -> Tensor:
+    module = cpu_step if backend == "cpu" else reference
+    return module.lie_update(product, first, second, scale, guard, (betas[0], betas[1]), half)
+
+
+@_lie_update.register_fake
+def _(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    guard: float,
+    betas: list[float],
+    half: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
