@@ -1,19 +1,22 @@
-"""``ndm-fast plan`` against measured runs on this CPU: three small configurations, within 25 %.
+"""``ndm-fast plan`` against measured runs on this CPU: four small configurations, within 25 %.
 
     python bench/plan.py [--out FILE]
 
-The demo's model and text, at two sites and three settings; each is predicted just before it runs.
+The demo's model and text at two sites and three settings, and two random blocks of GPT-2's width; each is
+predicted just before it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from measuring import result_file, seconds, verdict, write_results
 from timed import TimedStream, TimedTrainer
+from transformers import GPT2Config, GPT2Model
 
 from ndm_fast.config import RunConfig, from_flat
 from ndm_fast.hardware import machine_of
@@ -44,6 +47,25 @@ RUNS: dict[str, dict[str, Any]] = {
         "merge_start": None,
     },
 }
+WIDE: dict[str, Any] = {
+    "site": ["blocks.1.hook_resid_post"],
+    "unit_size": 32,
+    "context_length": 128,
+    "rotation": "lazy",
+    "keys": 16384,
+    "search_every": 32,
+    "max_steps": 256,
+    "merge_start": None,
+}
+
+
+def wide_model(folder: Path) -> str:
+    """GPT-2's width with two random blocks, and the demo's tokenizer."""
+    _, tokenizer = load_model("minilm")
+    shape = {"n_embd": 768, "n_layer": 2, "n_head": 12, "vocab_size": len(tokenizer), "n_positions": 128}
+    tokenizer.save_pretrained(folder)
+    GPT2Model(GPT2Config(**shape)).save_pretrained(folder)
+    return str(folder)
 
 
 def compare(name: str, config: RunConfig) -> dict[str, Any]:
@@ -84,9 +106,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=result_file("plan"))
     options = parser.parse_args()
     rows = []
-    for name, changes in RUNS.items():
-        rows.append(compare(name, from_flat({**BASE, **changes})))
-        print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wide = {"model": wide_model(Path(folder)), **WIDE}
+        for name, changes in {**RUNS, "d 768, lazy, 32 steps a search": wide}.items():
+            rows.append(compare(name, from_flat({**BASE, **changes})))
+            print(rows[-1], flush=True)
     print(text_table([{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]))
     for row in rows:
         print(f"{row['run']}: {100 * row['off']:+.0f} % ({verdict(abs(row['off']), WITHIN, at_most=True)})")

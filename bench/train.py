@@ -47,7 +47,10 @@ class Shape(NamedTuple):
 
 
 def measure(shape: Shape, rotation: str, published_steps: int) -> dict[str, Any]:
-    """A row: milliseconds a step of search and update, of the MI once, and of the published scheme."""
+    """A row: milliseconds a step of search and update, of the MI once, and of the published scheme.
+
+    Blocks of ours and steps of the published scheme take turns; ratios are within a turn.
+    """
     d, K, Q = shape
     rows = clustered(HELDOUT + K + (BLOCKS + WARM) * SHARED * Q + K, d, UNITS[d])
     config = TrainConfig(
@@ -67,28 +70,31 @@ def measure(shape: Shape, rotation: str, published_steps: int) -> dict[str, Any]
     cut = HELDOUT + K
     stream = TensorStream([rows[:cut], rows[cut:]])
     trainer = TimedTrainer(stream, config, MergeConfig(mi_queries=QUERIES, mi_keys=K))
-    taken: dict[str, list[float]] = {"search": [], "update": []}
+    published = PublishedTrainer(d, trainer.widths)
+    taken: dict[str, list[float]] = {"search": [], "update": [], "published": []}
     for _ in range(BLOCKS + WARM):
         trainer.seconds.clear()
         trainer.train_block(SHARED, Observer())
-        for name, values in taken.items():
-            values.append(1e3 * trainer.split()[name] / SHARED)
+        for name, spent in trainer.split().items():
+            if name in taken:
+                taken[name].append(1e3 * spent / SHARED)
+        steps = [seconds(lambda: published.step(rows[:Q], rows[-K:])) for _ in range(published_steps)]
+        taken["published"].append(1e3 * statistics.median(steps or [0.0]))
     taken = {name: values[WARM:] for name, values in taken.items()}
     trainer.seconds.clear()
     trainer._information()
     row: dict[str, Any] = {"d": d, "K": K, "Q": Q, "rotation": rotation}
-    row |= {f"{name}_ms": statistics.median(values) for name, values in taken.items()}
+    row |= {f"{name}_ms": statistics.median(taken[name]) for name in ("search", "update")}
     row["step_ms"] = row["search_ms"] + row["update_ms"]
     row["spread"] = {name: spread(values) for name, values in taken.items()}
     row["merge_check_ms"] = 1e3 * trainer.split()["merge"]
     row["orthogonality_error"] = orthogonality_error(trainer.rotation.matrix)
     if published_steps:
-        published = PublishedTrainer(d, trainer.widths)
-        turns = [seconds(lambda: published.step(rows[:Q], rows[-K:])) for _ in range(published_steps + WARM)][
-            WARM:
-        ]
-        row["published_ms"] = 1e3 * statistics.median(turns)
-        row["times_published"] = row["published_ms"] / row["step_ms"]
+        row["published_ms"] = statistics.median(taken["published"])
+        ours = [s + u for s, u in zip(taken["search"], taken["update"], strict=True)]
+        row["times_published"] = statistics.median(
+            p / o for p, o in zip(taken["published"], ours, strict=True)
+        )
     return row
 
 
@@ -148,7 +154,7 @@ def main() -> None:
     widths = []
     for d in options.only:
         for rotation in ("lazy", "lie"):
-            row = measure(Shape(d), rotation, (2 if d > 768 else 8) if rotation == "lazy" else 0)
+            row = measure(Shape(d), rotation, (1 if d > 768 else 4) if rotation == "lazy" else 0)
             row["harvest_ms"] = harvest_ms(d)
             widths.append(row)
             print({k: v for k, v in row.items() if k != "spread"}, flush=True)

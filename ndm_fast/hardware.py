@@ -71,20 +71,23 @@ class Efficiencies:
     """Adam, of the bandwidth."""
     pair: float
     """FLOP that one (pair of subspaces, query, key) of the MI estimate takes as long as."""
+    step: float
+    """Seconds of a step beside the work above: Python, launches, small tensors."""
     source: str
 
 
 CPU_EFFICIENCY = Efficiencies(
-    forward=0.62,
-    rotate=0.92,
-    sweep=0.95,
-    sweep_half=1.55,
-    exact=0.09,
-    gradient=0.45,
-    product=0.97,
+    forward=0.70,
+    rotate=0.82,
+    sweep=0.86,
+    sweep_half=1.38,
+    exact=0.11,
+    gradient=0.50,
+    product=0.95,
     elementwise=0.6,
     pair=31.0,
-    source="estimates from single timings on a busy Zen 4, not checked against whole runs",
+    step=7e-4,
+    source="whole runs on a Zen 4, bench/results/plan-avx512bf16.json",
 )
 GPU_EFFICIENCY = Efficiencies(
     forward=0.5,
@@ -96,6 +99,7 @@ GPU_EFFICIENCY = Efficiencies(
     product=0.7,
     elementwise=0.6,
     pair=31.0,
+    step=3e-4,
     source="docs/kernels.md, predicted: nothing was measured on a GPU yet",
 )
 

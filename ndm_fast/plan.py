@@ -12,6 +12,7 @@ from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Efficiencies, Machine
 from ndm_fast.sites import resolve_site, site_width
+from ndm_fast.text import DOCSTRINGS
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PROCESS_BYTES = 0.6e9
@@ -20,8 +21,14 @@ _GPU_COPY_BYTES = 1.3e9
 """What a search on a GPU holds at once at most: rotated keys and minima (``ndm_fast.gpu_frame``)."""
 _UPDATE_PRODUCTS = {"lie": 5.0, "lazy": 2.0, "exp": 45.0}
 """Products of d^3 a step; exp: about five in a matrix exponential, and five of (2 d)^3 in its derivative."""
-_ADAM_PASSES = 14
-"""Times that a [d, d] fp32 matrix is read or written in an update, beside the products."""
+_SEARCH_PRODUCTS = {"lie": 0.0, "lazy": 5.0, "exp": 0.0}
+"""Products of d^3 a search: lazy makes the matrix orthogonal, two of them in fp32, at half the rate."""
+_UPDATE_PASSES = 20
+"""Times that a [d, d] fp32 matrix is read or written in a step, beside the products."""
+_TOKEN_SECONDS = 1e-5
+"""Tokenising and packing, in the process itself."""
+_DOCSTRINGS_SECONDS = 3.0
+"""Reading Python's own sources, once."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,10 @@ def _harvest(
 ) -> Part:
     flops = 2.0 * shape.run_parameters * rows
     peak = machine.single if config.harvest.dtype == "float32" else machine.half
-    return Part("harvest", flops, flops / (peak * efficiency.forward))
+    text = 0.0 if config.harvest.tokenize_workers else rows * _TOKEN_SECONDS
+    if config.harvest.data == DOCSTRINGS:
+        text += _DOCSTRINGS_SECONDS
+    return Part("harvest", flops, text + flops / (peak * efficiency.forward))
 
 
 def _loop(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies) -> tuple[Part, ...]:
@@ -148,10 +158,11 @@ def _loop(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies)
     swept = efficiency.sweep_half if train.precision == "bf16" else efficiency.sweep
     search = rotate / (search_peak * efficiency.rotate) + sweep / (search_peak * swept)
     gradient = 4.0 * Q * d**2
-    products = _UPDATE_PRODUCTS[train.rotation] * 2.0 * d**3
+    products = _UPDATE_PRODUCTS[train.rotation] + _SEARCH_PRODUCTS[train.rotation] / train.search_every
+    products *= 2.0 * d**3
     peak = machine.half if train.rotation == "lazy" else machine.single
-    update = products / (peak * efficiency.product)
-    update += _ADAM_PASSES * 4 * d**2 / (machine.bandwidth * efficiency.elementwise)
+    update = efficiency.step + products / (peak * efficiency.product)
+    update += _UPDATE_PASSES * 4 * d**2 / (machine.bandwidth * efficiency.elementwise)
     return (
         Part("search", steps * (rotate + sweep), steps * search),
         Part("gradient", steps * gradient, steps * gradient / (machine.single * efficiency.gradient)),
