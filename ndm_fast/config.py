@@ -96,6 +96,7 @@ class TrainConfig:
         "auto",
         "what torchrun's ranks share: sites, queries or keys; auto: sites, or queries if these are too few",
     )
+    cuda_graph: bool = _described(False, "steps of a search as one CUDA graph; lie and lazy, one rank")
     log_every: int = _described(20, "steps between lines of training loss in the log")
     eval_every: int = _described(100, "steps between held-out evaluations")
     checkpoint_every: int = _described(200, "steps between checkpoints")
@@ -115,6 +116,8 @@ class TrainConfig:
         _one_of("precision", self.precision, ("fp32", "bf16"))
         for name in _POSITIVE:
             _positive(name, getattr(self, name))
+        if self.cuda_graph and self.rotation == "exp":
+            raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
         if not 0 <= self.search_ahead <= 1:
             raise InputError(f"search_ahead is {self.search_ahead}: give a share from 0 to 1")
         if self.warmup_steps < 0 or self.escape_tries < 0:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import cpu
-from ndm_fast.rotation import LieRotation
+from ndm_fast.rotation import LieRotation, Turn
 
 _DRIFT = 0.03
 """Distance from orthogonality, as ``|R'R - I|``, at which a step restores it."""
@@ -54,24 +54,31 @@ class LazyRotation(LieRotation):
         """[d, d] the matrix as the last step left it."""
         return self._matrix
 
-    @torch.no_grad()
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Move against ``gradient`` = dL/dR, [d, d], at this learning rate; no host sync."""
-        matrix = self._matrix.bfloat16() if self._half else self._matrix
-        drift = 4 * lr**2 * len(matrix)
-        first_order = drift <= _FIRST_ORDER
-        product = (matrix.T @ gradient.to(matrix.dtype)).float()
-        update = self._adam(product, lr, half=self._half and first_order)
-        if not first_order:
-            update.add_(self._product(update, update), alpha=0.5)
-            drift = drift**2 / 4
-        self._matrix = self._matrix + matrix @ update.to(matrix.dtype)
+    def next_turn(self, lr: float) -> Turn:
+        """Count a step at this learning rate; :meth:`turn` must take it."""
+        self._steps += 1
         self._moved_since_read = True
-        self._drift += drift
-        if self._drift > _DRIFT or self._steps <= _FIRST_STEPS:
+        drift = 4 * lr**2 * len(self._matrix)
+        second_order = drift > _FIRST_ORDER
+        self._drift += drift**2 / 4 if second_order else drift
+        restore = self._drift > _DRIFT or self._steps <= _FIRST_STEPS
+        if restore:
+            self._drift = 0.0
+        return Turn(*self._factors(lr), second_order, restore)
+
+    @torch.no_grad()
+    def turn(self, gradient: Tensor, turn: Turn) -> None:
+        """The step's work on the device; no host sync."""
+        matrix = self._matrix.bfloat16() if self._half else self._matrix
+        product = (matrix.T @ gradient.to(matrix.dtype)).float()
+        half = self._half and not turn.second_order
+        update = self._update(product, turn.scale, turn.guard, half)
+        if turn.second_order:
+            update.add_(self._product(update, update), alpha=0.5)
+        self._matrix = self._matrix + matrix @ update.to(matrix.dtype)
+        if turn.restore:
             for _ in range(2):
                 self._matrix = self._repaired(self._matrix, self._excess(self._matrix))
-            self._drift = 0.0
 
     def _moved(self, update: Tensor) -> Tensor:
         turn = self._product(update, update).mul_(0.5).add_(update)

@@ -168,7 +168,9 @@ class Group:
         return self.keys.sum(self.queries.mean(part))
 
     def check(self, train: TrainConfig) -> None:
-        """Refuse settings that the ranks cannot share evenly."""
+        """Refuse settings that the ranks cannot share evenly, or at all."""
+        if train.cuda_graph and self.all.size > 1:
+            raise InputError("cuda_graph captures the steps of one rank: leave it off under torchrun")
         for name, ranks in (("queries", self.queries), ("keys", self.keys)):
             count = getattr(train, name)
             if count % ranks.size:

@@ -238,8 +238,8 @@ def lie_update(
     product: Tensor | None,
     first: Tensor,
     second: Tensor,
-    scale: float,
-    guard: float,
+    scale: float | Tensor,
+    guard: float | Tensor,
     betas: tuple[float, float],
     half: bool = False,
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,19 @@ over all entries.
 """
 
 
+class Turn(NamedTuple):
+    """What one step takes beside its gradient, decided without looking at the device."""
+
+    scale: float | Tensor
+    """Learning rate, with Adam's bias corrections; a [] tensor where a CUDA graph replays the step."""
+    guard: float | Tensor
+    """Adam's epsilon, likewise."""
+    second_order: bool = True
+    """Whether ``U^2/2`` is formed."""
+    restore: bool = False
+    """Whether the matrix is made orthogonal at the end."""
+
+
 class Rotation(Protocol):
     """A [d, d] orthogonal matrix that a gradient moves."""
 
@@ -45,6 +58,18 @@ class Rotation(Protocol):
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        ...
+
+    def next_turn(self, lr: float) -> Turn:
+        """Count a step at this learning rate; :meth:`turn` must take it."""
+        ...
+
+    def turn(self, gradient: Tensor, turn: Turn) -> None:
+        """The step's work on the device."""
+        ...
+
+    def put(self, matrix: Tensor) -> None:
+        """Go on from [d, d] ``matrix``, with the moments as they are."""
         ...
 
     def ahead(self, steps: float, lr: float) -> Tensor:
@@ -89,14 +114,27 @@ class LieRotation:
         """``matrix``, which is orthogonal after every step."""
         return self.matrix
 
-    @torch.no_grad()
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
-        update = self._adam(self._matrix.T @ gradient, lr)
+        self.turn(gradient, self.next_turn(lr))
+
+    def next_turn(self, lr: float) -> Turn:
+        """Count a step at this learning rate; :meth:`turn` must take it."""
+        self._steps += 1
+        small = lr * math.sqrt(len(self._matrix)) <= _SMALL_STEP
+        return Turn(*self._factors(lr), restore=not small or self._steps % _RENORMALISE_EVERY == 0)
+
+    @torch.no_grad()
+    def turn(self, gradient: Tensor, turn: Turn) -> None:
+        """The step's work on the device; no host sync."""
+        update = self._update(self._matrix.T @ gradient, turn.scale, turn.guard)
         self._matrix = self._moved(update)
-        small = lr * math.sqrt(len(update)) <= _SMALL_STEP
-        if not small or self._steps % _RENORMALISE_EVERY == 0:
+        if turn.restore:
             self._matrix = _newton_schulz(self._matrix)
+
+    def put(self, matrix: Tensor) -> None:
+        """Go on from [d, d] ``matrix``, with the moments as they are."""
+        self._matrix = matrix
 
     @torch.no_grad()
     def ahead(self, steps: float, lr: float) -> Tensor:
@@ -106,17 +144,18 @@ class LieRotation:
         """
         if self._steps == 0 or steps == 0 or lr > _LOW_RATE:
             return self.matrix
-        return self._moved(_turn_at_most(self._update(None, steps * lr), _FARTHEST))
+        return self._moved(_turn_at_most(self._update(None, *self._factors(steps * lr)), _FARTHEST))
 
-    def _adam(self, product: Tensor, lr: float, half: bool = False) -> Tensor:
-        """[d, d] skew update ``-lr m/(sqrt(v) + eps)`` for ``R'G``, with the moments moved on."""
-        self._steps += 1
-        return self._update(product, lr, half)
-
-    def _update(self, product: Tensor | None, lr: float, half: bool = False) -> Tensor:
+    def _factors(self, lr: float) -> tuple[float, float]:
+        """Scale and guard with which moments give ``-lr m/(sqrt(v) + eps)`` of the unbiased ones."""
         fast, slow = self._betas
         debias = math.sqrt(1 - slow**self._steps)
-        scale, guard = lr * debias / (1 - fast**self._steps), EPSILON * debias
+        return lr * debias / (1 - fast**self._steps), EPSILON * debias
+
+    def _update(
+        self, product: Tensor | None, scale: float | Tensor, guard: float | Tensor, half: bool = False
+    ) -> Tensor:
+        """[d, d] skew update, after moving the moments on by ``R'G`` where it is given."""
         return step_ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
 
     def _moved(self, update: Tensor) -> Tensor:
@@ -181,8 +220,20 @@ class ExpRotation:
 
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
+        self.turn(gradient, self.next_turn(lr))
+
+    def next_turn(self, lr: float) -> Turn:
+        """The learning rate; torch's Adam knows the rest."""
+        return Turn(lr, EPSILON)
+
+    def put(self, matrix: Tensor) -> None:
+        """Not possible: the matrix follows from parameters."""
+        raise NotImplementedError("an ExpRotation goes on from its parameters only")
+
+    def turn(self, gradient: Tensor, turn: Turn) -> None:
+        """The step's work on the device."""
         for group in self._adam.param_groups:
-            group["lr"] = lr
+            group["lr"] = turn.scale
         self._adam.zero_grad(set_to_none=True)
         self._current.backward(gradient)
         self._adam.step()

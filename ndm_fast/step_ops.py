@@ -53,8 +53,8 @@ def lie_update(
     product: Tensor | None,
     first: Tensor,
     second: Tensor,
-    scale: float,
-    guard: float,
+    scale: float | Tensor,
+    guard: float | Tensor,
     betas: tuple[float, float],
     *,
     half: bool = False,
@@ -62,8 +62,11 @@ def lie_update(
 ) -> Tensor:
     """[d, d] skew update of a rotation by Adam; see ``ndm_fast.reference.lie_update`` for the arguments.
 
-    ``first`` and ``second``, [d, d] fp32 and contiguous, move on in place.
+    ``first`` and ``second``, [d, d] fp32 and contiguous, move on in place. ``scale`` and ``guard`` may be []
+    tensors, whose values a CUDA graph reads at its replay; then torch's code runs.
     """
+    if isinstance(scale, Tensor) or isinstance(guard, Tensor):
+        return reference.lie_update(product, first, second, scale, guard, betas, half)
     chosen = backends.choose(first.device, backend).name
     return _lie_update(product, first, second, scale, guard, list(betas), half, chosen)
 

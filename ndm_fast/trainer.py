@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from ndm_fast import ops, step_ops
 from ndm_fast.centring import rotate_centred, sample_mean
 from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.cuda_graph import GraphedSteps, Steps
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.merge_tree import merge_tree
@@ -20,7 +22,7 @@ from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
 from ndm_fast.ranks import Group
 from ndm_fast.reference import Neighbors
-from ndm_fast.rotation import make_rotation, principal_components, random_rotation
+from ndm_fast.rotation import Turn, make_rotation, principal_components, random_rotation
 from ndm_fast.schedule import Schedule
 
 
@@ -177,20 +179,27 @@ class Trainer:
         Returns:
             Step, rate and mean loss so far (on the device), where a line of the log is due.
         """
-        size, weights = self._batch_size, self._loss_weights()
+        steps = range(self.step, self.step + len(queries) // self._batch_size)
+        rates = [self.schedule.learning_rate(step) for step in steps]
+        losses = self._steps(queries, keys, index, [self.rotation.next_turn(rate) for rate in rates])
         logged = []
-        for batch in range(len(queries) // size):
-            rows = slice(batch * size, (batch + 1) * size)
-            objective = self._objective(queries[rows], keys, index[:, rows], self.rotation.working)
-            gradient = clipped(objective.gradient, self.config.grad_clip * self.scale)
-            rate = self.schedule.learning_rate(self.step)
-            self.rotation.step(gradient, rate)
-            self._losses.append(weights @ objective.by_subspace)
+        for rate, loss in zip(rates, losses.unbind(), strict=True):
+            self._losses.append(loss)
             self.step += 1
             if self.step % self.config.log_every == 0:
                 logged.append((self.step, rate, torch.stack(self._losses).mean()))
                 self._losses.clear()
         return logged
+
+    def _turns(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
+        """[m] losses of m steps: gradient and turn, device work alone."""
+        size, weights, losses = self._batch_size, self._loss_weights(), []
+        for batch, turn in enumerate(turns):
+            rows = slice(batch * size, (batch + 1) * size)
+            objective = self._objective(queries[rows], keys, index[:, rows], self.rotation.working)
+            self.rotation.turn(clipped(objective.gradient, self.config.grad_clip * self.scale), turn)
+            losses.append(weights @ objective.by_subspace)
+        return torch.stack(losses)
 
     def _rotation_ahead(self, steps: int) -> Tensor:
         """[d, d] where to search for the next steps: neighbours found where they begin hold them back."""
@@ -357,6 +366,9 @@ class Trainer:
     def _reset_rotation(self, matrix: Tensor) -> None:
         start = self.group.all.of_first(matrix)
         self.rotation = make_rotation(self.config.rotation, start, self.config.betas)
+        self._steps: Steps = (
+            GraphedSteps(self._turns, self.rotation) if self.config.cuda_graph else self._turns
+        )
 
     def _weighted(self, by_subspace: Tensor) -> float:
         """The loss from means per subspace."""
