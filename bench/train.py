@@ -1,6 +1,6 @@
 """Seconds of a training step by kind of work, beside the published scheme, over d, K and Q.
 
-    python bench/train.py [--only 384 768] [--no-sweeps] [--out FILE]
+    python bench/train.py [--only 384 768] [--rotations lazy] [--no-sweeps] [--out FILE]
 
 Activations are made up (``synthetic.py``), harvest is that of two blocks of a random GPT-2 of the width. The
 slope of log time over log d, K or Q is compared with that of the cost model (design section 4): rotation of
@@ -147,13 +147,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=int, nargs="+", default=list(UNITS), choices=list(UNITS))
+    parser.add_argument("--rotations", nargs="+", default=["lazy", "lie"], choices=["lazy", "lie"])
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--out", type=Path, default=result_file("train"))
     options = parser.parse_args()
     began = time.perf_counter()
     widths = []
     for d in options.only:
-        for rotation in ("lazy", "lie"):
+        for rotation in options.rotations:
             row = measure(Shape(d), rotation, (1 if d > 768 else 4) if rotation == "lazy" else 0)
             row["harvest_ms"] = harvest_ms(d)
             widths.append(row)
