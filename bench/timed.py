@@ -43,8 +43,10 @@ class TimedTrainer(Trainer):
     def train_block(self, steps: int, observer: Observer) -> None:
         self._timed("block", super().train_block, steps, observer)
 
-    def _neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
-        return self._timed("search", super()._neighbours, queries, keys, rotation)
+    def _reset_rotation(self, matrix: Tensor) -> None:
+        super()._reset_rotation(matrix)
+        neighbours = self.steps.neighbours
+        self.steps.neighbours = lambda *rows: self._timed("search", neighbours, *rows)  # type: ignore[method-assign]
 
     def heldout_distance(self) -> Tensor:
         return self._timed("evaluate", super().heldout_distance)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndm_fast.rotation import Rotation, Turn
 
-Steps = Callable[[Tensor, Tensor, Tensor, Sequence[Turn]], Tensor]
+TakeSteps = Callable[[Tensor, Tensor, Tensor, Sequence[Turn]], Tensor]
 """Takes queries [m Q, d], keys [K, d], index [S, m Q] and m turns; gives [m] losses."""
 
 
@@ -50,7 +50,7 @@ class GraphedSteps:
         rotation: has ``put``.
     """
 
-    def __init__(self, steps: Steps, rotation: Rotation) -> None:
+    def __init__(self, steps: TakeSteps, rotation: Rotation) -> None:
         self._steps = steps
         self._rotation = rotation
         self._graphs: dict[tuple[object, ...], _Graph | None] = {}

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ndm_fast import ops, step_ops
-from ndm_fast.centring import rotate_centred, sample_mean
 from ndm_fast.config import MergeConfig, TrainConfig
-from ndm_fast.cuda_graph import GraphedSteps, Steps
+from ndm_fast.cuda_graph import GraphedSteps, TakeSteps
 from ndm_fast.escape import Escape
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.merge_tree import merge_tree
 from ndm_fast.mutual_information import mutual_information, subspace_variances
-from ndm_fast.objective import Objective, loss_weights
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.pool import ActivationPool, Stream, seeded, take_rows
 from ndm_fast.ranks import Group
-from ndm_fast.reference import Neighbors
-from ndm_fast.rotation import Turn, make_rotation, principal_components, random_rotation
+from ndm_fast.rotation import make_rotation, principal_components, random_rotation
 from ndm_fast.schedule import Schedule
+from ndm_fast.steps import Steps
 
 
 class Observer:
@@ -158,17 +154,12 @@ class Trainer:
         """
         queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
         keys = self.pool.next_keys()
-        index = self._neighbours(queries, keys, self._rotation_ahead(steps))
+        index = self.steps.neighbours(queries, keys, self._rotation_ahead(steps))
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = float(loss) / self._unit
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
-        size = self._batch_size
+        size = self.steps.batch_size
         self._last = queries[-size:], keys, index[:, -size:]
-
-    @property
-    def _batch_size(self) -> int:
-        """Queries of this rank in a step."""
-        return self.config.queries // self.group.queries.size
 
     def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
         """One optimiser step for every batch of the queries, without waiting for the device.
@@ -179,9 +170,9 @@ class Trainer:
         Returns:
             Step, rate and mean loss so far (on the device), where a line of the log is due.
         """
-        steps = range(self.step, self.step + len(queries) // self._batch_size)
+        steps = range(self.step, self.step + len(queries) // self.steps.batch_size)
         rates = [self.schedule.learning_rate(step) for step in steps]
-        losses = self._steps(queries, keys, index, [self.rotation.next_turn(rate) for rate in rates])
+        losses = self._take(queries, keys, index, [self.rotation.next_turn(rate) for rate in rates])
         logged = []
         for rate, loss in zip(rates, losses.unbind(), strict=True):
             self._losses.append(loss)
@@ -191,54 +182,10 @@ class Trainer:
                 self._losses.clear()
         return logged
 
-    def _turns(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
-        """[m] losses of m steps: gradient and turn, device work alone."""
-        size, weights, losses = self._batch_size, self._loss_weights(), []
-        for batch, turn in enumerate(turns):
-            rows = slice(batch * size, (batch + 1) * size)
-            objective = self._objective(queries[rows], keys, index[:, rows], self.rotation.working)
-            self.rotation.turn(clipped(objective.gradient, self.config.grad_clip * self.scale), turn)
-            losses.append(weights @ objective.by_subspace)
-        return torch.stack(losses)
-
     def _rotation_ahead(self, steps: int) -> Tensor:
         """[d, d] where to search for the next steps: neighbours found where they begin hold them back."""
         rate = self.schedule.learning_rate(self.step)
         return self.rotation.ahead(self.config.search_ahead * (steps - 1), rate)
-
-    def _neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
-        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
-
-        On a CPU exact distances from raw rows, which training has no use for, take longer than the search.
-        """
-        if self.device.type != "cpu" or self.config.metric == "cosine" or self.group.keys.size > 1:
-            return self._search(queries, keys, rotation).index
-        origin = sample_mean(keys)
-        return ops.nearest_neighbors(
-            rotate_centred(queries, rotation, origin),
-            rotate_centred(keys, rotation, origin),
-            rotation,
-            self.widths,
-            precision=self.config.precision,
-            keys_rotated=True,
-            queries_rotated=True,
-            check_finite=False,
-        ).index
-
-    def _search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
-        """Neighbours of this rank's queries among the keys of all ranks."""
-        config = self.config
-        return self.group.keys.nearest_neighbors(
-            queries, keys, rotation, self.widths, config.metric, config.precision
-        )
-
-    def _objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
-        """Loss and gradient over the queries and neighbours of all ranks."""
-        places, here = self.group.keys.owned(index)
-        part = step_ops.loss_and_gradient(
-            queries, keys, places, rotation, self.widths, self.config.metric, here
-        )
-        return Objective(*(self.group.combine(each) for each in part))
 
     def _evaluate(self, observer: Observer, stale_gap: bool = False) -> Tensor:
         """[S] held-out mean distance per subspace."""
@@ -263,7 +210,7 @@ class Trainer:
         cut = self.config.heldout_queries
         queries = self.group.queries.share(self._heldout[:cut])
         keys = self.group.keys.share(self._heldout[cut:])
-        total = self.group.queries.sum(self._search(queries, keys, self.rotation.matrix).distance.sum(1))
+        total = self.group.queries.sum(self.steps.search(queries, keys, self.rotation.matrix).distance.sum(1))
         return total / cut / self._unit
 
     def heldout_variances(self) -> Tensor:
@@ -273,8 +220,8 @@ class Trainer:
     def _stale_gap(self) -> float:
         """How much farther than the true neighbours the last batch's are, relative to the loss."""
         queries, keys, index = self._last
-        stale = self._objective(queries, keys, index, self.rotation.matrix).by_subspace
-        total = self.group.queries.sum(self._search(queries, keys, self.rotation.matrix).distance.sum(1))
+        stale = self.steps.objective(queries, keys, index, self.rotation.matrix).by_subspace
+        total = self.group.queries.sum(self.steps.search(queries, keys, self.rotation.matrix).distance.sum(1))
         fresh = total / self.config.queries
         return self._weighted(stale) / max(self._weighted(fresh), torch.finfo(torch.float32).tiny) - 1
 
@@ -366,16 +313,14 @@ class Trainer:
     def _reset_rotation(self, matrix: Tensor) -> None:
         start = self.group.all.of_first(matrix)
         self.rotation = make_rotation(self.config.rotation, start, self.config.betas)
-        self._steps: Steps = (
-            GraphedSteps(self._turns, self.rotation) if self.config.cuda_graph else self._turns
-        )
+        self.steps = Steps(self.config, self.group, self.widths, self.rotation, self.scale)
+        self._take: TakeSteps = self.steps.take
+        if self.config.cuda_graph:
+            self._take = GraphedSteps(self.steps.take, self.rotation)
 
     def _weighted(self, by_subspace: Tensor) -> float:
         """The loss from means per subspace."""
-        return float(self._loss_weights() @ by_subspace.float())
-
-    def _loss_weights(self) -> Tensor:
-        return loss_weights(self.widths, self.config.metric, self.device).float()
+        return float(self.steps.weights @ by_subspace.float())
 
     @property
     def _unit(self) -> float:
@@ -415,12 +360,6 @@ class Trainer:
         self._reset_rotation(torch.eye(sum(self.widths), device=self.device))
         self.rotation.load_state_dict(part("rotation."))
         self._escape.load_state_dict(part("escape."), values["escape"])
-
-
-def clipped(gradient: Tensor, largest: float) -> Tensor:
-    """The gradient, scaled down where its norm is above ``largest``; no host sync."""
-    norm = torch.linalg.vector_norm(gradient)
-    return gradient * (largest / norm.clamp_min(largest))
 
 
 def _finite(number: float) -> float | None:

@@ -12,7 +12,8 @@ from ndm_fast.errors import InputError
 from ndm_fast.partition import orthogonality_error
 from ndm_fast.pool import TensorStream, seeded
 from ndm_fast.rotation import random_rotation
-from ndm_fast.trainer import Observer, Trainer, clipped
+from ndm_fast.steps import clipped
+from ndm_fast.trainer import Observer, Trainer
 
 WIDTH, VALUES = 4, 64
 
@@ -152,7 +153,7 @@ def _block(device="cpu", **changes):
     trainer = Trainer(stream_of(rows), config, device=device)
     trainer.train_block(config.search_every, Observer())
     queries, keys = trainer.pool.take(config.search_every * config.queries), trainer.pool.next_keys()
-    return trainer, (queries, keys, trainer._neighbours(queries, keys, trainer.rotation.matrix))
+    return trainer, (queries, keys, trainer.steps.neighbours(queries, keys, trainer.rotation.matrix))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
