@@ -3,9 +3,9 @@
     python bench/train.py [--only 384 768] [--rotations lazy] [--no-sweeps] [--out FILE]
 
 Activations are made up (``synthetic.py``), harvest is that of two blocks of a random GPT-2 of the width. The
-slope of log time over log d, K or Q is compared with that of the cost model (design section 4): rotation of
-the keys once a search and of the queries, ``2 Q K d`` for the search; ``4 Q d^2`` for the gradient, products
-of d^3.
+slope of log time over log d, K or Q is compared with that of the cost model (design section 4) as
+``ndm-fast plan`` has it: rotation of the keys once a search and of the queries, ``2 Q K d`` for the search;
+``4 Q d^2`` for the gradient, products of d^3, passes over [d, d].
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from timed import TimedTrainer
 from transformers import GPT2Config, GPT2Model
 
 from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.hardware import Machine, machine_of
 from ndm_fast.partition import orthogonality_error
+from ndm_fast.plan import loop_parts
 from ndm_fast.pool import TensorStream
 from ndm_fast.report.table import text_table
 from ndm_fast.trainer import Observer
@@ -46,7 +48,7 @@ class Shape(NamedTuple):
     Q: int = QUERIES
 
 
-def measure(shape: Shape, rotation: str, published_steps: int) -> dict[str, Any]:
+def measure(shape: Shape, rotation: str, published_steps: int, machine: Machine) -> dict[str, Any]:
     """A row: milliseconds a step of search and update, of the MI once, and of the published scheme.
 
     Blocks of ours and steps of the published scheme take turns; ratios are within a turn.
@@ -86,6 +88,8 @@ def measure(shape: Shape, rotation: str, published_steps: int) -> dict[str, Any]
     row: dict[str, Any] = {"d": d, "K": K, "Q": Q, "rotation": rotation}
     row |= {f"{name}_ms": statistics.median(taken[name]) for name in ("search", "update")}
     row["step_ms"] = row["search_ms"] + row["update_ms"]
+    parts = {part.name: 1e3 * part.seconds / config.max_steps for part in loop_parts(config, d, machine)}
+    row["search_model_ms"], row["update_model_ms"] = parts["search"], parts["gradient"] + parts["update"]
     row["spread"] = {name: spread(values) for name, values in taken.items()}
     row["merge_check_ms"] = 1e3 * trainer.split()["merge"]
     row["orthogonality_error"] = orthogonality_error(trainer.rotation.matrix)
@@ -108,18 +112,6 @@ def harvest_ms(d: int) -> float:
     return 1e3 * took / tokens.numel() * QUERIES
 
 
-def search_cost(shape: Shape) -> float:
-    """FLOP of a step's search, in fp32 time: the bf16 proposal pass takes 1 / 1.55 of it."""
-    d, K, Q = shape
-    return 2 * d**2 * (K / SHARED + Q) + 2 * Q * K * d / 1.55
-
-
-def update_cost(shape: Shape) -> float:
-    """FLOP of gradient and update, in fp32 time: two products at twice the rate, gradients at 0.45 of it."""
-    d, _, Q = shape
-    return 4 * Q * d**2 / 0.45 + 2 * d**3
-
-
 def slope(points: list[tuple[float, float]]) -> float:
     """Least squares in logarithms."""
     xs, ys = ([math.log(point[i]) for point in points] for i in (0, 1))
@@ -129,13 +121,13 @@ def slope(points: list[tuple[float, float]]) -> float:
 
 def slopes(rows: list[dict[str, Any]], over: str) -> list[dict[str, Any]]:
     """Measured and modelled slopes of search and update over ``d``, ``K`` or ``Q``."""
-    shapes = [Shape(row["d"], row["K"], row["Q"]) for row in rows]
     found = []
-    for part, cost in (("search", search_cost), ("update", update_cost)):
+    for part in ("search", "update"):
         if part == "update" and over == "K":
             continue  # it does not depend on K
-        measured = slope([(row[over], row[f"{part}_ms"]) for row in rows])
-        model = slope([(row[over], cost(shape)) for row, shape in zip(rows, shapes, strict=True)])
+        measured, model = (
+            slope([(row[over], row[name]) for row in rows]) for name in (f"{part}_ms", f"{part}_model_ms")
+        )
         found.append(
             {"part": part, "over": over, "slope": measured, "model": model, "off": measured / model - 1}
         )
@@ -152,10 +144,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=result_file("train"))
     options = parser.parse_args()
     began = time.perf_counter()
-    widths = []
+    machine, widths = machine_of("cpu"), []
     for d in options.only:
         for rotation in options.rotations:
-            row = measure(Shape(d), rotation, (1 if d > 768 else 4) if rotation == "lazy" else 0)
+            turns = (1 if d > 768 else 4) if rotation == "lazy" else 0
+            row = measure(Shape(d), rotation, turns, machine)
             row["harvest_ms"] = harvest_ms(d)
             widths.append(row)
             print({k: v for k, v in row.items() if k != "spread"}, flush=True)
@@ -164,10 +157,20 @@ def main() -> None:
         fits += slopes([row for row in widths if row["rotation"] == "lazy"], "d")
     if not options.no_sweeps:
         for over, values in (("K", (4096, 8192, 16384, 32768)), ("Q", (64, 128, 256, 512))):
-            swept = [measure(Shape(768)._replace(**{over: value}), "lazy", 0) for value in values]
+            swept = [measure(Shape(768)._replace(**{over: value}), "lazy", 0, machine) for value in values]
             rows += swept
             fits += slopes(swept, over)
-    shown = ("d", "K", "Q", "rotation", "search_ms", "update_ms", "step_ms", "merge_check_ms")
+    shown = (
+        "d",
+        "K",
+        "Q",
+        "rotation",
+        "search_ms",
+        "update_ms",
+        "step_ms",
+        "search_model_ms",
+        "update_model_ms",
+    )
     print(text_table([{name: row[name] for name in shown} for row in rows]))
     for fit in fits:
         within = verdict(abs(fit["off"]), SLOPE_WITHIN, at_most=True)

@@ -78,16 +78,16 @@ class Efficiencies:
 
 CPU_EFFICIENCY = Efficiencies(
     forward=0.70,
-    rotate=0.82,
+    rotate=0.88,
     sweep=0.86,
-    sweep_half=1.38,
+    sweep_half=1.45,
     exact=0.11,
-    gradient=0.50,
+    gradient=0.58,
     product=0.95,
     elementwise=0.6,
     pair=31.0,
-    step=7e-4,
-    source="whole runs on a Zen 4, bench/results/plan-avx512bf16.json",
+    step=3e-4,
+    source="a Zen 4, bench/results/plan-avx512bf16.json and train-avx512bf16.json",
 )
 GPU_EFFICIENCY = Efficiencies(
     forward=0.5,

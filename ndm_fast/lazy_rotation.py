@@ -10,7 +10,7 @@ from torch import Tensor
 from ndm_fast import cpu
 from ndm_fast.rotation import LieRotation, Turn
 
-_DRIFT = 0.03
+MOST_DRIFT = 0.03
 """Distance from orthogonality, as ``|R'R - I|``, at which a step restores it."""
 _FIRST_ORDER = 0.005
 """Drift of a step without ``U^2/2`` up to which that product costs more than the repairs it saves."""
@@ -58,10 +58,9 @@ class LazyRotation(LieRotation):
         """Count a step at this learning rate; :meth:`turn` must take it."""
         self._steps += 1
         self._moved_since_read = True
-        drift = 4 * lr**2 * len(self._matrix)
-        second_order = drift > _FIRST_ORDER
-        self._drift += drift**2 / 4 if second_order else drift
-        restore = self._drift > _DRIFT or self._steps <= _FIRST_STEPS
+        second_order, drift = step_drift(lr, len(self._matrix))
+        self._drift += drift
+        restore = self._drift > MOST_DRIFT or self._steps <= _FIRST_STEPS
         if restore:
             self._drift = 0.0
         return Turn(*self._factors(lr), second_order, restore)
@@ -122,6 +121,13 @@ class LazyRotation(LieRotation):
         gram = matrix.T @ matrix
         gram.diagonal().sub_(1)
         return gram
+
+
+def step_drift(lr: float, width: int) -> tuple[bool, float]:
+    """Whether a step at this rate forms ``U^2/2``, and by how much it leaves orthogonality, ``|R'R - I|``."""
+    drift = 4 * lr**2 * width
+    second_order = drift > _FIRST_ORDER
+    return second_order, drift**2 / 4 if second_order else drift
 
 
 def has_fast_bf16(device: torch.device) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from ndm_fast.config import RunConfig
+from ndm_fast.config import RunConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Efficiencies, Machine
+from ndm_fast.lazy_rotation import MOST_DRIFT, step_drift
+from ndm_fast.rotation import restores_every_step
 from ndm_fast.sites import resolve_site, site_width
 from ndm_fast.text import DOCSTRINGS
 
@@ -19,10 +21,11 @@ _PROCESS_BYTES = 0.6e9
 """Python, torch and transformers, before anything is loaded."""
 _GPU_COPY_BYTES = 1.3e9
 """What a search on a GPU holds at once at most: rotated keys and minima (``ndm_fast.gpu_frame``)."""
-_UPDATE_PRODUCTS = {"lie": 5.0, "lazy": 2.0, "exp": 45.0}
-"""Products of d^3 a step; exp: about five in a matrix exponential, and five of (2 d)^3 in its derivative."""
-_SEARCH_PRODUCTS = {"lie": 0.0, "lazy": 5.0, "exp": 0.0}
-"""Products of d^3 a search: lazy makes the matrix orthogonal, two of them in fp32, at half the rate."""
+_EXP_PRODUCTS = 45.0
+"""Products of d^3 a step: about five in a matrix exponential, and five of (2 d)^3 in its derivative."""
+_LAZY_READ, _LAZY_RESTORE = 5.0, 6.0
+"""Half-precision products as long as those, in fp32 and in bf16, that make a lazy matrix orthogonal when a search
+reads it, and between reads."""
 _UPDATE_PASSES = 20
 """Times that a [d, d] fp32 matrix is read or written in a step, beside the products."""
 _TOKEN_SECONDS = 1e-5
@@ -130,7 +133,7 @@ def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     disk = 4 * shape.width**2 * 4.0 + 1e6  # rotation and moments, the partition, logs
     parts = (
         _harvest(config, shape, machine, efficiency, rows),
-        *_loop(config, shape.width, machine, efficiency),
+        *loop_parts(train, shape.width, machine),
         _evaluations(config, shape.width, machine, efficiency),
         _merges(config, shape.width, machine, efficiency),
     )
@@ -148,9 +151,9 @@ def _harvest(
     return Part("harvest", flops, text + flops / (peak * efficiency.forward))
 
 
-def _loop(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies) -> tuple[Part, ...]:
-    """Search, gradient and update of all steps."""
-    train = config.train
+def loop_parts(train: TrainConfig, d: int, machine: Machine) -> tuple[Part, ...]:
+    """Search, gradient and update of all steps, for activations of width ``d``."""
+    efficiency = GPU_EFFICIENCY if machine.is_gpu else CPU_EFFICIENCY
     steps, K, Q = train.max_steps, train.keys, train.queries
     rotate = 2.0 * d**2 * (K / train.search_every + Q)
     sweep = 2.0 * Q * K * d
@@ -158,8 +161,7 @@ def _loop(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies)
     swept = efficiency.sweep_half if train.precision == "bf16" else efficiency.sweep
     search = rotate / (search_peak * efficiency.rotate) + sweep / (search_peak * swept)
     gradient = 4.0 * Q * d**2
-    products = _UPDATE_PRODUCTS[train.rotation] + _SEARCH_PRODUCTS[train.rotation] / train.search_every
-    products *= 2.0 * d**3
+    products = _products(train, d) * 2.0 * d**3
     peak = machine.half if train.rotation == "lazy" else machine.single
     update = efficiency.step + products / (peak * efficiency.product)
     update += _UPDATE_PASSES * 4 * d**2 / (machine.bandwidth * efficiency.elementwise)
@@ -168,6 +170,19 @@ def _loop(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies)
         Part("gradient", steps * gradient, steps * gradient / (machine.single * efficiency.gradient)),
         Part("update", steps * products, steps * update),
     )
+
+
+def _products(train: TrainConfig, d: int) -> float:
+    """Products of d^3 in the update of a step, over the rates of the schedule."""
+    if train.rotation == "exp":
+        return _EXP_PRODUCTS
+    rates = [train.lr] if train.schedule == "constant" else [train.lr * part / 6 for part in (1, 3, 5)]
+    if train.rotation == "lie":
+        return sum(5.0 if restores_every_step(rate, d) else 3.25 for rate in rates) / len(rates)
+    total = 0.0
+    for second_order, drift in (step_drift(rate, d) for rate in rates):
+        total += 2.0 + second_order + _LAZY_RESTORE * min(1.0, drift / MOST_DRIFT)
+    return total / len(rates) + _LAZY_READ / train.search_every
 
 
 def _evaluations(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies) -> Part:

@@ -121,8 +121,8 @@ class LieRotation:
     def next_turn(self, lr: float) -> Turn:
         """Count a step at this learning rate; :meth:`turn` must take it."""
         self._steps += 1
-        small = lr * math.sqrt(len(self._matrix)) <= _SMALL_STEP
-        return Turn(*self._factors(lr), restore=not small or self._steps % _RENORMALISE_EVERY == 0)
+        due = self._steps % _RENORMALISE_EVERY == 0
+        return Turn(*self._factors(lr), restore=due or restores_every_step(lr, len(self._matrix)))
 
     @torch.no_grad()
     def turn(self, gradient: Tensor, turn: Turn) -> None:
@@ -256,6 +256,11 @@ class ExpRotation:
         adam = self._adam.state_dict()
         self._adam.load_state_dict({**adam, "state": {0: moments} if moments else {}})
         self._current = self._weight()
+
+
+def restores_every_step(lr: float, width: int) -> bool:
+    """Whether :class:`LieRotation` takes a Newton-Schulz step after every one at this rate, not every eighth."""
+    return lr * math.sqrt(width) > _SMALL_STEP
 
 
 def _turn_at_most(update: Tensor, largest: float) -> Tensor:
