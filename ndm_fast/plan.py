@@ -24,8 +24,8 @@ _GPU_COPY_BYTES = 1.3e9
 _EXP_PRODUCTS = 45.0
 """Products of d^3 a step: about five in a matrix exponential, and five of (2 d)^3 in its derivative."""
 _LAZY_READ, _LAZY_RESTORE = 5.0, 6.0
-"""Half-precision products as long as those, in fp32 and in bf16, that make a lazy matrix orthogonal when a search
-reads it, and between reads."""
+"""Half-precision products that take as long as making a lazy matrix orthogonal: when it is read for a search,
+and between reads."""
 _UPDATE_PASSES = 20
 """Times that a [d, d] fp32 matrix is read or written in a step, beside the products."""
 _TOKEN_SECONDS = 1e-5

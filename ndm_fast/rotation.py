@@ -259,7 +259,7 @@ class ExpRotation:
 
 
 def restores_every_step(lr: float, width: int) -> bool:
-    """Whether :class:`LieRotation` takes a Newton-Schulz step after every one at this rate, not every eighth."""
+    """Whether :class:`LieRotation` makes the matrix orthogonal after every step, not every eighth."""
     return lr * math.sqrt(width) > _SMALL_STEP
 
 
