@@ -11,14 +11,8 @@ from torch import Tensor
 
 from ndm_fast.checkpoint import write_json
 from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
-from ndm_fast.evaluate.neighbour_labels import (
-    READINGS,
-    agreement,
-    bootstrap_intervals,
-    nearest_keys,
-    read_labels,
-    read_subspaces,
-)
+from ndm_fast.evaluate.neighbour_labels import agreement, bootstrap_intervals, nearest_keys, read_labels
+from ndm_fast.evaluate.reading import READINGS, read_subspaces
 from ndm_fast.harvest import ActivationStream, TokenRows, load_model
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
@@ -64,37 +58,41 @@ def neighbour_purity(
         start of a row has no previous token; two such count as the same.
     """
     index = nearest_keys(queries.activations, keys.activations, partition, top, metric=metric).cpu()
-    by_name = _agreement(queries, keys, index)
-    for name, (of_queries, of_keys) in (labels or {}).items():
-        by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
-    variances = subspace_variances(keys.activations, partition.rotation, partition.widths)
-    rows = _rows(by_name, partition.widths, variances.tolist())
-    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
-    for s, row in enumerate(rows):
-        row["intervals"] = {name: [round(x, 4) for x in both[s].tolist()] for name, both in bounds.items()}
-    readings = read_subspaces(rows, READINGS | {f"same_{name}": name for name in labels or {}})
-    return [{**row, "reading": reading} for row, reading in zip(rows, readings, strict=True)]
+    variances = subspace_variances(keys.activations, partition.rotation, partition.widths).tolist()
+    return purity_rows(queries, keys, index, partition.widths, variances, labels=labels, seed=seed)
 
 
 def purity_rows(
-    queries: TokenRows, keys: TokenRows, index: Tensor, widths: Sequence[int], variances: Sequence[float]
+    queries: TokenRows,
+    keys: TokenRows,
+    index: Tensor,
+    widths: Sequence[int],
+    variances: Sequence[float],
+    *,
+    labels: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Shares for neighbours already found: [S, Q] int64 numbers of keys; no intervals, no readings."""
-    return _rows(_agreement(queries, keys, index[..., None]), widths, variances)
+    """:func:`neighbour_purity` for neighbours already found.
 
-
-def _rows(
-    by_name: Mapping[str, Tensor], widths: Sequence[int], variances: Sequence[float]
-) -> list[dict[str, Any]]:
-    return [
+    Args:
+        index: [S, Q, top] int64 numbers of keys. widths, variances: of the S subspaces.
+    """
+    by_name = _agreement(queries, keys, index)
+    for name, (of_queries, of_keys) in (labels or {}).items():
+        by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
+    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
+    rows = [
         {
             "subspace": s,
             "width": widths[s],
             "variance_share": round(variances[s] / sum(variances), 4),
             **{name: round(float(shares[s].mean()), 4) for name, shares in by_name.items()},
+            "intervals": {name: [round(x, 4) for x in both[s].tolist()] for name, both in bounds.items()},
         }
         for s in range(len(widths))
     ]
+    readings = read_subspaces(rows, READINGS | {f"same_{name}": name for name in labels or {}})
+    return [{**row, "reading": reading} for row, reading in zip(rows, readings, strict=True)]
 
 
 def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, Tensor]:
