@@ -1,4 +1,4 @@
-"""Between model, cache and training: harvest into a cache, and settings of runs that train from one."""
+"""Between model, cache and training: harvest into a cache, and runs that train from one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ndm_fast.activation_cache import ActivationCache
+from ndm_fast.activation_cache import ActivationCache, CachedActivations
 from ndm_fast.cache_folder import cache_bytes, free_bytes
 from ndm_fast.cache_writer import SHARD_MIB, harvest_cache
 from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import Harvester, load_model, prepare_model
+from ndm_fast.harvest import ActivationStream, Harvester, load_model, prepare_model
 from ndm_fast.text import open_documents
 
 _FREE = ("site", "repeat_data", "tokenize_workers")
@@ -126,3 +126,41 @@ def with_cache(config: RunConfig, cache: ActivationCache) -> RunConfig:
             )
     chosen["site"] = config.harvest.site or tuple(cache.sites)
     return dataclasses.replace(config, harvest=HarvestConfig(**chosen))
+
+
+def run_stream(config: RunConfig, device: str = "cpu") -> ActivationStream | CachedActivations:
+    """The activations that a run of one site was trained on, with their tokens: from its cache, or its model.
+
+    Raises:
+        InputError: the cache is damaged or holds another harvest, or the model cannot be loaded.
+    """
+    (site,) = config.harvest.site
+    cache = run_cache(config)
+    if cache is not None:
+        return cache.stream(site, repeat=config.harvest.repeat_data)
+    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
+    return ActivationStream(model, tokenizer, site, documents, config.harvest)
+
+
+def run_cache(config: RunConfig) -> ActivationCache | None:
+    """The cache that a run was trained from; None where there was none, or (which is said) it is gone.
+
+    Raises:
+        InputError: it is damaged, or holds another harvest than that of the run.
+    """
+    folder = config.train.acts
+    if not folder:
+        return None
+    if not Path(folder).exists():
+        tqdm.write(f"ndm-fast: {folder} is gone: the model is run instead", file=sys.stderr)
+        return None
+    cache = ActivationCache(folder)
+    for field in dataclasses.fields(HarvestConfig):
+        had, harvested = getattr(config.harvest, field.name), getattr(cache.config, field.name)
+        if field.name not in _FREE and had != harvested:
+            raise InputError(
+                f"{folder} was harvested anew ({field.name} is {harvested!r}, for the run it was {had!r}): "
+                "move it away, and the model is run instead"
+            )
+    return cache

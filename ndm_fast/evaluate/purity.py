@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_fast.cached_runs import run_stream
 from ndm_fast.checkpoint import write_json
 from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
 from ndm_fast.evaluate.neighbour_labels import agreement, bootstrap_intervals, nearest_keys, read_labels
 from ndm_fast.evaluate.reading import READINGS, read_subspaces
-from ndm_fast.harvest import ActivationStream, TokenRows, load_model
+from ndm_fast.harvest import TokenRows, load_model
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded, too_short
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import open_documents
 
 SHARES = (
     "same_token",
@@ -115,11 +115,9 @@ def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, 
 
 
 def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, TokenRows]:
-    """The held-out queries and keys of a run, with their tokens: the same rows that training held out."""
+    """The queries and keys that the training of a run held out, in fp32, with their tokens."""
     config = folder.config()
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
+    stream = run_stream(config, device)
     wanted = config.train.heldout_queries + config.train.heldout_keys
     parts: list[TokenRows] = []
     held = 0
@@ -134,6 +132,7 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
     shuffled = TokenRows(
         *(torch.cat(column)[:wanted][order.to(column[0].device)] for column in zip(*parts, strict=True))
     )
+    shuffled = shuffled._replace(activations=shuffled.activations.to(device, torch.float32))
     cut = config.train.heldout_queries
     return TokenRows(*(c[:cut] for c in shuffled)), TokenRows(*(c[cut:] for c in shuffled))
 
