@@ -13,12 +13,12 @@ from tqdm import tqdm
 from ndm_fast.activation_cache import ActivationCache, CachedActivations
 from ndm_fast.cache_folder import cache_bytes, free_bytes
 from ndm_fast.cache_writer import SHARD_MIB, harvest_cache
-from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
+from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.harvest import ActivationStream, Harvester, load_model, prepare_model
 from ndm_fast.text import open_documents
 
-_FREE = ("site", "repeat_data", "tokenize_workers")
+_FREE = ("site", "repeat_data", *CHANGES_NO_RESULT)
 """Settings of the harvest that a run from a cache may choose for itself."""
 
 
