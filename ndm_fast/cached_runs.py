@@ -134,13 +134,21 @@ def run_stream(config: RunConfig, device: str = "cpu") -> ActivationStream | Cac
     Raises:
         InputError: the cache is damaged or holds another harvest, or the model cannot be loaded.
     """
-    (site,) = config.harvest.site
     cache = run_cache(config)
     if cache is not None:
-        return cache.stream(site, repeat=config.harvest.repeat_data)
+        return cache.stream(config.harvest.site[0], repeat=config.harvest.repeat_data)
+    return model_stream(config, device)
+
+
+def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
+    """The activations of the first site of a run, from the model.
+
+    Raises:
+        InputError: the model cannot be loaded, or there is no text.
+    """
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
     documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    return ActivationStream(model, tokenizer, site, documents, config.harvest)
+    return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
 
 
 def run_cache(config: RunConfig) -> ActivationCache | None:

@@ -83,3 +83,48 @@ def test_another_cache_in_its_place_is_refused(ndm, cached, harvest_flags):
     assert ndm(*harvest_flags(cached / "acts", context_length=16)).code == 0
     said = ndm("evaluate", "purity", cached / "run").refusal()
     assert re.search("acts was harvested anew .context_length is 16, for the run it was 32.: move it", said)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bos": True}, {"max_norm_ratio": 1.2}])
+def test_an_index_is_made_from_the_cache(ndm, train_flags, harvest_flags, tmp_path, files, passes, changes):
+    """The same bytes as from the model: special tokens and outliers are not in the cache, but in the text."""
+    assert ndm(*harvest_flags(tmp_path / "acts", **changes)).code == 0
+    flags = {"acts": tmp_path / "acts", "model": None, "data": None, "site": "m1", "max_steps": 4}
+    assert ndm(*train_flags(tmp_path / "run", **flags)).code == 0
+    passes.clear()
+    command = ("index", tmp_path / "run", "--rows", "1000")
+    assert ndm(*command).code == 0
+    assert not passes
+    read = files(tmp_path / "run" / "preimages")
+    (tmp_path / "acts").rename(tmp_path / "away")
+    made = ndm(*command)
+    assert passes
+    assert f"{tmp_path / 'acts'} is gone: the model is run instead" in made.err
+    assert files(tmp_path / "run" / "preimages") == read
+
+
+def test_a_cache_that_is_too_small_for_an_index(ndm, train_flags, harvest_flags, cached, passes):
+    """It is used only where the text has no more."""
+    said = ndm("index", cached / "run", "--rows", "4000")
+    assert re.search(r"acts holds 3,\d+ activations of 4,000: the model is run instead", said.err)
+    assert passes
+    assert "4000 activations in" in said.out
+    shutil.rmtree(cached / "acts")
+    assert ndm(*harvest_flags(cached / "acts", rows=100_000)).code == 0
+    passes.clear()
+    assert ndm("index", cached / "run", "--rows", "50000").code == 0
+    assert not passes
+
+
+@pytest.mark.parametrize("changed", [slice(3, 4), slice(30, None)])
+def test_an_index_needs_the_text_of_the_cache(ndm, train_flags, harvest_flags, corpus, tmp_path, changed):
+    """Not one where a file is another, and not one that ends early."""
+    data = Path(shutil.copytree(corpus, tmp_path / "text"))
+    assert ndm(*harvest_flags(tmp_path / "acts", data=data)).code == 0
+    flags = {"acts": tmp_path / "acts", "model": None, "data": None, "site": "m1", "max_steps": 4}
+    assert ndm(*train_flags(tmp_path / "run", **flags)).code == 0
+    for file in sorted(data.iterdir())[changed]:
+        file.write_text("")
+    said = ndm("index", tmp_path / "run", "--rows", "3000").refusal()
+    assert f"the text {data} has changed since {tmp_path / 'acts'} was harvested: bring it back" in said
+    assert not (tmp_path / "run" / "preimages").exists()

@@ -14,7 +14,7 @@ from ndm_fast.checkpoint import write_json
 from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
 from ndm_fast.evaluate.neighbour_labels import agreement, bootstrap_intervals, nearest_keys, read_labels
 from ndm_fast.evaluate.reading import READINGS, read_subspaces
-from ndm_fast.harvest import TokenRows, load_model
+from ndm_fast.harvest import TokenRows, load_tokenizer
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded, too_short
@@ -161,7 +161,7 @@ def run_purity(
     metric = folder.config().train.metric
     options: dict[str, Any] = {"metric": metric, "top": top}
     if labels is not None:
-        of_token = read_labels(labels, load_model(folder.config().harvest.model)[1])
+        of_token = read_labels(labels, load_tokenizer(folder.config().harvest.model))
         options["labels"] = {"label": (of_token[queries.token], of_token[keys.token])}
     tables = {"ndm": neighbour_purity(queries, keys, partition, **options)}
     for kind in baselines:
