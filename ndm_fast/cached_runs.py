@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ndm_fast.activation_cache import ActivationCache, CachedActivations
+from ndm_fast.activation_cache import ActivationCache, CachedActivations, held_rows
 from ndm_fast.cache_folder import cache_bytes, free_bytes
 from ndm_fast.cache_writer import SHARD_MIB, harvest_cache
 from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig, TrainConfig
@@ -128,16 +128,19 @@ def with_cache(config: RunConfig, cache: ActivationCache) -> RunConfig:
     return dataclasses.replace(config, harvest=HarvestConfig(**chosen))
 
 
-def run_stream(config: RunConfig, device: str = "cpu") -> ActivationStream | CachedActivations:
+def run_stream(config: RunConfig, rows: int, device: str = "cpu") -> ActivationStream | CachedActivations:
     """The activations that a run of one site was trained on, with their tokens: from its cache, or its model.
 
+    Args:
+        rows: how many are wanted.
+
     Raises:
-        InputError: the cache is damaged or holds another harvest, or the model cannot be loaded.
+        InputError: see :func:`run_cache` and :func:`model_stream`.
     """
-    cache = run_cache(config)
-    if cache is not None:
-        return cache.stream(config.harvest.site[0], repeat=config.harvest.repeat_data)
-    return model_stream(config, device)
+    cache = run_cache(config, rows)
+    if cache is None:
+        return model_stream(config, device)
+    return cache.stream(config.harvest.site[0], repeat=config.harvest.repeat_data)
 
 
 def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
@@ -151,8 +154,11 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
     return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
 
 
-def run_cache(config: RunConfig) -> ActivationCache | None:
-    """The cache that a run was trained from; None where there was none, or (which is said) it is gone.
+def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
+    """The cache that a run was trained from, where it holds so many activations, or all of the text.
+
+    Returns:
+        None where there was no cache, or (which is said on stderr) it is gone, or too small.
 
     Raises:
         InputError: it is damaged, or holds another harvest than that of the run.
@@ -171,4 +177,11 @@ def run_cache(config: RunConfig) -> ActivationCache | None:
                 f"{folder} was harvested anew ({field.name} is {harvested!r}, for the run it was {had!r}): "
                 "move it away, and the model is run instead"
             )
+    held = held_rows(cache.manifest)
+    if held < rows and held >= cache.manifest["rows"]:  # else the text ended
+        tqdm.write(
+            f"ndm-fast: {folder} holds {held:,} activations of {rows:,}: the model is run instead",
+            file=sys.stderr,
+        )
+        return None
     return cache

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ndm_fast.activation_cache import ActivationCache, held_rows
+from ndm_fast.activation_cache import ActivationCache
 from ndm_fast.cached_runs import model_stream, run_cache
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
@@ -30,22 +28,13 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
     """What a run of one site was trained on, in its text: from its cache where that will do, else its model.
 
     Args:
-        rows: activations that are wanted. A cache will do that holds as many, or all of the text.
+        rows: how many activations are wanted.
 
     Raises:
-        InputError: the cache is damaged or holds another harvest, the text has changed since, or the model
-            cannot be loaded.
+        InputError: see ``run_cache`` and ``model_stream``; or the text has changed since the harvest.
     """
-    cache = run_cache(config)
-    if cache is not None:
-        held = held_rows(cache.manifest)
-        if held >= rows or held < cache.manifest["rows"]:
-            return _cached_text(cache, config)
-        tqdm.write(
-            f"ndm-fast: {cache.folder} holds {held:,} activations of {rows:,}: the model is run instead",
-            file=sys.stderr,
-        )
-    return model_stream(config, device).harvested_rows()
+    cache = run_cache(config, rows)
+    return model_stream(config, device).harvested_rows() if cache is None else _cached_text(cache, config)
 
 
 def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[HarvestedRows]:

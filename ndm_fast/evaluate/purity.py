@@ -117,8 +117,8 @@ def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, 
 def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, TokenRows]:
     """The queries and keys that the training of a run held out, in fp32, with their tokens."""
     config = folder.config()
-    stream = run_stream(config, device)
     wanted = config.train.heldout_queries + config.train.heldout_keys
+    stream = run_stream(config, wanted, device)
     parts: list[TokenRows] = []
     held = 0
     for part in stream.token_rows():
