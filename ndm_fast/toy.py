@@ -187,7 +187,7 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
         InputError: sizes that make no toy model; a folder that holds something else; no matplotlib.
     """
     from ndm_fast.report.drawing import style
-    from ndm_fast.report.figures import draw_toy
+    from ndm_fast.report.toy_figure import draw_toy
 
     check_sizes(groups, dim)
     with style():  # says now, not after the training, that matplotlib is missing
