@@ -18,7 +18,8 @@ from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartit
 from ndm_fast.report.faiss_export import export_faiss
 from ndm_fast.report.index import PreimageIndex
 from ndm_fast.report.index_writer import build_index, text_batches
-from ndm_fast.report.search import RotatedRows, Shard, nearest_rows
+from ndm_fast.report.rotated_rows import RotatedRows, Shard
+from ndm_fast.report.search import nearest_rows
 from ndm_fast.rotation import random_rotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
