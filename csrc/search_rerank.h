@@ -8,7 +8,7 @@
 //   1 the group with the least score gives a first U, from fp64 distances of its keys;
 //   2 every group that can hold a key within U is read again; normally none is;
 //   3 rotated form: the fp64 distance decides. Raw form: keys within U of the rotated copy are measured
-//     from the raw rows (search_raw.h), a query's only such key in fp32 where that is exact enough.
+//     from the raw rows (search_waiting.h, search_raw.h).
 // A bf16 sweep (Search::bf16) knows rows only to 2^-8. There a neighbour within kLoosened of the least distance
 // will do, so step 2 asks for groups that hold a key within U (1 - kLoosened); where more than kCrowded are, the
 // query is left to the driver, which decides whether to read them or to sweep that subspace again in fp32.
@@ -23,21 +23,13 @@
 
 #include "search_groups.h"
 #include "search_query.h"
-#include "search_raw.h"
 #include "search_sweep.h"
+#include "search_waiting.h"
 
 namespace ndm {
 namespace {
 
-constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
-constexpr int kPending = 64;
 constexpr int kCrowded = 24;
-
-struct Pending {
-  int64_t key;
-  int query;
-  double lower;
-};
 
 template <class V>
 struct Rerank {
@@ -45,18 +37,16 @@ struct Rerank {
   int64_t s, column, p;
   int64_t first;          // first query of the block
   Query query[kRerankQueries];
-  Pending pending[kPending];
-  int waiting = 0;
   double* query_rows;     // scratch: [8][p]
   float* row;             // scratch: [d]
-  RawRows<V> raw_rows;    // its scratch: [4 d] and [8 p] doubles, and `row`
+  WaitingKeys<V> waiting;  // its scratch: [4 d] and [8 p] doubles, and `row`
 
   // scratch: see search_scratch_floats()
   Rerank(const Search& search, int64_t subspace, int64_t first_query, float* scratch)
       : a(search), s(subspace), column(search.offsets[subspace]), p(search.offsets[subspace + 1] - column),
         first(first_query), query_rows(reinterpret_cast<double*>(scratch)),
         row(reinterpret_cast<float*>(query_rows + 16 * p + 4 * a.width)),
-        raw_rows{a, column, p, query_rows + 8 * p, query_rows + 8 * p + 4 * a.width, row} {}
+        waiting(query, first, {a, column, p, query_rows + 8 * p, query_rows + 8 * p + 4 * a.width, row}) {}
 
   bool raw() const { return a.exact_queries == nullptr; }
 
@@ -136,8 +126,7 @@ struct Rerank {
     if (distance + error < q.upper) q.upper = distance + error;
     // Written so that NaN passes: it has to reach the result.
     if (distance - error > q.upper * (1 + 1e-14)) return;
-    if (waiting == kPending) resolve(false);
-    pending[waiting++] = {key, i, distance - error};
+    waiting.add({key, i, distance - error});
   }
 
   // Calls f(first, stop) for the runs of rows that make up a group (see Pack).
@@ -168,84 +157,6 @@ struct Rerank {
         for (uintptr_t line = from / 64 * 64; line < to; line += 64) prefetch(reinterpret_cast<const void*>(line));
       }
     });
-  }
-
-  bool same_as_best(const Pending& x) {
-    const Best& best = query[x.query].best;
-    if (best.index < 0 || x.key < best.index) return false;
-    const size_t bytes = static_cast<size_t>(a.width * element_size(a.raw_keys.type));
-    return std::memcmp(row_address(a.raw_keys, x.key, 0), row_address(a.raw_keys, best.index, 0), bytes) == 0;
-  }
-
-  // Measures the waiting keys from the raw rows. Only at the end is a query's only key known to be the only one.
-  void resolve(bool at_the_end) {
-    drop_if([&](const Pending& x) { return out_of_reach(x); });
-    if (at_the_end && !a.cosine) measure_single_keys();
-    const int at_once = a.cosine ? 2 : 4;
-    const int total = waiting;
-    waiting = 0;
-    for (int begin = 0; begin < total;) {
-      Pending batch[4];
-      int size = 0;
-      for (; begin < total && size < at_once; ++begin) {
-        const Pending& x = pending[begin];
-        // Copies of the best row (padding and first tokens come in thousands) cannot win.
-        if (out_of_reach(x) || same_as_best(x)) continue;
-        batch[size++] = x;
-      }
-      if (size) measure_in_fp64(batch, size);
-    }
-  }
-
-  // Takes those keys off the list whose fp32 distance will do: the only ones of their query.
-  void measure_single_keys() {
-    constexpr int at_once = RawRows<V>::kAtOnce;
-    int keys_of[kRerankQueries] = {};
-    for (int i = 0; i < waiting; ++i) ++keys_of[pending[i].query];
-    int at[kRerankQueries], size = 0;
-    for (int i = 0; i < waiting; ++i)
-      if (keys_of[pending[i].query] == 1 && query[pending[i].query].best.index < 0) at[size++] = i;
-    for (int begin = 0; begin < size; begin += at_once)
-      measure_in_fp32(at + begin, size - begin < at_once ? size - begin : at_once);
-    drop_if([](const Pending& x) { return x.key < 0; });
-  }
-
-  void measure_in_fp32(const int* at, int size) {
-    constexpr int at_once = RawRows<V>::kAtOnce;
-    RawPair pairs[at_once];
-    double squared[at_once];
-    bool good[at_once];
-    for (int b = 0; b < size; ++b) pairs[b] = raw_pair(pending[at[b]]);
-    raw_rows.measure_in_fp32(pairs, size, squared, good);
-    for (int b = 0; b < size; ++b) {
-      if (!good[b]) continue;
-      Pending& x = pending[at[b]];
-      improve(query[x.query].best, squared[b], x.key);
-      x.key = -1;
-    }
-  }
-
-  void measure_in_fp64(const Pending* batch, int size) {
-    RawPair pairs[4];
-    double squared[4];
-    for (int b = 0; b < size; ++b) pairs[b] = raw_pair(batch[b]);
-    raw_rows.measure_in_fp64(pairs, size, squared);
-    for (int b = 0; b < size; ++b) {
-      Query& q = query[batch[b].query];
-      improve(q.best, squared[b], batch[b].key);
-      const double distance = std::sqrt(q.best.squared);
-      if (distance < q.upper) q.upper = distance;
-    }
-  }
-
-  RawPair raw_pair(const Pending& x) const { return {first + x.query, x.key}; }
-
-  // Since it was put on the list, a nearer key was seen.
-  bool out_of_reach(const Pending& x) const { return x.lower > query[x.query].upper * (1 + 1e-14); }
-
-  template <class F>
-  void drop_if(F condition) {
-    waiting = static_cast<int>(std::remove_if(pending, pending + waiting, condition) - pending);
   }
 
   void write(int i) {
@@ -308,7 +219,7 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
       for (; bits; bits &= bits - 1) work.consider_group(i, t, __builtin_ctz(static_cast<unsigned>(bits)));
     }
   }
-  work.resolve(true);
+  work.waiting.measure_all();
   for (int i = 0; i < count; ++i)
     if (!a.crowded_only || crowded[i]) work.write(i);
 }
