@@ -2,11 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
-#include <vector>
 
 #include "parallel.h"
 #include "scratch.h"

@@ -17,6 +17,9 @@ number of queries fills the card, and projecting raw keys (``PROJECT``) is just 
 import triton
 import triton.language as tl
 
+NO_ROW = tl.constexpr(9223372036854775807)
+"""Above every number of a row."""
+
 _FP16_MAX = tl.constexpr(65504.0)
 
 

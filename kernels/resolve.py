@@ -2,13 +2,11 @@
 
 import triton
 import triton.language as tl
-from ndm_fast.kernels.nearest import coordinates, inverse_norm
+from ndm_fast.kernels.nearest import NO_ROW, coordinates, inverse_norm
 
 ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
-fp64; or keep the nearest few for ``rerank_kernel``."""
-
-_NO_ROW = tl.constexpr(9223372036854775807)
+fp64; or keep the nearest few for ``rerank.py``."""
 
 
 @triton.jit
@@ -142,7 +140,7 @@ def resolve_kernel(
                         found = tl.sum(delta * delta, 1)
                     found = tl.where(valid & (found == found), found, float("inf"))
                     nearest = tl.min(found, 0)
-                    row = tl.min(tl.where(found == nearest, rows + first_key, _NO_ROW), 0)
+                    row = tl.min(tl.where(found == nearest, rows + first_key, NO_ROW), 0)
                     better = (nearest < held) | ((nearest == held) & (row < held_index))
                     held = tl.where(better, nearest, held)
                     held_index = tl.where(better, row, held_index)
@@ -165,7 +163,7 @@ def resolve_kernel(
                         near = tl.maximum(near * (1 - 1e-6) - slack, 0.0)
                         nearest = tl.min(near, 0)
                         while (nearest < float("inf")) & (nearest <= reach + 1e-6 * span):
-                            row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+                            row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
                             near = tl.where(rows == row, float("inf"), near)
                             exact = _exact_raw(
                                 raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride,
@@ -181,7 +179,7 @@ def resolve_kernel(
                     else:
                         worst, last = _worst(held, held_index)
                         nearest = tl.min(near, 0)
-                        row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+                        row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
                         while (nearest < worst) | (
                             (nearest == worst) & (nearest < float("inf")) & (row + first_key < last)
                         ):
@@ -193,7 +191,7 @@ def resolve_kernel(
                             worst, last = _worst(held, held_index)
                             near = tl.where(rows == row, float("inf"), near)
                             nearest = tl.min(near, 0)
-                            row = tl.min(tl.where(near == nearest, rows, _NO_ROW), 0)
+                            row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
             reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
             low = tl.min(lows, 0)
     tl.store(best + at * SLOT_COUNT + slots, held)
@@ -227,88 +225,3 @@ def _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH: tl.cons
     # fp32 accumulation in the tensor cores, which may truncate, and of the norms.
     accumulation = (WIDTH / 8 + 8) * 1.2e-7
     return 0.5 * far * far - half_norm + accumulation * around * around
-
-
-@triton.jit
-def rerank_kernel(
-    raw_queries,  # [Q, d]
-    raw_query_stride,
-    query_count,
-    raw_keys,  # [K, d]
-    raw_key_stride,
-    rotation,  # [d, d] fp32, from the first column of these subspaces on
-    rotation_stride,
-    depth,
-    queries,  # [Q, d] fp64 rotated, COSINE only
-    query_stride,
-    candidates,  # [S, Q, SLOT_COUNT] int64, -1 for none
-    best,  # [S, Q] fp64: squared distance, or 1 - cos
-    index,  # [S, Q] int64
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    SLOT_COUNT: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr,
-    DOUBLE: tl.constexpr,
-    COSINE: tl.constexpr,
-):
-    """Grid (query blocks, S). The nearest of each query's candidates, from the raw rows.
-
-    Projects ``q - k``, so that what query and key share cancels before it is rounded. Sums over blocks of the
-    depth are in fp64; with DOUBLE the products are too.
-    """
-    s = tl.program_id(1).to(tl.int64)
-    entries = tl.arange(0, QUERY_BLOCK * SLOT_COUNT)
-    first = tl.program_id(0).to(tl.int64) * QUERY_BLOCK
-    q = first + entries // SLOT_COUNT
-    row = tl.load(
-        candidates + (s * query_count + first) * SLOT_COUNT + entries, mask=q < query_count, other=-1
-    )
-    real = row >= 0
-    found = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
-    query_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
-    key_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
-    for piece in range(0, WIDTH, P):
-        columns = piece + tl.arange(0, P)
-        inside = columns < WIDTH
-        total = tl.zeros([QUERY_BLOCK * SLOT_COUNT, P], tl.float64)
-        for start in range(0, depth, DEPTH_BLOCK):
-            deep = start + tl.arange(0, DEPTH_BLOCK)
-            mask = real[:, None] & (deep < depth)[None, :]
-            part = tl.load(raw_keys + row[:, None] * raw_key_stride + deep[None, :], mask=mask, other=0.0)
-            part = part.to(tl.float64 if DOUBLE else tl.float32)
-            if not COSINE:
-                query = tl.load(
-                    raw_queries + q[:, None] * raw_query_stride + deep[None, :], mask=mask, other=0.0
-                )
-                part = query.to(part.dtype) - part
-            basis = tl.load(
-                rotation + deep[:, None] * rotation_stride + (s * WIDTH + columns)[None, :],
-                mask=(deep < depth)[:, None] & inside[None, :],
-                other=0.0,
-            ).to(part.dtype)
-            if DOUBLE:  # not tl.dot, whose fp64 form triton 3.6 fails to compile
-                total += tl.sum(part[:, :, None] * basis[None, :, :], 1)
-            else:
-                total += tl.dot(part, basis, input_precision="ieee").to(tl.float64)
-        if COSINE:
-            query = tl.load(
-                queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],
-                mask=real[:, None] & inside[None, :],
-                other=0.0,
-            )
-            found += tl.sum(total * query, 1)
-            key_norm += tl.sum(total * total, 1)
-            query_norm += tl.sum(query * query, 1)
-        else:
-            found += tl.sum(total * total, 1)
-    if COSINE:
-        found = 1 - found * inverse_norm(key_norm * query_norm)
-    found = tl.where(real & (found == found), found, float("inf"))
-    found = tl.reshape(found, [QUERY_BLOCK, SLOT_COUNT])
-    row = tl.reshape(row, [QUERY_BLOCK, SLOT_COUNT])
-    nearest = tl.min(found, 1)
-    chosen = tl.min(tl.where(found == nearest[:, None], row, _NO_ROW), 1)
-    q = first + tl.arange(0, QUERY_BLOCK)
-    tl.store(best + s * query_count + q, nearest, mask=q < query_count)
-    tl.store(index + s * query_count + q, chosen, mask=q < query_count)

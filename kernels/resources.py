@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ndm_fast.kernels import ksg, nearest, resolve, tuning
+from ndm_fast.kernels import ksg, nearest, rerank, resolve, tuning
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -91,16 +91,16 @@ def cases(arch: int) -> Iterator[Case]:
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
     shape |= {"CENTRE": False, "COSINE": False}
     yield Case("sweep 768 wide", nearest.sweep_wide_kernel, shape, options, {})
-    rerank = {
+    candidates = {
         "P": 32,
         "SLOT_COUNT": 4,
         "QUERY_BLOCK": tuning.RERANK_ROWS // 4,
         "WIDTH": 72,
     }
     double = arch in tuning.FP64_IS_FAST
-    rerank |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.rerank_depth(double)}
+    candidates |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.rerank_depth(double)}
     exact = {"rotation": "*fp32"}
-    yield Case("rerank", resolve.rerank_kernel, rerank, {"num_warps": 4}, exact)
+    yield Case("rerank", rerank.rerank_kernel, candidates, {"num_warps": 4}, exact)
     distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}
     columns = {"queries": "*fp32", "keys": "*fp32"}
     yield Case("ksg distances", ksg.distances_kernel, distances, {"num_warps": 4}, columns)

@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 from ndm_fast.activation_cache import COLUMNS, FORMAT, MANIFEST, held_rows, read_manifest
 from ndm_fast.checkpoint import unwritable, write_json
-from ndm_fast.config import HarvestConfig, RunConfig
+from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.harvest import Harvester
 from ndm_fast.provenance import provenance
 
 _COLUMN_BYTES = 4 * len(COLUMNS)
-_CHANGES_NO_ROW = ("tokenize_workers",)
 
 
 def new_manifest(
@@ -34,7 +33,7 @@ def new_manifest(
         raise InputError(f"rows is {rows}: give at least 1")
     if not shard_mib > 0:
         raise InputError(f"shard_mib is {shard_mib}: give a number above 0")
-    names = [field.name for field in dataclasses.fields(HarvestConfig) if field.name not in _CHANGES_NO_ROW]
+    names = [field.name for field in dataclasses.fields(HarvestConfig) if field.name not in CHANGES_NO_RESULT]
     flat = RunConfig(harvest=config).flat()
     about = provenance()
     batch_bytes = harvester.largest_batch * max(harvester.widths.values()) * getattr(torch, dtype).itemsize

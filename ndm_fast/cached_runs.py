@@ -1,4 +1,4 @@
-"""Between model, cache and training: harvest into a cache, and settings of runs that train from one."""
+"""Between model, cache and training: harvest into a cache, and runs that train from one."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ndm_fast.activation_cache import ActivationCache
+from ndm_fast.activation_cache import ActivationCache, CachedActivations, held_rows
 from ndm_fast.cache_folder import cache_bytes, free_bytes
 from ndm_fast.cache_writer import SHARD_MIB, harvest_cache
-from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
+from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import Harvester, load_model, prepare_model
+from ndm_fast.harvest import ActivationStream, Harvester, load_model, prepare_model
 from ndm_fast.text import open_documents
 
-_FREE = ("site", "repeat_data", "tokenize_workers")
+_FREE = ("site", "repeat_data", *CHANGES_NO_RESULT)
 """Settings of the harvest that a run from a cache may choose for itself."""
 
 
@@ -126,3 +126,62 @@ def with_cache(config: RunConfig, cache: ActivationCache) -> RunConfig:
             )
     chosen["site"] = config.harvest.site or tuple(cache.sites)
     return dataclasses.replace(config, harvest=HarvestConfig(**chosen))
+
+
+def run_stream(config: RunConfig, rows: int, device: str = "cpu") -> ActivationStream | CachedActivations:
+    """The activations that a run of one site was trained on, with their tokens: from its cache, or its model.
+
+    Args:
+        rows: how many are wanted.
+
+    Raises:
+        InputError: see :func:`run_cache` and :func:`model_stream`.
+    """
+    cache = run_cache(config, rows)
+    if cache is None:
+        return model_stream(config, device)
+    return cache.stream(config.harvest.site[0], repeat=config.harvest.repeat_data)
+
+
+def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
+    """The activations of the first site of a run, from the model.
+
+    Raises:
+        InputError: the model cannot be loaded, or there is no text.
+    """
+    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
+    return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
+
+
+def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
+    """The cache that a run was trained from, where it holds so many activations, or all of the text.
+
+    Returns:
+        None where there was no cache, or (which is said on stderr) it is gone, or too small.
+
+    Raises:
+        InputError: it is damaged, or holds another harvest than that of the run.
+    """
+    folder = config.train.acts
+    if not folder:
+        return None
+    if not Path(folder).exists():
+        tqdm.write(f"ndm-fast: {folder} is gone: the model is run instead", file=sys.stderr)
+        return None
+    cache = ActivationCache(folder)
+    for field in dataclasses.fields(HarvestConfig):
+        had, harvested = getattr(config.harvest, field.name), getattr(cache.config, field.name)
+        if field.name not in _FREE and had != harvested:
+            raise InputError(
+                f"{folder} was harvested anew ({field.name} is {harvested!r}, for the run it was {had!r}): "
+                "move it away, and the model is run instead"
+            )
+    held = held_rows(cache.manifest)
+    if held < rows and held >= cache.manifest["rows"]:  # else the text ended
+        tqdm.write(
+            f"ndm-fast: {folder} holds {held:,} activations of {rows:,}: the model is run instead",
+            file=sys.stderr,
+        )
+        return None
+    return cache

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ndm_fast.config import DTYPES, GROUPS, HarvestConfig, RunConfig, from_flat
+from ndm_fast.config import DTYPES, HarvestConfig, from_flat
 from ndm_fast.devices import check_device
 from ndm_fast.errors import InputError, RanksError, StoppedError
 from ndm_fast.evaluate.commands import add_evaluate
-from ndm_fast.presets import PRESETS, preset
 from ndm_fast.report.commands import add_report
+from ndm_fast.settings import add_setting, add_settings, flags, run_settings
 from ndm_fast.version import __version__
 
 _EXIT_RANKS, _EXIT_INPUT, _EXIT_STOPPED = 1, 2, 130
@@ -93,74 +93,8 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--keep-activations", action="store_true", help="several sites: leave OUT/activations for later runs"
     )
-    _add_settings(train)
+    add_settings(train)
     train.set_defaults(run=_train)
-
-
-def _add_settings(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--preset", choices=sorted(PRESETS), default=None, help="settings to start from")
-    command.add_argument("--config", default=None, help="YAML or JSON file with settings")
-    for name, cls in GROUPS.items():
-        group = command.add_argument_group(f"{name} settings")
-        for field in dataclasses.fields(cls):
-            _add_setting(group, field)
-
-
-_TYPES = {"int": int, "float": float, "str": str, "float | str": str}  # a number in words is one too
-
-
-def _add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
-    flag = "--" + field.name.replace("_", "-")
-    annotation = str(field.type).removesuffix(" | None")
-    shown = f"{field.metadata['help']} (default: {_shown(field.default)})"
-    common: dict[str, Any] = {"dest": f"set_{field.name}", "default": argparse.SUPPRESS, "help": shown}
-    if annotation == "bool":
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif annotation.startswith("tuple["):
-        item = annotation.removeprefix("tuple[").split(",")[0]
-        group.add_argument(flag, nargs="+", type=_TYPES[item], metavar=item.upper(), **common)
-    else:
-        group.add_argument(flag, type=_TYPES[annotation], metavar=annotation.upper(), **common)
-
-
-def _shown(default: Any) -> str:
-    if default in (None, "", ()):
-        return "none"
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-
-
-def _settings(options: argparse.Namespace) -> RunConfig:
-    """Settings in their order: defaults, preset, file, flags; a run that is resumed comes first of all."""
-    from ndm_fast.run_folder import RunFolder
-
-    begun: dict[str, Any] = {}
-    if getattr(options, "resume", False) and (folder := RunFolder(options.out)).config_file.exists():
-        begun = folder.config().flat()
-    chosen = preset(options.preset) if options.preset else {}
-    written = _read_settings(Path(options.config)) if options.config else {}
-    if {**begun, **written, **_flags(options)}.get("acts"):  # which model and text, the activations know
-        chosen = {
-            n: v for n, v in chosen.items() if n not in {f.name for f in dataclasses.fields(HarvestConfig)}
-        }
-    return from_flat({**begun, **chosen, **written, **_flags(options)})
-
-
-def _flags(options: argparse.Namespace) -> dict[str, Any]:
-    return {name.removeprefix("set_"): v for name, v in vars(options).items() if name.startswith("set_")}
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read --config {path} ({str(error).splitlines()[0]}): give a YAML or JSON file"
-        ) from None
-    if not isinstance(values, dict):
-        raise InputError(f"--config {path} holds no settings: write one `name: value` per line")
-    return values
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -168,7 +102,7 @@ def _train(options: argparse.Namespace) -> None:
     from ndm_fast.report.table import text_table
     from ndm_fast.run import train_run
 
-    config = _settings(options)
+    config = run_settings(options)
     device = launched().device(options.device)
     check_device(device)
     for folder in train_run(
@@ -208,7 +142,7 @@ def _add_harvest(commands: Any) -> None:
     harvest.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     harvest.add_argument("--quiet", action="store_true", help="no progress bar")
     for field in dataclasses.fields(HarvestConfig):
-        _add_setting(harvest, field)
+        add_setting(harvest, field)
     harvest.set_defaults(run=_harvest)
 
 
@@ -224,7 +158,7 @@ def _harvest(options: argparse.Namespace) -> None:
         raise InputError("no number of rows given: pass --rows, for instance 1000000")
     check_device(options.device)
     cache = harvest_run(
-        from_flat({**begun.get("settings", {}), **_flags(options)}).harvest,
+        from_flat({**begun.get("settings", {}), **flags(options)}).harvest,
         out,
         rows,
         store_dtype=options.store_dtype or begun.get("dtype"),
@@ -247,7 +181,7 @@ def _add_plan(commands: Any) -> None:
     )
     plan.add_argument("--device", default="cpu", help="cpu (measured now), or H200, H100, A100, L40S, 4090")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    _add_settings(plan)
+    add_settings(plan)
     plan.set_defaults(run=_plan)
 
 
@@ -255,7 +189,7 @@ def _plan(options: argparse.Namespace) -> None:
     from ndm_fast.hardware import machine_of
     from ndm_fast.plan import describe, make_plan, model_shape
 
-    config = _settings(options)
+    config = run_settings(options)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.4.hook_resid_post")
     shape = model_shape(config.harvest.model, config.harvest.site[0])

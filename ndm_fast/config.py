@@ -22,6 +22,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 AUTO = "auto"
 MODES = ("grow", "split")
 PARALLEL = ("auto", "sites", "queries", "keys")
+CHANGES_NO_RESULT = ("tokenize_workers",)
+"""Settings that may be others when a run or a harvest is gone on with."""
 
 
 def _described(default: Any, meaning: str) -> Any:

@@ -6,21 +6,21 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
 from ndm_fast.hooks import collect_activations
 from ndm_fast.sites import blocks_without, resolve_sites, site_width
-from ndm_fast.text import PackedRows, pack
+from ndm_fast.text import PackedRows, packed_text
 
 EMBEDDED_MODEL = "minilm"
 """Name of the model that comes as a Python package: all-MiniLM-L6-v2, 6 layers, 384 wide."""
@@ -63,24 +63,44 @@ def load_model(
     Raises:
         InputError: there is no such model, or it cannot be loaded.
     """
+    tokenizer = load_tokenizer(name)
+    kind = AutoModelForCausalLM if head else AutoModel
+    model = _loaded(name, lambda source: kind.from_pretrained(source, dtype=getattr(torch, dtype)))
+    return model.eval().requires_grad_(False).to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The fast tokenizer of a model; ``name`` and errors as for :func:`load_model`."""
+
+    def load(source: str) -> Any:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            # Where the files are missing, transformers 5 makes up a tokenizer without a word.
+            raise ValueError("its tokenizer has no vocabulary")
+        return tokenizer
+
+    return _loaded(name, load)
+
+
+def load_config(name: str) -> Any:
+    """The Hugging Face config of a model; ``name`` and errors as for :func:`load_model`."""
+    return _loaded(name, AutoConfig.from_pretrained)
+
+
+def _loaded(name: str, load: Callable[[str], Any]) -> Any:
+    """What ``load`` makes of a model's name or folder."""
     if not name:
         raise InputError("no model given: pass --model with a Hugging Face name or a folder")
     source = embedded_folder() if name == EMBEDDED_MODEL else name
     try:
         with _no_bars(local=Path(source).is_dir()):
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            if len(tokenizer) <= len(tokenizer.all_special_ids):
-                # Where the files are missing, transformers 5 makes up a tokenizer without a word.
-                raise ValueError("its tokenizer has no vocabulary")
-            kind = AutoModelForCausalLM if head else AutoModel
-            model = kind.from_pretrained(source, dtype=getattr(torch, dtype))
+            return load(source)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()
         raise InputError(
             f"cannot load model {name!r} ({reason[0] if reason else type(error).__name__}): "
             "check the name or folder, and the network or HF_TOKEN for a hub model"
         ) from None
-    return model.eval().requires_grad_(False).to(device), tokenizer
 
 
 def prepare_model(model: Any, config: HarvestConfig) -> None:
@@ -127,12 +147,7 @@ class Harvester:
         self._tokenizer = tokenizer
         self._open_documents = open_documents
         self._config = config
-        longest = longest_context(model)
-        self._length = config.context_length or min(longest, _DEFAULT_CONTEXT)
-        if self._length > longest:
-            raise InputError(
-                f"context_length is {self._length}, the model takes up to {longest} tokens: lower it"
-            )
+        self._length = row_length(config, model.config)
 
     @property
     def largest_batch(self) -> int:
@@ -141,30 +156,9 @@ class Harvester:
 
     def batches(self, start: int = 0) -> Iterator[dict[str, HarvestedRows]]:
         """Site -> its rows, from batch number ``start`` on."""
-        passes = repeat(None) if self._config.repeat_data else [None]
-        batches = chain.from_iterable(self._pass() for _ in passes)
+        batches = packed_text(self._open_documents, self._tokenizer, self._length, self._config)
         for number, rows in enumerate(islice(batches, start, None), start):
             yield self._forward(rows, number)
-
-    def _pass(self) -> Iterator[PackedRows]:
-        """The text once, in packed rows."""
-        useful = False
-        config = self._config
-        for rows in pack(
-            self._open_documents(),
-            self._tokenizer,
-            self._length,
-            config.rows_per_batch,
-            bos=config.bos,
-            workers=config.tokenize_workers,
-        ):
-            useful = useful or not bool(rows.special.all())
-            yield rows
-        if not useful and config.repeat_data:  # it would be repeated for ever
-            raise InputError(
-                f"the text {config.data} does not fill one row of {self._length} tokens: give more text, "
-                "or lower --context-length"
-            )
 
     @torch.no_grad()
     def _forward(self, rows: PackedRows, number: int) -> dict[str, HarvestedRows]:
@@ -190,10 +184,7 @@ class Harvester:
             )
         keep = self._without_outliers(activations, wanted)
         kept = keep.cpu()
-        neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
-        positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
-        columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
-        found = TokenRows(activations[keep], *(column.flatten()[kept] for column in columns))
+        found = TokenRows(activations[keep], *(column[kept] for column in token_columns(rows)))
         return HarvestedRows(rows, kept.view_as(rows.special), found, int((wanted & ~keep).sum()))
 
     def _without_outliers(self, activations: Tensor, wanted: Tensor) -> Tensor:
@@ -253,9 +244,30 @@ def embedded_folder() -> str:
     return str(Path(package.origin).parent / "model")
 
 
-def longest_context(model: Any) -> int:
-    """Tokens that the model takes, as far as its config says."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+def longest_context(config: Any) -> int:
+    """Tokens that a model takes, as far as its Hugging Face config says."""
+    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def row_length(config: HarvestConfig, of_model: Any) -> int:
+    """Tokens in a row of text, for a model with this Hugging Face config.
+
+    Raises:
+        InputError: the model does not take as many.
+    """
+    longest = longest_context(of_model)
+    length = config.context_length or min(longest, _DEFAULT_CONTEXT)
+    if length > longest:
+        raise InputError(f"context_length is {length}, the model takes up to {longest} tokens: lower it")
+    return length
+
+
+def token_columns(rows: PackedRows) -> tuple[Tensor, ...]:
+    """[B * L] each, for every token of packed rows: the columns of ``TokenRows`` beside the activations."""
+    neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
+    positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
+    columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
+    return tuple(column.flatten() for column in columns)
 
 
 @contextmanager

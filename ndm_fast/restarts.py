@@ -27,18 +27,24 @@ class Trained(NamedTuple):
 
 
 def train_on(
-    start: SubspacePartition, activations: Tensor, train: TrainConfig, merge: MergeConfig | None = None
+    start: SubspacePartition,
+    activations: Tensor,
+    train: TrainConfig,
+    merge: MergeConfig | None = None,
+    *,
+    batch: int = _BATCH,
 ) -> Trained:
     """Train on from a partition, by way of activations in its coordinates.
 
     Args:
         activations: [N, d]; used over and over if the steps need more.
         train: its start and widths do not count.
+        batch: rows of a batch; held-out rows and each filling of the pool end inside one, whose rest is lost.
     """
     needed = train.heldout_queries + train.heldout_keys + train.pool_rows + train.max_steps * train.queries
     passes = 2 + 2 * needed // len(activations)  # what is left of a batch or of the text is not used
     settings = dataclasses.replace(train, start="identity", initial_widths=start.widths)
-    stream = TensorStream(start.rotate(activations).split(_BATCH) * passes)
+    stream = TensorStream(start.rotate(activations).split(batch) * passes)
     trainer = Trainer(stream, settings, merge)
     found = trainer.run()
     rotation = start.rotation @ found.rotation

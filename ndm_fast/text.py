@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
 from ndm_fast.tokenizing import tokenize
 
@@ -134,6 +135,29 @@ def pack(
         del tokens[:taken], owners[:taken]
     if rows:
         yield batch()
+
+
+def packed_text(
+    open_documents: Callable[[], Iterator[str]], tokenizer: Any, length: int, config: HarvestConfig
+) -> Iterator[PackedRows]:
+    """The batches of rows that a harvest runs the model on.
+
+    Raises:
+        InputError: the text is to be repeated, but gives no row.
+    """
+    useful = True
+    while useful:
+        useful = False
+        documents, size = open_documents(), config.rows_per_batch
+        for rows in pack(documents, tokenizer, length, size, bos=config.bos, workers=config.tokenize_workers):
+            useful = useful or not bool(rows.special.all())
+            yield rows
+        if not config.repeat_data:
+            return
+    raise InputError(
+        f"the text {config.data} does not fill one row of {length} tokens: give more text, or lower "
+        "--context-length"
+    )
 
 
 def _find_files(data: str) -> list[Path]:

@@ -1,8 +1,7 @@
-"""The paper's toy model of superposition: train it, learn its subspaces, and compare with the truth.
+"""The paper's toy model of superposition taken apart: learn its subspaces, and compare with the truth.
 
-Features of one group exclude each other, groups are independent. The model ``ReLU(x W W' + b)`` squeezes
-n features into ``dim < n`` dimensions; it gives each group a subspace of its own, as features that never
-meet do not disturb each other. That is what NDM has to find in ``h = x W`` without being told of groups.
+Each group of features has a subspace of its own in the hidden layer (``toy_model.py``). That is what NDM has
+to find in ``h = x W`` without being told of groups.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +20,10 @@ from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.mutual_information import mutual_information
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import TensorStream, seeded
+from ndm_fast.pool import seeded
+from ndm_fast.restarts import Trained, best, train_on
 from ndm_fast.rotation import random_rotation
-from ndm_fast.trainer import Trainer
-
-SILENT = 0.25
-"""Probability that no feature of a group is on."""
-
-_MODELS, _MODEL_STEPS, _MODEL_BATCH, _MODEL_RATE = 4, 2000, 512, 0.1
-"""At a rate of 0.01 some groups of unequal size still overlap after 4,000 steps. At 0.1 one model in three
-of 24,16,8 -> 12 does, at a higher loss; so the best of a few, trained side by side, is kept."""
+from ndm_fast.toy_model import check_sizes, sample_features, train_toy_model
 
 _UNIT = 3
 """Width of the subspaces at the start. In 1 or 2 dimensions the points of two groups fill the space as
@@ -56,62 +49,8 @@ _JITTER = 1e-3
 """Noise on the activations. Without it a silent group is one point: where two groups are silent at once
 the estimate of information meets exact ties and counts ln N nats, 0.5 too many in the mean."""
 
-_MODEL, _DATA, _ACTIVATIONS, _START, _SPLIT = range(10, 15)
+_ACTIVATIONS, _START, _SPLIT = range(12, 15)
 """What the random numbers are for."""
-
-
-class ToyModel(NamedTuple):
-    """A trained model of superposition."""
-
-    weight: Tensor
-    """[n, dim] fp32; row i is the direction of feature i."""
-    bias: Tensor
-    """[n] fp32."""
-    loss: float
-    """Squared error summed over features, mean over the last batches."""
-
-
-def sample_features(groups: Sequence[int], rows: int, generator: torch.Generator) -> Tensor:
-    """[rows, n] inputs: each group silent with probability 0.25, else one feature uniform in (0, 1].
-
-    Args:
-        groups: sizes of the feature groups, sum n.
-    """
-    parts = []
-    for size in groups:
-        part = torch.zeros(rows, size)
-        value = 1 - torch.rand(rows, 1, generator=generator)
-        value *= torch.rand(rows, 1, generator=generator) >= SILENT
-        parts.append(part.scatter_(1, torch.randint(size, (rows, 1), generator=generator), value))
-    return torch.cat(parts, 1)
-
-
-def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: int = _MODEL_STEPS) -> ToyModel:
-    """Train ``ReLU(x W W' + b)`` to give back its input: Adam, rate decaying to 0, the best of four models.
-
-    Args:
-        groups: sizes of the feature groups. dim: width of the hidden layer.
-
-    Raises:
-        InputError: sizes that make no toy model.
-    """
-    _check(groups, dim)
-    start, data = seeded(seed, _MODEL), seeded(seed, _DATA)
-    weight = (torch.randn(_MODELS, sum(groups), dim, generator=start) / dim**0.5).requires_grad_()
-    bias = torch.zeros(_MODELS, 1, sum(groups), requires_grad=True)
-    adam = torch.optim.Adam([weight, bias], lr=_MODEL_RATE)
-    decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
-    recent = torch.zeros(_MODELS)
-    for _ in tqdm(range(steps), "toy model", disable=None, leave=False):
-        features = sample_features(groups, _MODEL_BATCH, data)
-        losses = (torch.relu(features @ weight @ weight.mT + bias) - features).square().sum(2).mean(1)
-        adam.zero_grad()
-        losses.sum().backward()
-        adam.step()
-        decay.step()
-        recent.lerp_(losses.detach(), 0.02)  # of some 50 steps
-    best = int(recent.argmin())
-    return ToyModel(weight[best].detach(), bias[best, 0].detach(), float(recent[best]))
 
 
 def energy_shares(weight: Tensor, groups: Sequence[int], partition: SubspacePartition) -> Tensor:
@@ -133,7 +72,7 @@ def initial_widths(dim: int) -> tuple[int, ...]:
     return (*(_UNIT,) * (threes - 1), 2, 2) if rest == 1 else (*(_UNIT,) * threes, *(2,) * (rest == 2))
 
 
-def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> tuple[SubspacePartition, float]:
+def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> Trained:
     """NDM on the hidden activations of a toy model, and its held-out loss.
 
     Narrow units from random starts, with escapes from local minima; then units that hold two groups are split
@@ -150,20 +89,17 @@ def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> tupl
     for number in tqdm(range(_STARTS), "starts of NDM", disable=None, leave=False):
         start = SubspacePartition(random_rotation(sum(widths), seeded(seed, _START, number)), widths)
         tried.append(_escape(activations, start, _FEW_KEYS, _FEW_TRIES * pairs, seed + number))
-    best = min(tried, key=lambda found: found[1])[0]
-    best = _escape(activations, best, _KEYS, _TRIES * pairs, seed)[0]
-    best = split_units(best, activations, seeded(seed, _SPLIT))
+    escaped = _escape(activations, best(tried).partition, _KEYS, _TRIES * pairs, seed)
+    units = split_units(escaped.partition, activations, seeded(seed, _SPLIT))
     merge = MergeConfig(_MERGE_ABOVE, _MERGE_FIRST, _MERGE_INTERVAL, mi_queries=512, mi_keys=_KEYS)
-    return _train(activations, best, merge, _KEYS, last, lr=_MERGE_RATE, seed=seed)
+    return _train(activations, units, merge, _KEYS, last, lr=_MERGE_RATE, seed=seed)
 
 
 def _steps(tries: int) -> int:
     return _FIRST_STEPS + tries * _ESCAPE_STEPS
 
 
-def _escape(
-    activations: Tensor, start: SubspacePartition, keys: int, tries: int, seed: int
-) -> tuple[SubspacePartition, float]:
+def _escape(activations: Tensor, start: SubspacePartition, keys: int, tries: int, seed: int) -> Trained:
     settings = {"escape_tries": tries, "escape_steps": _ESCAPE_STEPS, "lr": _RATE, "seed": seed}
     return _train(activations, start, MergeConfig(), keys, _steps(tries), **settings)
 
@@ -211,10 +147,9 @@ def _least_informed(rows: Tensor, generator: torch.Generator, tries: int = 150) 
 
 def _train(
     activations: Tensor, start: SubspacePartition, merge: MergeConfig, keys: int, steps: int, **settings: Any
-) -> tuple[SubspacePartition, float]:
-    """Train on from a partition, by way of activations in its coordinates; also the held-out loss."""
+) -> Trained:
+    """Train on from a partition, with as many keys in the pool as held out."""
     train = TrainConfig(
-        initial_widths=start.widths,
         keys=keys,
         queries=_QUERIES,
         search_every=8,
@@ -225,9 +160,7 @@ def _train(
         checkpoint_every=steps,
         **settings,
     )
-    trainer = Trainer(TensorStream(start.rotate(activations).split(_BATCH)), train, merge)
-    found = trainer.run()
-    return SubspacePartition(start.rotation @ found.rotation, found.widths), trainer.heldout_loss
+    return train_on(start, activations, train, merge, batch=_BATCH)
 
 
 def _activations(weight: Tensor, groups: Sequence[int], steps: int, seed: int) -> Tensor:
@@ -254,9 +187,9 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
         InputError: sizes that make no toy model; a folder that holds something else; no matplotlib.
     """
     from ndm_fast.report.drawing import style
-    from ndm_fast.report.figures import draw_toy
+    from ndm_fast.report.toy_figure import draw_toy
 
-    _check(groups, dim)
+    check_sizes(groups, dim)
     with style():  # says now, not after the training, that matplotlib is missing
         folder = _prepared(Path(out))
     with _one_thread():
@@ -314,10 +247,3 @@ def _prepared(folder: Path) -> Path:
     if foreign or (folder / "config.json").exists():
         raise InputError(f"{folder} holds another run: choose another --out")
     return folder
-
-
-def _check(groups: Sequence[int], dim: int) -> None:
-    if not groups or min(groups) < 2:
-        raise InputError(f"groups {list(groups)} hold one below 2 features: write for instance 20,20")
-    if not 2 <= dim < sum(groups):
-        raise InputError(f"dim is {dim}: give at least 2, and fewer than the {sum(groups)} features")

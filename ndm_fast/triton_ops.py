@@ -234,7 +234,7 @@ def _rerank(
     frame: Frame, keys: Tensor, candidates: Tensor, widths: list[int], search: Search
 ) -> tuple[Tensor, Tensor]:
     """Nearest of the candidates by their raw rows, [S, Q] fp64 and its index."""
-    from ndm_fast.kernels import resolve, tuning
+    from ndm_fast.kernels import rerank, tuning
 
     best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
@@ -245,7 +245,7 @@ def _rerank(
         count = subspaces.stop - subspaces.start
         width = (columns.stop - columns.start) // count
         turn, exact = frame.rotation[:, columns], frame.exact[:, columns]
-        resolve.rerank_kernel[(-(-len(frame.raw) // block), count)](
+        rerank.rerank_kernel[(-(-len(frame.raw) // block), count)](
             *(frame.raw, frame.raw.stride(0), len(frame.raw), keys, keys.stride(0)),
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
             *(candidates[subspaces], best[subspaces], index[subspaces]),

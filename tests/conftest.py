@@ -179,6 +179,42 @@ def train_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.fixture(scope="session")
+def harvest_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
+    """Arguments of a tiny ``ndm-fast harvest`` of three sites: 24 batches in 6 shards per site."""
+
+    def make(out: Path, **changes: Any) -> list[str]:
+        settings = {
+            "model": tiny_model,
+            "data": corpus,
+            "site": ["blocks.0.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"],
+            "rows": 3000,
+            "context_length": 32,
+            "rows_per_batch": 4,
+            "shard_mib": 4 * 32 * 4 * WIDTH * 4 / 2**20,
+            **changes,
+        }
+        return ["harvest", "--quiet", "--out", str(out), *flags(settings)]
+
+    return make
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every forward pass of a harvest."""
+    from ndm_fast.harvest import Harvester
+
+    made: list[int] = []
+    forward = Harvester._forward
+
+    def counted(self: Harvester, *arguments: Any) -> Any:
+        made.append(1)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(Harvester, "_forward", counted)
+    return made
+
+
 class Outcome(NamedTuple):
     """What a run of the command gave."""
 

@@ -36,30 +36,6 @@ LENGTH, ROWS = 32, 4
 DISK = namedtuple("DISK", "total used free")
 
 
-@pytest.fixture(scope="session")
-def harvest_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
-    """Arguments of a tiny ``ndm-fast harvest``: 24 batches in 6 shards per site."""
-
-    def make(out: Path, **changes: Any) -> list[str]:
-        settings = {
-            "model": tiny_model,
-            "data": corpus,
-            "site": SITES,
-            "rows": 3000,
-            "context_length": LENGTH,
-            "rows_per_batch": ROWS,
-            "shard_mib": 4 * LENGTH * ROWS * 32 * 4 / 2**20,
-            **changes,
-        }
-        given: list[str] = []
-        for name, value in settings.items():
-            values = value if isinstance(value, list) else [value]
-            given += [f"--{name.replace('_', '-')}", *map(str, values)]
-        return ["harvest", "--quiet", "--out", str(out), *given]
-
-    return make
-
-
 @pytest.fixture(scope="module")
 def whole(
     tmp_path_factory: pytest.TempPathFactory, harvest_flags: Callable[..., list[str]], one_thread: None
@@ -136,20 +112,6 @@ def test_one_pass_gives_all_sites(ndm, harvest_flags, tmp_path, passes):
     single, passes[:] = len(passes), []
     assert ndm(*harvest_flags(tmp_path / "three")).code == 0
     assert len(passes) == single == 24
-
-
-@pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every forward pass."""
-    made: list[int] = []
-    forward = Harvester._forward
-
-    def counted(self: Harvester, *arguments: Any) -> Any:
-        made.append(1)
-        return forward(self, *arguments)
-
-    monkeypatch.setattr(Harvester, "_forward", counted)
-    return made
 
 
 def test_outliers_are_dropped_for_each_site_alone(ndm, harvest_flags, tmp_path, stream_of):

@@ -13,8 +13,9 @@ from ndm_fast.evaluate.purity import SHARES
 from ndm_fast.merge import choose_pairs, merge_scores
 from ndm_fast.partition import SubspacePartition, merged_order
 from ndm_fast.report.drawing import style, thinned
-from ndm_fast.report.figures import draw_run, draw_toy, loss_figure, purity_figure, toy_figure
+from ndm_fast.report.figures import draw_run, loss_figure, purity_figure
 from ndm_fast.report.merge_figures import information_figure, merge_tree, tree_figure
+from ndm_fast.report.toy_figure import draw_toy, toy_figure
 from ndm_fast.run_folder import RunFolder
 
 pytest.importorskip("matplotlib")

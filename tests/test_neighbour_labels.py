@@ -1,4 +1,4 @@
-"""Purity with more neighbours, any labels, intervals and readings."""
+"""Purity with more neighbours, any labels and intervals."""
 
 import json
 
@@ -11,7 +11,6 @@ from ndm_fast.evaluate.neighbour_labels import (
     bootstrap_intervals,
     nearest_keys,
     read_labels,
-    read_subspaces,
 )
 from ndm_fast.evaluate.purity import SHARES, neighbour_purity
 from ndm_fast.harvest import TokenRows
@@ -97,22 +96,6 @@ def test_intervals_cover_the_truth_and_shrink():
     covered = float(((low <= 0.5) & (high >= 0.5)).double().mean())
     assert 0.88 <= covered <= 0.99
     assert float((high - low).mean()) == pytest.approx(2 * 1.96 * 0.05, rel=0.1)
-
-
-def test_readings_need_level_and_contrast():
-    def row(token, position):
-        shares = dict.fromkeys(("same_previous_token", "same_next_token", "same_document"), 0.1)
-        shares |= {"same_token": token, "position_within_3": position}
-        return {**shares, "intervals": {name: [value - 0.02, value + 0.02] for name, value in shares.items()}}
-
-    same = [row(0.9, 0.2)] * 3
-    assert read_subspaces(same) == ["unclear"] * 3  # all alike: nothing stands out
-    assert read_subspaces([row(0.9, 0.2), row(0.3, 0.2), row(0.3, 0.9)]) == [
-        "current token",
-        "unclear",
-        "position",
-    ]
-    assert read_subspaces([row(0.4, 0.2), row(0.1, 0.2), row(0.1, 0.2)])[0] == "unclear"
 
 
 def test_labels_come_by_token(loaded, tmp_path):

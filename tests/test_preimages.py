@@ -17,8 +17,9 @@ from torch import Tensor
 from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartition, open_documents
 from ndm_fast.report.faiss_export import export_faiss
 from ndm_fast.report.index import PreimageIndex
-from ndm_fast.report.index_writer import build_index, harvest_batches
-from ndm_fast.report.search import RotatedRows, Shard, nearest_rows
+from ndm_fast.report.index_writer import build_index, text_batches
+from ndm_fast.report.rotated_rows import RotatedRows, Shard
+from ndm_fast.report.search import nearest_rows
 from ndm_fast.rotation import random_rotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -144,7 +145,7 @@ def built(
     stream: ActivationStream, partition: SubspacePartition, loaded: tuple[Any, Any], tmp_path_factory: Any
 ) -> Path:
     folder = tmp_path_factory.mktemp("index") / "preimages"
-    batches = harvest_batches(stream, 1000)
+    batches = text_batches(stream.harvested_rows(), 1000)
     build_index(batches, partition, folder, loaded[1], dtype="float32", rows_per_shard=250)
     return folder
 
@@ -227,7 +228,7 @@ def test_interrupted_build_leaves_the_old_index(
     shutil.copytree(built, folder)
 
     def breaking() -> Any:
-        yield from harvest_batches(stream, 400)
+        yield from text_batches(stream.harvested_rows(), 400)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -247,7 +248,7 @@ def test_killed_build_is_told_from_none(tmp_path: Path) -> None:
 def test_index_refuses_what_it_cannot_hold(
     stream: ActivationStream, partition: SubspacePartition, loaded: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    batch = next(harvest_batches(stream, 50))
+    batch = next(text_batches(stream.harvested_rows(), 50))
     huge = batch._replace(activations=batch.activations * 1e6)
     with pytest.raises(InputError, match=r"overflows float16.*float32"):
         build_index([huge], partition, tmp_path / "a", loaded[1])

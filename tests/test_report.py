@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ndm_fast.evaluate.purity import SHARES
-from ndm_fast.evaluate.reading import read_subspace
 from ndm_fast.report.index import PreimageIndex
 from ndm_fast.report.survey import diverse_points, survey
 
@@ -166,44 +165,3 @@ def test_fewer_different_points_than_queries() -> None:
     chosen, shares = diverse_points(torch.tensor([[1.0], [1.0], [2.0]]), 5, seed=0)
     assert len(chosen) == 2
     assert float(shares.sum()) == pytest.approx(1)
-
-
-def row(**shares: float) -> dict[str, Any]:
-    return {**dict.fromkeys(SHARES, 0.1), **shares}
-
-
-@pytest.mark.parametrize(
-    ("shares", "variable"),
-    [
-        ({"position_within_3": 0.99, "same_token": 0.2}, "position"),
-        ({"same_token": 0.9}, "current token"),
-        ({"same_previous_token": 0.7, "same_token": 0.65}, "previous token"),
-        ({"same_next_token": 0.61}, "next token"),
-        ({"same_document": 0.8}, "document"),
-        ({"same_token": 0.5}, "mixed"),
-        ({}, "mixed"),
-    ],
-)
-def test_reading_names_the_variable_with_clear_evidence(shares: dict[str, float], variable: str) -> None:
-    others = [row(position_within_3=0.25) for _ in range(4)]
-    reading = read_subspace(row(**shares), [row(**shares), *others])
-    assert reading.variable == variable
-    assert reading.line.startswith(variable)
-
-
-@pytest.mark.parametrize(
-    ("reading", "line"),
-    [
-        ("unclear", "mixed, in part current token (82 %)"),
-        ("position", "position (10 % within 3)"),
-        ("next token", "next token (10 % of neighbours)"),
-    ],
-)
-def test_a_page_says_what_the_command_says(reading: str, line: str) -> None:
-    told = {**row(same_token=0.82), "reading": reading}
-    assert read_subspace(told, [told, row(), row()]).line == line
-
-
-def test_short_rows_of_text_do_not_make_everything_position() -> None:
-    rows = [row(position_within_3=0.9) for _ in range(4)]
-    assert read_subspace(rows[0], rows).variable == "mixed"

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from ndm_fast import run as run_module
+from ndm_fast import tokenizing
 from ndm_fast.checkpoint import load_checkpoint, save_checkpoint
 from ndm_fast.config import from_flat
 from ndm_fast.errors import InputError
@@ -326,6 +327,20 @@ def test_resuming_with_other_settings_is_refused(ndm, finished, files, changes, 
 
 def test_resuming_with_the_same_settings_is_fine(ndm, finished, train_flags):
     assert ndm(*train_flags(finished["lie"], merging=True), "--resume").code == 0
+
+
+def test_resuming_with_another_number_of_workers_is_fine(ndm, tmp_path, finished, monkeypatch):
+    """They tokenize ahead, and change no result."""
+    out = shutil.copytree(finished["lie"], tmp_path / "run")
+    shutil.rmtree(out / "partition")
+    (out / "result.json").unlink()
+    (out / "checkpoint.safetensors").unlink()
+    started = []
+    start = tokenizing._Worker.__init__
+    monkeypatch.setattr(tokenizing._Worker, "__init__", lambda *given: (started.append(1), start(*given))[1])
+    assert ndm("train", "--quiet", "--out", out, "--resume", "--tokenize-workers", "1").code == 0
+    assert started
+    assert_same_run(out, finished["lie"])
 
 
 def test_resume_starts_where_there_is_nothing(ndm, train_flags, tmp_path, finished):

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from ndm_fast import toy
+from ndm_fast import toy, toy_model
 from ndm_fast.errors import InputError
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded
 
 
 def test_features_of_a_group_exclude_each_other_and_are_uniform() -> None:
-    features = toy.sample_features([5, 3], 40_000, seeded(0))
+    features = toy_model.sample_features([5, 3], 40_000, seeded(0))
     assert features.shape == (40_000, 8)
     first, second = features.split([5, 3], 1)
     for part, size in ((first, 5), (second, 3)):
@@ -32,7 +32,7 @@ def test_features_of_a_group_exclude_each_other_and_are_uniform() -> None:
 
 
 def test_groups_are_independent() -> None:
-    first, second = toy.sample_features([4, 4], 40_000, seeded(1)).split(4, 1)
+    first, second = toy_model.sample_features([4, 4], 40_000, seeded(1)).split(4, 1)
     on, also = (first > 0).any(1).float(), (second > 0).any(1).float()
     assert float((on * also).mean()) == pytest.approx(0.75**2, abs=0.01)
 
@@ -91,7 +91,7 @@ def test_a_folder_of_another_run_is_left_alone(name: str, tmp_path: Path) -> Non
 
 
 def test_the_model_depends_on_the_seed_alone() -> None:
-    first, same, other = (toy.train_toy_model([4, 4], 4, seed=seed, steps=20) for seed in (0, 0, 1))
+    first, same, other = (toy_model.train_toy_model([4, 4], 4, seed=seed, steps=20) for seed in (0, 0, 1))
     assert torch.equal(first.weight, same.weight)
     assert torch.equal(first.bias, same.bias)
     assert first.loss == same.loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle_inputs import heavy_tailed, rotation_of
 from torch import Tensor
 
 from ndm_fast import gpu_frame, ops, reference, triton_ksg, triton_ops
@@ -28,18 +29,6 @@ FORMS = {
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def rotation_of(width: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))[0].float()
-
-
-def heavy_tailed(rows: int, width: int) -> Tensor:
-    """Like a residual stream: scales over orders of magnitude, a huge coordinate, outlier rows, an offset."""
-    data = torch.randn(rows, width) * torch.exp(torch.randn(rows, 1)) + 5 * torch.randn(width)
-    data[:, 0] *= 1000
-    data[::17] *= 300
-    return data
 
 
 def check(

@@ -1,10 +1,8 @@
-"""Neighbour purity for any label: the k nearest neighbours, confidence intervals, and a reading in words."""
+"""Neighbour purity for any label: the k nearest neighbours, and confidence intervals."""
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,6 @@ from ndm_fast import ops
 from ndm_fast.errors import InputError
 from ndm_fast.partition import SubspacePartition
 
-READINGS = {
-    "position_within_3": "position",
-    "same_token": "current token",
-    "same_previous_token": "previous token",
-    "same_next_token": "next token",
-    "same_document": "document",
-}
-"""Shares that speak for a variable, the more particular first."""
-
-_CLEAR, _CONTRAST = 0.5, 1.25
 _DRAWS, _LEVEL = 1000, 0.95
 _CHUNK = 256
 
@@ -81,27 +69,6 @@ def bootstrap_intervals(shares: Tensor, generator: torch.Generator) -> Tensor:
     means = shares.double().cpu() @ weights.T / count
     tail = (1 - _LEVEL) / 2
     return torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64), -1).movedim(0, -1)
-
-
-def read_subspaces(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = READINGS) -> list[str]:
-    """What each subspace tells of in words, or ``"unclear"``.
-
-    Clear: the lower bound of a share's interval is at least one half, and 1.25 times the median of that share
-    over all subspaces. With several, the one with the greatest share.
-
-    Args:
-        rows: one per subspace, with shares and ``intervals`` {share: [low, high]}.
-    """
-    medians = {name: statistics.median(float(row[name]) for row in rows) for name in names}
-    readings = []
-    for row in rows:
-        found = {}
-        for name, words in names.items():
-            low = row["intervals"][name][0]
-            if low >= _CLEAR and low >= _CONTRAST * medians[name]:
-                found[words] = low
-        readings.append(max(found, key=lambda words: found[words]) if found else "unclear")
-    return readings
 
 
 def read_labels(path: str | Path, tokenizer: Any) -> Tensor:

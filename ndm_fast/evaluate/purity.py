@@ -9,22 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_fast.cached_runs import run_stream
 from ndm_fast.checkpoint import write_json
 from ndm_fast.evaluate.baselines import baseline_partition, check_baselines
-from ndm_fast.evaluate.neighbour_labels import (
-    READINGS,
-    agreement,
-    bootstrap_intervals,
-    nearest_keys,
-    read_labels,
-    read_subspaces,
-)
-from ndm_fast.harvest import ActivationStream, TokenRows, load_model
+from ndm_fast.evaluate.neighbour_labels import agreement, bootstrap_intervals, nearest_keys, read_labels
+from ndm_fast.evaluate.reading import READINGS, read_subspaces
+from ndm_fast.harvest import TokenRows, load_tokenizer
 from ndm_fast.mutual_information import subspace_variances
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.pool import seeded, too_short
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import open_documents
 
 SHARES = (
     "same_token",
@@ -64,37 +58,41 @@ def neighbour_purity(
         start of a row has no previous token; two such count as the same.
     """
     index = nearest_keys(queries.activations, keys.activations, partition, top, metric=metric).cpu()
-    by_name = _agreement(queries, keys, index)
-    for name, (of_queries, of_keys) in (labels or {}).items():
-        by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
-    variances = subspace_variances(keys.activations, partition.rotation, partition.widths)
-    rows = _rows(by_name, partition.widths, variances.tolist())
-    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
-    for s, row in enumerate(rows):
-        row["intervals"] = {name: [round(x, 4) for x in both[s].tolist()] for name, both in bounds.items()}
-    readings = read_subspaces(rows, READINGS | {f"same_{name}": name for name in labels or {}})
-    return [{**row, "reading": reading} for row, reading in zip(rows, readings, strict=True)]
+    variances = subspace_variances(keys.activations, partition.rotation, partition.widths).tolist()
+    return purity_rows(queries, keys, index, partition.widths, variances, labels=labels, seed=seed)
 
 
 def purity_rows(
-    queries: TokenRows, keys: TokenRows, index: Tensor, widths: Sequence[int], variances: Sequence[float]
+    queries: TokenRows,
+    keys: TokenRows,
+    index: Tensor,
+    widths: Sequence[int],
+    variances: Sequence[float],
+    *,
+    labels: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Shares for neighbours already found: [S, Q] int64 numbers of keys; no intervals, no readings."""
-    return _rows(_agreement(queries, keys, index[..., None]), widths, variances)
+    """:func:`neighbour_purity` for neighbours already found.
 
-
-def _rows(
-    by_name: Mapping[str, Tensor], widths: Sequence[int], variances: Sequence[float]
-) -> list[dict[str, Any]]:
-    return [
+    Args:
+        index: [S, Q, top] int64 numbers of keys. widths, variances: of the S subspaces.
+    """
+    by_name = _agreement(queries, keys, index)
+    for name, (of_queries, of_keys) in (labels or {}).items():
+        by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
+    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
+    rows = [
         {
             "subspace": s,
             "width": widths[s],
             "variance_share": round(variances[s] / sum(variances), 4),
             **{name: round(float(shares[s].mean()), 4) for name, shares in by_name.items()},
+            "intervals": {name: [round(x, 4) for x in both[s].tolist()] for name, both in bounds.items()},
         }
         for s in range(len(widths))
     ]
+    readings = read_subspaces(rows, READINGS | {f"same_{name}": name for name in labels or {}})
+    return [{**row, "reading": reading} for row, reading in zip(rows, readings, strict=True)]
 
 
 def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, Tensor]:
@@ -117,12 +115,10 @@ def _agreement(queries: TokenRows, keys: TokenRows, index: Tensor) -> dict[str, 
 
 
 def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, TokenRows]:
-    """The held-out queries and keys of a run, with their tokens: the same rows that training held out."""
+    """The queries and keys that the training of a run held out, in fp32, with their tokens."""
     config = folder.config()
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     wanted = config.train.heldout_queries + config.train.heldout_keys
+    stream = run_stream(config, wanted, device)
     parts: list[TokenRows] = []
     held = 0
     for part in stream.token_rows():
@@ -136,6 +132,7 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
     shuffled = TokenRows(
         *(torch.cat(column)[:wanted][order.to(column[0].device)] for column in zip(*parts, strict=True))
     )
+    shuffled = shuffled._replace(activations=shuffled.activations.to(device, torch.float32))
     cut = config.train.heldout_queries
     return TokenRows(*(c[:cut] for c in shuffled)), TokenRows(*(c[cut:] for c in shuffled))
 
@@ -164,7 +161,7 @@ def run_purity(
     metric = folder.config().train.metric
     options: dict[str, Any] = {"metric": metric, "top": top}
     if labels is not None:
-        of_token = read_labels(labels, load_model(folder.config().harvest.model)[1])
+        of_token = read_labels(labels, load_tokenizer(folder.config().harvest.model))
         options["labels"] = {"label": (of_token[queries.token], of_token[keys.token])}
     tables = {"ndm": neighbour_purity(queries, keys, partition, **options)}
     for kind in baselines:

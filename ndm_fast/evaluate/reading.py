@@ -1,56 +1,66 @@
-"""What a subspace seems to hold, in one line, from its neighbour purity."""
+"""What a subspace seems to hold, in words, from its neighbour purity: the one place that decides it."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
-_CLEAR, _PARTLY = 0.6, 0.3
-_POSITION_CLEAR, _POSITION_ABOVE_OTHERS = 0.8, 1.5
-_VARIABLES = {
+READINGS = {
+    "position_within_3": "position",
     "same_token": "current token",
     "same_previous_token": "previous token",
     "same_next_token": "next token",
     "same_document": "document",
 }
+"""Shares that speak for a variable, the more particular first."""
+
+_CLEAR, _CONTRAST = 0.5, 1.25
+_PARTLY = 0.3
+"""Share of neighbours from which on an unclear subspace is said to hold something in part."""
+
+
+def read_subspaces(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = READINGS) -> list[str]:
+    """What each subspace tells of in words, or ``"unclear"``.
+
+    Clear: the lower bound of a share's interval is at least one half, and 1.25 times the median of that share
+    over all subspaces. With several, the one with the greatest share.
+
+    Args:
+        rows: one per subspace, with shares and ``intervals`` {share: [low, high]}.
+    """
+    medians = {name: statistics.median(float(row[name]) for row in rows) for name in names}
+    readings = []
+    for row in rows:
+        found = {}
+        for name, words in names.items():
+            low = row["intervals"][name][0]
+            if low >= _CLEAR and low >= _CONTRAST * medians[name]:
+                found[words] = low
+        readings.append(max(found, key=lambda words: found[words]) if found else "unclear")
+    return readings
 
 
 class Reading(NamedTuple):
     """One line about a subspace."""
 
     variable: str
-    """One of "position", "current token", "previous token", "next token", "document", "mixed"."""
+    """A reading of :func:`read_subspaces`, "mixed" for "unclear"."""
     line: str
 
 
-def read_subspace(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Reading:
-    """The variable that nearest neighbours agree on, where the evidence is clear; else "mixed".
-
-    A row's own ``reading``, which knows confidence intervals, decides where there is one: so a page says what
-    ``ndm-fast evaluate purity`` says.
+def describe(row: Mapping[str, Any]) -> Reading:
+    """A row's ``reading`` in one line, with the share behind it.
 
     Args:
-        row: of ``purity.neighbour_purity``; rows: those of all subspaces, to compare with.
+        row: of ``purity.neighbour_purity``.
     """
-    share, name = max((row[share], name) for share, name in _VARIABLES.items())
-    decided = row.get("reading")
-    if decided == "position":
-        return Reading("position", f"position ({100 * row['position_within_3']:.0f} % within 3)")
-    for key, variable in _VARIABLES.items():
-        if decided == variable:
-            return Reading(variable, f"{variable} ({100 * row[key]:.0f} % of neighbours)")
-    if decided is not None:
-        return _mixed(share, name)
-    near = row["position_within_3"]
-    usual = median(other["position_within_3"] for other in rows)
-    if near >= _POSITION_CLEAR and near >= _POSITION_ABOVE_OTHERS * usual:
-        return Reading("position", f"position ({100 * near:.0f} % within 3)")
-    if share >= _CLEAR:
-        return Reading(name, f"{name} ({100 * share:.0f} % of neighbours)")
-    return _mixed(share, name)
-
-
-def _mixed(share: float, name: str) -> Reading:
+    variable = row["reading"]
+    if variable == "position":
+        return Reading(variable, f"position ({100 * row['position_within_3']:.0f} % within 3)")
+    if variable != "unclear":
+        name = next((name for name, words in READINGS.items() if words == variable), f"same_{variable}")
+        return Reading(variable, f"{variable} ({100 * row[name]:.0f} % of neighbours)")
+    share, words = max((row[name], words) for name, words in READINGS.items() if words != "position")
     amount = "in part" if share >= _PARTLY else "at most"
-    return Reading("mixed", f"mixed, {amount} {name} ({100 * share:.0f} %)")
+    return Reading("mixed", f"mixed, {amount} {words} ({100 * share:.0f} %)")

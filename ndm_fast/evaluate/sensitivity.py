@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ndm_fast.cached_runs import run_stream
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.effect_figure import draw_curves
-from ndm_fast.harvest import ActivationStream, load_model
 from ndm_fast.pool import TensorStream, take_rows
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import open_documents
 from ndm_fast.trainer import Trainer
 
 _BATCH = 1024
@@ -31,8 +30,8 @@ def run_sensitivity(
 ) -> list[dict[str, Any]]:
     """Train once per value on the text and with the other settings of a run.
 
-    Activations are harvested once. All trainings take as many steps, and all losses are against the same
-    held-out keys, whatever the number of keys in training.
+    Activations are harvested once, or read from the run's cache. All trainings take as many steps, and all
+    losses are against the same held-out keys, whatever the number of keys in training.
 
     Args:
         keys, thresholds, units: values to try, each alone.
@@ -84,9 +83,6 @@ def _plan(config: RunConfig, name: str, value: float, steps: int) -> RunConfig:
 
 
 def _harvest(config: RunConfig, plans: Sequence[RunConfig], device: str) -> TensorStream:
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
     needed = max(
         p.train.heldout_queries
         + p.train.heldout_keys
@@ -94,7 +90,9 @@ def _harvest(config: RunConfig, plans: Sequence[RunConfig], device: str) -> Tens
         + p.train.max_steps * p.train.queries
         for p in plans
     )
-    return TensorStream(take_rows(stream.batches(), needed + 2 * _BATCH)[0].split(_BATCH))
+    needed += 2 * _BATCH
+    stream = run_stream(config, needed, device)
+    return TensorStream(take_rows(stream.batches(), needed)[0].split(_BATCH))
 
 
 def draw_sensitivity(rows: Sequence[dict[str, Any]], path: Path) -> None:

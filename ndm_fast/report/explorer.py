@@ -197,7 +197,7 @@ class Explorer:
             *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"],
             *around.last,
         ]
-        limit = min(_TOKEN_LIMIT, longest_context(model))
+        limit = min(_TOKEN_LIMIT, longest_context(model.config))
         if len(ids) > limit:
             raise InputError(f"the text has {len(ids)} tokens, at most {limit} are taken: shorten it")
         special = set(tokenizer.all_special_ids)

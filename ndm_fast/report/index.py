@@ -21,7 +21,7 @@ from torch import Tensor
 from ndm_fast.errors import InputError
 from ndm_fast.harvest import TokenRows
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.report.search import RotatedRows, Shard
+from ndm_fast.report.rotated_rows import RotatedRows, Shard
 from ndm_fast.report.tokens import Piece
 
 FORMAT = 1

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ndm_fast.cached_text import run_text
 from ndm_fast.checkpoint import unwritable, write_atomic, write_json
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import ActivationStream, load_model
+from ndm_fast.harvest import HarvestedRows, load_tokenizer
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.report.index import FORMAT, MANIFEST, PARTITION, PIECES, PreimageIndex, TextBatch, unfinished
 from ndm_fast.report.tokens import token_pieces
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import open_documents
 
 _ROWS_PER_SHARD = 65536
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -29,7 +29,7 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 def run_index(
     folder: RunFolder, *, rows: int, dtype: str = "float16", rebuild: bool = False, device: str = "cpu"
 ) -> PreimageIndex:
-    """The index of a run's partition; built from the run's model and text where there is none.
+    """The index of a run's partition; built from the run's cache or model, and its text, where there is none.
 
     Args:
         rows: activations in an index that is built, from the start of the text (the held-out ones first).
@@ -48,16 +48,15 @@ def run_index(
             )
         return index
     config = folder.config()
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
-    return build_index(harvest_batches(stream, rows), partition, folder.index_folder, tokenizer, dtype=dtype)
+    batches = text_batches(run_text(config, rows, device), rows)
+    tokenizer = load_tokenizer(config.harvest.model)
+    return build_index(batches, partition, folder.index_folder, tokenizer, dtype=dtype)
 
 
-def harvest_batches(stream: ActivationStream, rows: int) -> Iterator[TextBatch]:
-    """Batches of a stream until they hold ``rows`` activations or the text ends; the last one is cut."""
+def text_batches(harvested: Iterable[HarvestedRows], rows: int) -> Iterator[TextBatch]:
+    """What was harvested, until ``rows`` activations or its end; the last batch is cut."""
     held = 0
-    for packed, kept, found, _ in stream.harvested_rows():
+    for packed, kept, found, _ in harvested:
         place = kept.flatten().nonzero()[:, 0][: rows - held]
         yield TextBatch(found.activations[: len(place)], place, packed.tokens, packed.documents)
         held += len(place)
@@ -77,7 +76,7 @@ def build_index(
     """Write an index into ``folder``, in place of one that is there; nothing is left where it fails.
 
     Args:
-        batches: as from :func:`harvest_batches` or :meth:`PreimageIndex.batches`.
+        batches: as from :func:`text_batches` or :meth:`PreimageIndex.batches`.
         dtype: the rows are stored in: float16, or float32 for rows exactly as they were harvested.
 
     Raises:

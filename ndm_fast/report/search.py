@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.report.rotated_rows import RotatedRows, Shard
 
 _BLOCK_ELEMENTS = 3 << 19
 """Elements of rows in one block: few enough that its subspaces find it in cache one after the other."""
@@ -23,48 +24,6 @@ _EXACT_ELEMENTS = 1 << 22
 """Elements of rows in fp64 at once, 32 MB."""
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
-
-
-class Shard(NamedTuple):
-    """Rows in rotated coordinates, less the origin, with what a search needs to know of them."""
-
-    rows: Tensor
-    """[n, d] fp32, fp16 or bf16."""
-    squares: Tensor
-    """[S, n] fp32 squared norm of each row's part in each subspace, as stored."""
-    inverse_norms: Tensor
-    """[S, n] fp32 one over the norm of each part with the origin added back; 0 where that is 0."""
-
-
-class RotatedRows:
-    """Shards of rows, searched as one.
-
-    Args:
-        shards: at least one, of the same width.
-        origin: [d] fp32, what was subtracted from the rotated rows before they were stored; near their mean,
-            so that the numbers stored are small.
-        widths: of the S subspaces, in the order of the columns.
-    """
-
-    def __init__(self, shards: Sequence[Shard], origin: Tensor, widths: Sequence[int]) -> None:
-        self.shards = tuple(shards)
-        self.origin = origin
-        self.widths = tuple(widths)
-        self.columns = [slice(stop - width, stop) for stop, width in zip(_sums(widths), widths, strict=True)]
-        self._stops = torch.tensor(_sums([len(shard.rows) for shard in shards]))
-
-    def __len__(self) -> int:
-        return int(self._stops[-1])
-
-    def gather(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
-        """[n, p] float64 stored rows (less the origin), for their numbers ``index``, [n] int64."""
-        shard_of = torch.bucketize(index, self._stops, right=True)
-        found = torch.empty(len(index), self.origin[columns].shape[0], dtype=torch.float64)
-        for number in shard_of.unique().tolist():
-            here = shard_of == number
-            rows = self.shards[number].rows
-            found[here] = rows[index[here] - (int(self._stops[number]) - len(rows)), columns].double()
-        return found
 
 
 class Nearby(NamedTuple):
@@ -119,10 +78,6 @@ def nearest_rows(
             values[:, torch.arange(len(some)), exclude[start : start + at_once]] = torch.inf
         parts.append(_decide(some, stored, values, k, metric, radius, searched))
     return Nearby(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
-
-
-def _sums(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[: i + 1]) for i in range(len(sizes))]
 
 
 def _check(

@@ -158,6 +158,8 @@ def _saved_purity(folder: RunFolder, index: PreimageIndex) -> list[dict[str, Any
     if not folder.purity_file.exists():
         return None
     rows = purity_tables(folder.purity_file).get("ndm", [])
+    if any("reading" not in row for row in rows):  # saved before there were readings
+        return None
     return rows if [row["width"] for row in rows] == list(index.rows.widths) else None
 
 

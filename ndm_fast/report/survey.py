@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ndm_fast import ops
 from ndm_fast.evaluate.purity import purity_rows
-from ndm_fast.evaluate.reading import Reading, read_subspace
+from ndm_fast.evaluate.reading import Reading, describe
 from ndm_fast.pool import seeded
 from ndm_fast.report.index import PreimageIndex
 from ndm_fast.report.preimages import (
@@ -100,7 +100,9 @@ def survey(
         keys_rotated=True,
         queries_rotated=True,
     )
-    purity = purity or purity_rows(rows, keys, found.index, index.rows.widths, [s * s for s in index.spread])
+    purity = purity or purity_rows(
+        rows, keys, found.index[..., None], index.rows.widths, [s * s for s in index.spread]
+    )
     surveys = []
     for s, width in enumerate(index.rows.widths):
         columns = index.rows.columns[s]
@@ -112,7 +114,7 @@ def survey(
                 subspace=s,
                 width=width,
                 purity=purity[s],
-                reading=read_subspace(purity[s], purity),
+                reading=describe(purity[s]),
                 bin_width=bin_width,
                 near=near,
                 random=far,

@@ -1,0 +1,90 @@
+"""The exact pass over the few keys that ``resolve.py`` kept for each query."""
+
+import triton
+import triton.language as tl
+from ndm_fast.kernels.nearest import NO_ROW, inverse_norm
+
+
+@triton.jit
+def rerank_kernel(
+    raw_queries,  # [Q, d]
+    raw_query_stride,
+    query_count,
+    raw_keys,  # [K, d]
+    raw_key_stride,
+    rotation,  # [d, d] fp32, from the first column of these subspaces on
+    rotation_stride,
+    depth,
+    queries,  # [Q, d] fp64 rotated, COSINE only
+    query_stride,
+    candidates,  # [S, Q, SLOT_COUNT] int64, -1 for none
+    best,  # [S, Q] fp64: squared distance, or 1 - cos
+    index,  # [S, Q] int64
+    WIDTH: tl.constexpr,
+    P: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    SLOT_COUNT: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOUBLE: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """Grid (query blocks, S). The nearest of each query's candidates, from the raw rows.
+
+    Projects ``q - k``, so that what query and key share cancels before it is rounded. Sums over blocks of the
+    depth are in fp64; with DOUBLE the products are too.
+    """
+    s = tl.program_id(1).to(tl.int64)
+    entries = tl.arange(0, QUERY_BLOCK * SLOT_COUNT)
+    first = tl.program_id(0).to(tl.int64) * QUERY_BLOCK
+    q = first + entries // SLOT_COUNT
+    row = tl.load(
+        candidates + (s * query_count + first) * SLOT_COUNT + entries, mask=q < query_count, other=-1
+    )
+    real = row >= 0
+    found = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    query_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    key_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
+    for piece in range(0, WIDTH, P):
+        columns = piece + tl.arange(0, P)
+        inside = columns < WIDTH
+        total = tl.zeros([QUERY_BLOCK * SLOT_COUNT, P], tl.float64)
+        for start in range(0, depth, DEPTH_BLOCK):
+            deep = start + tl.arange(0, DEPTH_BLOCK)
+            mask = real[:, None] & (deep < depth)[None, :]
+            part = tl.load(raw_keys + row[:, None] * raw_key_stride + deep[None, :], mask=mask, other=0.0)
+            part = part.to(tl.float64 if DOUBLE else tl.float32)
+            if not COSINE:
+                query = tl.load(
+                    raw_queries + q[:, None] * raw_query_stride + deep[None, :], mask=mask, other=0.0
+                )
+                part = query.to(part.dtype) - part
+            basis = tl.load(
+                rotation + deep[:, None] * rotation_stride + (s * WIDTH + columns)[None, :],
+                mask=(deep < depth)[:, None] & inside[None, :],
+                other=0.0,
+            ).to(part.dtype)
+            if DOUBLE:  # not tl.dot, whose fp64 form triton 3.6 fails to compile
+                total += tl.sum(part[:, :, None] * basis[None, :, :], 1)
+            else:
+                total += tl.dot(part, basis, input_precision="ieee").to(tl.float64)
+        if COSINE:
+            query = tl.load(
+                queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],
+                mask=real[:, None] & inside[None, :],
+                other=0.0,
+            )
+            found += tl.sum(total * query, 1)
+            key_norm += tl.sum(total * total, 1)
+            query_norm += tl.sum(query * query, 1)
+        else:
+            found += tl.sum(total * total, 1)
+    if COSINE:
+        found = 1 - found * inverse_norm(key_norm * query_norm)
+    found = tl.where(real & (found == found), found, float("inf"))
+    found = tl.reshape(found, [QUERY_BLOCK, SLOT_COUNT])
+    row = tl.reshape(row, [QUERY_BLOCK, SLOT_COUNT])
+    nearest = tl.min(found, 1)
+    chosen = tl.min(tl.where(found == nearest[:, None], row, NO_ROW), 1)
+    q = first + tl.arange(0, QUERY_BLOCK)
+    tl.store(best + s * query_count + q, nearest, mask=q < query_count)
+    tl.store(index + s * query_count + q, chosen, mask=q < query_count)
