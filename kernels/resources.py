@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ndm_fast.kernels import ksg, nearest, rerank, resolve, tuning
+from ndm_fast.kernels import gradient, ksg, lie_update, nearest, rerank, resolve, tuning
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -39,9 +39,13 @@ _TYPES = {
     **dict.fromkeys(("index", "candidates", "pairs", "counts"), "*i64"),
     **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), "*fp32"),
     **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
-    **dict.fromkeys(("rounding", "absolute"), "fp32"),
+    **dict.fromkeys(("rounding", "absolute", "query_share", "share", "toward", "slow", "fresh"), "fp32"),
+    **dict.fromkeys(("projected", "squares", "losses", "gradient"), "*fp32"),
+    **dict.fromkeys(("product", "first", "second", "factors"), "*fp32"),
+    "counted": "*i1",
+    "pieces": "*i32",
 }
-_EVEN = ("key_stride", "rotation_stride", "depth", "query_slots", "query_stride", "raw_key_stride")
+_EVEN = ("key_stride", "rotation_stride", "depth", "query_slots", "query_stride", "raw_key_stride", "width")
 """Numbers that are multiples of 16 where d is."""
 
 
@@ -106,6 +110,28 @@ def cases(arch: int) -> Iterator[Case]:
     yield Case("ksg distances", ksg.distances_kernel, distances, {"num_warps": 4}, columns)
     yield Case("ksg radius", ksg.radius_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
     yield Case("ksg counts", ksg.counts_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
+    yield from update_cases()
+
+
+def update_cases() -> Iterator[Case]:
+    """The kernels of a training step beside the search, at Q = 128; the same on every architecture."""
+    rows = {"queries": "*fp16", "rotation": "*fp32"}
+    options = {"num_warps": 4, "num_stages": 2}
+    # Steps of one: triton compiles integers of 1 as constants.
+    common = {"index_step": 1, "counted_step": 1, "DOT": "ieee"}
+    for widths in ((7,) * 9, (32,) * 24, (72,) * 32, (64,) * 24, (432,) * 4):
+        shape = tuning.gradient_shape(widths, 128)
+        common["COUNTED"] = widths[0] == 432  # one case with the mask is enough
+        common["COLUMNS"] = shape.columns
+        project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth}
+        yield Case(f"project {widths[0]}", gradient.project_kernel, common | project, options, rows)
+        parts = 1 << (-(-widths[0] // shape.columns) - 1).bit_length()
+        total = {"PARTS": parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries}
+        yield Case(f"gradient {widths[0]}", gradient.gradient_kernel, common | total, options, rows)
+    for name, dtype in (("fp32", "*fp32"), ("bf16", "*bf16")):
+        step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True}
+        types = {"update": dtype, "product": dtype}
+        yield Case(f"lie update {name}", lie_update.lie_update_kernel, step, {"num_warps": 4}, types)
 
 
 def compile_case(case: Case, arch: int) -> Usage:

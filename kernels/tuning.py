@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +111,53 @@ def resolve_shape(width: int, tile: int, fused: bool) -> Resolve:
     padded = max(16, 1 << (width - 1).bit_length())
     chunk = max(16 if fused else 1, min(tile, 2048 // padded))
     return Resolve(padded, chunk, max(1, 2048 // padded))
+
+
+class Gradient(NamedTuple):
+    """Shapes of the two kernels of ``gradient.py``; blocks of 4 warps."""
+
+    columns: int
+    """Of a piece of a subspace."""
+    project_queries: int
+    depth: int
+    """Rows of the rotation that a block multiplies at once."""
+    rows: int
+    """Rows of the gradient a block makes."""
+    sum_queries: int
+    """Queries that are added to it at once."""
+
+
+_GRADIENT = {
+    # fp32 products go through FFMA and wait for shared memory. Loops of the gradient, as ptxas makes them,
+    # have 10 and 7 FFMA for every load of 16 bytes at 64 and 32 columns, and 3 for one of 8 bytes at 16.
+    16: Gradient(16, 16, 64, 64, 16),
+    32: Gradient(32, 32, 32, 64, 32),
+    # 32 queries at once at 64 columns spill on sm_80 (triton 3.9: 255 registers, 136 bytes).
+    64: Gradient(64, 32, 32, 64, 16),
+}
+_COST = {16: 2.0, 32: 1.25, 64: 1.0}
+"""What a column costs in pieces of that many, from the loads above: 72 columns are 3 x 32, not 2 x 64."""
+_FULL_CARD = 264
+"""Blocks that are two for each multiprocessor of an H100 or H200."""
+
+
+LIE_BLOCK = 32
+"""Side of a tile of ``lie_update_kernel``: rows of 128 bytes, four tiles of 4 KB in flight for each block of
+4 warps at 64 registers. At 64 it takes 241 registers, and GPT-2 makes 78 blocks for 132 processors."""
+
+
+def gradient_shape(widths: Sequence[int], queries: int) -> Gradient:
+    """Shapes for the gradient of Q queries in subspaces of these widths.
+
+    Fewer queries a block where that is what fills the card: 16 x 64 halves the FFMA for a load, but a
+    multiprocessor without work has none. The same shapes on every architecture, since FFMA is.
+    """
+    cost = {size: each * size * sum(-(-width // size) for width in widths) for size, each in _COST.items()}
+    chosen = _GRADIENT[min(cost, key=lambda size: cost[size])]
+    pieces = sum(-(-width // chosen.columns) for width in widths)
+    if pieces * -(-queries // chosen.project_queries) < _FULL_CARD:
+        return chosen._replace(project_queries=16, depth=64)
+    return chosen
 
 
 CANDIDATES = [

@@ -33,6 +33,22 @@ def test_every_architecture_has_tiles_for_every_width() -> None:
 
 
 @pytest.mark.parametrize(
+    ("widths", "columns", "queries"),
+    [
+        ([32] * 24, 32, 16),
+        ([64] * 24, 64, 16),
+        ([72] * 32, 32, 32),
+        ([432, 72, 64, 64], 64, 16),
+        ([7] * 9, 16, 16),
+    ],
+    ids=str,
+)
+def test_gradient_pads_little_and_fills_the_card(widths: list[int], columns: int, queries: int) -> None:
+    shape = tuning.gradient_shape(widths, 128)
+    assert (shape.columns, shape.project_queries) == (columns, queries)
+
+
+@pytest.mark.parametrize(
     ("capability", "row"), [(75, 80), (80, 80), (87, 86), (90, 90), (103, 100), (121, 120)]
 )
 def test_unknown_architectures_take_the_row_below(capability: int, row: int) -> None:

@@ -1,0 +1,60 @@
+"""Adam on the Lie algebra in one pass (design section 5): the elementwise part of a step on SO(d).
+
+With ``P = R'G``, of which the tangent ``A = P - P'`` is skew:
+
+    first <- first + (1 - fast) (A - first)        second <- slow second + (1 - slow) A^2
+    update = -scale first / (sqrt(second) + guard)
+
+First moment and update are skew, the second moment is symmetric. So a block takes a tile and its mirror: it
+reads both tiles of P, the upper one of the moments, and writes the upper result and its (negative) transpose.
+That makes skewness exact, bit for bit, and saves a quarter of the bytes.
+
+Limit: memory. 20 bytes an entry (18 with the update in bf16): 12, 47 and 106 MB for GPT-2, Qwen and Gemma, at
+the 4.3 TB/s that copies reach on an H200 2.7, 11 and 25 us. The first two fit its L2 cache (60 MB) and may
+beat that. The passes of torch that it replaces move four times as much.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def lie_update_kernel(
+    product,  # [d, d] fp32 or bf16, TAKE only
+    first,  # [d, d] fp32 skew
+    second,  # [d, d] fp32 symmetric
+    update,  # [d, d] fp32 or bf16
+    factors,  # [2] fp32: scale, guard
+    width,
+    toward,  # 1 - fast
+    slow,
+    fresh,  # 1 - slow
+    BLOCK: tl.constexpr,
+    TAKE: tl.constexpr,
+):
+    """Grid (tiles, tiles), of which those on and above the diagonal work. Moments move where TAKE."""
+    i, j = tl.program_id(0), tl.program_id(1)
+    if i <= j:
+        rows, columns = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+        at = rows[:, None] * width + columns[None, :]
+        mirror = columns[:, None] * width + rows[None, :]
+        mask = (rows < width)[:, None] & (columns < width)[None, :]
+        opposite = (columns < width)[:, None] & (rows < width)[None, :]
+        # On the diagonal the tile is its own mirror, and is written once.
+        beyond = (columns < tl.where(i < j, width, 0))[:, None] & (rows < width)[None, :]
+        moment = tl.load(first + at, mask=mask, other=0.0)
+        square = tl.load(second + at, mask=mask, other=0.0)
+        if TAKE:
+            tangent = tl.load(product + at, mask=mask, other=0.0).to(tl.float32)
+            tangent -= tl.trans(tl.load(product + mirror, mask=opposite, other=0.0).to(tl.float32))
+            moment += toward * (tangent - moment)
+            square = slow * square + fresh * (tangent * tangent)
+            tl.store(first + at, moment, mask=mask)
+            tl.store(first + mirror, -tl.trans(moment), mask=beyond)
+            tl.store(second + at, square, mask=mask)
+            tl.store(second + mirror, tl.trans(square), mask=beyond)
+        scale, guard = tl.load(factors), tl.load(factors + 1)
+        step = tl.div_rn(-scale * moment, tl.sqrt_rn(square) + guard)
+        # Negated before it is rounded: Triton's interpreter negates the bits of bf16.
+        tl.store(update + at, step.to(update.dtype.element_ty), mask=mask)
+        tl.store(update + mirror, (-tl.trans(step)).to(update.dtype.element_ty), mask=beyond)
