@@ -1,0 +1,229 @@
+"""Times of ``gpu_check.py``: a whole training step, one search for 32 batches and then a step on each.
+
+The step is that of ``LazyRotation`` at a small rate, written out with torch's kernels and with ours, so that
+the two can be compared; the package's own optimisers are timed beside it, with what they call today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from gpu_contracts import rotation_of
+from gpu_timing import KEYS, SHAPES, Run, measure
+
+STEPS, QUERIES = 32, 128
+"""Steps a search, and queries a step."""
+LR = 3e-4
+BETAS = (0.9, 0.999)
+REPLAYED = 20
+"""Calls of a single kernel in one CUDA graph, or launches would hide its time."""
+
+
+class Work(NamedTuple):
+    """Data of one shape."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    rotation: torch.Tensor
+    index: torch.Tensor
+    widths: list[int]
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and neighbours of one step."""
+        size = len(self.queries) // STEPS
+        part = slice(step * size, (step + 1) * size)
+        return self.queries[part], self.keys, self.index[:, part]
+
+
+def adam(
+    product: torch.Tensor, first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor, fast: float,
+    slow: float, half: bool,
+) -> torch.Tensor:  # fmt: skip
+    """``triton_update.lie_update`` in torch."""
+    product = product.float()
+    tangent = product - product.T
+    first.lerp_(tangent, 1 - fast)
+    second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
+    update = first / (second.sqrt() + factors[1]) * -factors[0]
+    return update.bfloat16() if half else update
+
+
+class Steps:
+    """A rotation that moves without ``U^2/2``, and is made orthogonal after each search's steps."""
+
+    def __init__(self, work: Work, gradient: Callable, update: Callable) -> None:
+        self.work, self.gradient, self.update = work, gradient, update
+        self.rotation = work.rotation.clone(memory_format=torch.contiguous_format)
+        self.first, self.second = (torch.zeros_like(self.rotation) for _ in range(2))
+        self.factors = torch.tensor([LR, 1e-8], device=self.rotation.device)
+
+    def step(self, number: int) -> None:
+        """One step; nothing is read back."""
+        queries, keys, index = self.work.batch(number)
+        given = (queries, keys, index, self.rotation, self.work.widths, "euclidean")
+        _, gradient = self.gradient(*given)
+        half = self.rotation.bfloat16()
+        product = half.T @ gradient.bfloat16()
+        update = self.update(product, self.first, self.second, self.factors, *BETAS, True)
+        self.rotation.add_(half @ update)
+
+    def block(self) -> None:
+        """All steps of a search, and two steps of Newton and Schulz."""
+        for number in range(STEPS):
+            self.step(number)
+        for _ in range(2):
+            gram = self.rotation.T @ self.rotation
+            self.rotation.copy_(torch.addmm(self.rotation, self.rotation, gram, beta=1.5, alpha=-0.5))
+
+
+def make_work(model: str, device: str, small: bool) -> Work:
+    """Clustered rows, each a centre and noise: gradients that agree from step to step, unlike pure noise."""
+    d, width = (48, 16) if small else SHAPES[model]
+    count, k = (STEPS * 2, 200) if small else (STEPS * QUERIES, KEYS)
+    widths = [width] * (d // width)
+    centres = torch.randn(64, d, device=device)
+    queries, keys = (
+        (centres[torch.randint(64, (n,), device=device)] + 0.3 * torch.randn(n, d, device=device)).half()
+        for n in (count, k)
+    )
+    index = torch.randint(k, (len(widths), count), device=device)
+    return Work(queries, keys, rotation_of(d).to(device), index, widths)
+
+
+def check_steps(device: str, small: bool) -> str | None:
+    """What is wrong with a block of steps on our kernels, or None: it must lead where torch's leads."""
+    work = make_work("gpt2", device, small)
+    ours, theirs = kernel_steps(work), torch_steps(work)
+    ours.block()
+    theirs.block()
+
+    def spaces(rotation: torch.Tensor) -> torch.Tensor:
+        """Projections on the subspaces: within one, gradients and so steps are rounding noise."""
+        return torch.stack([part @ part.T for part in rotation.split(work.widths, dim=1)])
+
+    end = spaces(theirs.rotation)
+    apart = float((spaces(ours.rotation) - end).norm() / (end - spaces(work.rotation)).norm())
+    return None if apart < 0.05 else f"ours and torch's are {apart:.1%} of the way apart"
+
+
+def torch_steps(work: Work) -> Steps:
+    from ndm_fast.objective import loss_and_gradient
+
+    return Steps(work, loss_and_gradient, adam)
+
+
+def kernel_steps(work: Work) -> Steps:
+    from ndm_fast.triton_update import lie_update, loss_and_gradient
+
+    return Steps(work, loss_and_gradient, lie_update)
+
+
+def graphed(run: Run, times: int = 1) -> Run:
+    """So many calls in one CUDA graph, which is captured at the first."""
+    replay: list[Run] = []
+
+    def call() -> None:
+        if not replay:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(times):
+                    run()
+            replay.append(graph.replay)
+        replay[0]()
+
+    return call
+
+
+def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
+    """Gradient and update alone, called from Python, and 20 at a time in a CUDA graph."""
+    from ndm_fast import objective, triton_update
+    from ndm_fast.rotation import make_rotation
+
+    queries, keys, index = work.batch(0)
+    d = queries.shape[1]
+    given = (queries, keys, index, work.rotation, work.widths, "euclidean")
+    steps = kernel_steps(work)
+    steps.step(0)
+    product = torch.randn_like(steps.rotation)
+    moving = (product, steps.first, steps.second, steps.factors, *BETAS)
+    published = make_rotation("exp", work.rotation, BETAS)
+    gradient = 4.0 * len(queries) * d * d, 2.0 * index.numel() * d + 8.0 * d * d
+    whole, half = (0.0, 20.0 * d * d), (0.0, 18.0 * d * d)
+    parts: dict[str, tuple[Run, tuple[float, float]]] = {
+        "gradient, torch": (partial(objective.loss_and_gradient, *given), gradient),
+        "update, torch": (partial(adam, *moving, False), whole),
+        "update, triton": (partial(triton_update.lie_update, *moving, False), whole),
+        "update, triton, bf16": (partial(triton_update.lie_update, *moving, True), half),
+    }
+    for products in ("ieee", "tf32x3"):
+        run = partial(triton_update.loss_and_gradient, *given, products=products)
+        parts[f"gradient, triton, {products}"] = run, gradient
+    rows = [measure(name, run, *cost, limits, device) for name, (run, cost) in parts.items()]
+    if device == "cuda":
+        for name, (run, cost) in parts.items():
+            again = graphed(run, REPLAYED)
+            rows.append(measure(f"{name}, in a graph", again, *cost, limits, device, parts=REPLAYED))
+    step = partial(published.step, product, LR)
+    return [*rows, measure("update, published scheme", step, 0.0, 0.0, limits, device)]
+
+
+def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]:
+    """A step with reuse: a 32nd of one search and 32 steps, in several forms."""
+    from ndm_fast import objective, triton_ops
+    from ndm_fast.rotation import make_rotation
+
+    (count, d), k = work.queries.shape, len(work.keys)
+    flops = (2.0 * k * d * d + 2.0 * count * k * d) / STEPS + 4.0 * count / STEPS * d * d + 4.0 * d**3
+    read = 2.0 * k * d / STEPS
+
+    def search(rotation: torch.Tensor) -> None:
+        given = (work.queries, work.keys, rotation, work.widths)
+        work.index.copy_(triton_ops.nearest_neighbors(*given, precision="bf16").index)
+
+    def written_out(steps: Steps, block: Run) -> Run:
+        def run() -> None:
+            search(steps.rotation)
+            block()
+
+        return run
+
+    def of_the_package(kind: str) -> Run:
+        rotation = make_rotation(kind, work.rotation, BETAS)
+
+        def run() -> None:
+            search(rotation.matrix)
+            for number in range(STEPS):
+                given = (*work.batch(number), rotation.working, work.widths, "euclidean")
+                rotation.step(objective.loss_and_gradient(*given).gradient, LR)
+
+        return run
+
+    theirs, ours, also = torch_steps(work), kernel_steps(work), kernel_steps(work)
+    forms = {
+        "torch": written_out(theirs, theirs.block),
+        "triton": written_out(ours, ours.block),
+        "package, lie": of_the_package("lie"),
+        "package, lazy": of_the_package("lazy"),
+    }
+    if device == "cuda":
+        forms["triton, in a graph"] = written_out(also, graphed(also.block))
+    return [
+        measure(f"step with reuse, {name}", run, flops, read, limits, device, parts=STEPS)
+        for name, run in forms.items()
+    ]
+
+
+def time_steps(model: str, limits: dict[str, float], device: str, small: bool) -> list[dict]:
+    """Rows of one shape."""
+    work = make_work(model, device, small)
+    (count, d), k = work.queries.shape, len(work.keys)
+    shape = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
+    return [{**shape, **row} for row in time_parts(work, limits, device) + time_blocks(work, limits, device)]
