@@ -92,6 +92,25 @@ def check_ksg(device: str, small: bool) -> str | None:
     return None
 
 
+def check_products(device: str) -> str | None:
+    """What is wrong with products in full fp32 where the program has asked for tf32, or None."""
+    from ndm_fast import gpu_search
+
+    left, right = torch.randn(2, 512, 512, device=device)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with gpu_search.full_fp32():
+            product = left @ right
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    exact = left.double() @ right.double()
+    if float((product - exact).abs().max()) > 1e-5 * float(exact.abs().max()):
+        return "products are not in fp32"
+    return None if after == "high" else f"the program's choice has become {after}"
+
+
 GRADIENT_UNITS = {"ieee": 2e-7, "tf32x3": 1.6e-6}
 """By products: what an entry of the gradient may be off by, over what is added up for it."""
 

@@ -227,3 +227,24 @@ def time_steps(model: str, limits: dict[str, float], device: str, small: bool) -
     (count, d), k = work.queries.shape, len(work.keys)
     shape = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
     return [{**shape, **row} for row in time_parts(work, limits, device) + time_blocks(work, limits, device)]
+
+
+def time_shapes(model: str, limits: dict[str, float], device: str, small: bool) -> list[dict]:
+    """The gradient in every shape that ``kernels/tuning.py`` names: its table should follow the fastest."""
+    from ndm_fast.kernels import tuning
+
+    from ndm_fast import triton_update
+
+    work = make_work(model, device, small)
+    given = (*work.batch(0), work.rotation, work.widths, "euclidean")
+    count, d = given[0].shape
+    rows = []
+    for shape in tuning.GRADIENT_CANDIDATES[:1] if small else tuning.GRADIENT_CANDIDATES:
+        run: Run = partial(triton_update.loss_and_gradient, *given, shape=shape)
+        parts = 1
+        if device == "cuda":
+            run, parts = graphed(run, REPLAYED), REPLAYED
+        name = f"gradient {'x'.join(map(str, shape))}"
+        row = measure(name, run, 4.0 * count * d * d, 0.0, limits, device, parts=parts)
+        rows.append({"model": model, "Q": count, "d": d, "width": work.widths[0], **row})
+    return rows

@@ -6,6 +6,39 @@ from ndm_fast.kernels.nearest import NO_ROW, inverse_norm
 
 
 @triton.jit
+def _operands(
+    raw_queries,
+    raw_query_stride,
+    raw_keys,
+    raw_key_stride,
+    q,  # [N]
+    row,  # [N]
+    real,  # [N]
+    rotation,
+    rotation_stride,
+    columns,  # [P]
+    inside,  # [P]
+    deep,  # [D] coordinates of raw rows
+    depth,
+    DOUBLE: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """[N, D] differences of raw rows (cosine: keys) and [D, P] of the rotation, fp64 or fp32."""
+    mask = real[:, None] & (deep < depth)[None, :]
+    part = tl.load(raw_keys + row[:, None] * raw_key_stride + deep[None, :], mask=mask, other=0.0)
+    part = part.to(tl.float64 if DOUBLE else tl.float32)
+    if not COSINE:
+        query = tl.load(raw_queries + q[:, None] * raw_query_stride + deep[None, :], mask=mask, other=0.0)
+        part = query.to(part.dtype) - part
+    basis = tl.load(
+        rotation + deep[:, None] * rotation_stride + columns[None, :],
+        mask=(deep < depth)[:, None] & inside[None, :],
+        other=0.0,
+    )
+    return part, basis.to(part.dtype)
+
+
+@triton.jit
 def rerank_kernel(
     raw_queries,  # [Q, d]
     raw_query_stride,
@@ -48,25 +81,22 @@ def rerank_kernel(
         columns = piece + tl.arange(0, P)
         inside = columns < WIDTH
         total = tl.zeros([QUERY_BLOCK * SLOT_COUNT, P], tl.float64)
+        # Carried from one turn to the next: triton 3.6 fails to compile an fp64 product of what it sees was
+        # narrower when it was loaded.
+        part, basis = _operands(
+            raw_queries, raw_query_stride, raw_keys, raw_key_stride, q, row, real, rotation, rotation_stride,
+            s * WIDTH + columns, inside, tl.arange(0, DEPTH_BLOCK), depth, DOUBLE, COSINE,
+        )  # fmt: skip
         for start in range(0, depth, DEPTH_BLOCK):
-            deep = start + tl.arange(0, DEPTH_BLOCK)
-            mask = real[:, None] & (deep < depth)[None, :]
-            part = tl.load(raw_keys + row[:, None] * raw_key_stride + deep[None, :], mask=mask, other=0.0)
-            part = part.to(tl.float64 if DOUBLE else tl.float32)
-            if not COSINE:
-                query = tl.load(
-                    raw_queries + q[:, None] * raw_query_stride + deep[None, :], mask=mask, other=0.0
-                )
-                part = query.to(part.dtype) - part
-            basis = tl.load(
-                rotation + deep[:, None] * rotation_stride + (s * WIDTH + columns)[None, :],
-                mask=(deep < depth)[:, None] & inside[None, :],
-                other=0.0,
-            ).to(part.dtype)
-            if DOUBLE:  # not tl.dot, whose fp64 form triton 3.6 fails to compile
-                total += tl.sum(part[:, :, None] * basis[None, :, :], 1)
+            if DOUBLE:
+                total = tl.dot(part, basis, total, out_dtype=tl.float64)
             else:
                 total += tl.dot(part, basis, input_precision="ieee").to(tl.float64)
+            part, basis = _operands(
+                raw_queries, raw_query_stride, raw_keys, raw_key_stride, q, row, real, rotation,
+                rotation_stride, s * WIDTH + columns, inside, start + DEPTH_BLOCK + tl.arange(0, DEPTH_BLOCK),
+                depth, DOUBLE, COSINE,
+            )  # fmt: skip
         if COSINE:
             query = tl.load(
                 queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],

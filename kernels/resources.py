@@ -102,7 +102,7 @@ def cases(arch: int) -> Iterator[Case]:
         "WIDTH": 72,
     }
     double = arch in tuning.FP64_IS_FAST
-    candidates |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.rerank_depth(double)}
+    candidates |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
     exact = {"rotation": "*fp32"}
     yield Case("rerank", rerank.rerank_kernel, candidates, {"num_warps": 4}, exact)
     distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}
@@ -116,13 +116,13 @@ def cases(arch: int) -> Iterator[Case]:
 def update_cases() -> Iterator[Case]:
     """The kernels of a training step beside the search, at Q = 128; the same on every architecture."""
     rows = {"queries": "*fp16", "rotation": "*fp32"}
-    options = {"num_warps": 4, "num_stages": 2}
     # Steps of one: triton compiles integers of 1 as constants.
     common = {"index_step": 1, "counted_step": 1, "DOT": "ieee"}
     for widths in ((7,) * 9, (32,) * 24, (72,) * 32, (64,) * 24, (432,) * 4):
         shape = tuning.gradient_shape(widths, 128)
         common["COUNTED"] = widths[0] == 432  # one case with the mask is enough
         common["COLUMNS"] = shape.columns
+        options = {"num_warps": shape.warps, "num_stages": 2}
         project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth}
         yield Case(f"project {widths[0]}", gradient.project_kernel, common | project, options, rows)
         parts = 1 << (-(-widths[0] // shape.columns) - 1).bit_length()

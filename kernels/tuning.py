@@ -85,15 +85,13 @@ FORM = dict.fromkeys(TABLE, "split")
 reads every raw key again for each subspace, p operations for each byte, of which a card needs about 130."""
 
 FP64_IS_FAST = {80, 90, 100}
-"""Half the rate of fp32; elsewhere 1/64, and reranking multiplies in fp32."""
+"""Capabilities at half the rate of fp32; elsewhere (103 too) it is 1/64, and reranking multiplies in fp32."""
 
 RERANK_ROWS = 32
 """Candidates a block of ``rerank_kernel`` projects together: 32 x 32 fp64 sums are 16 registers a thread."""
-
-
-def rerank_depth(double: bool) -> int:
-    """Depth that is multiplied at once: 32 x 4 x 32 fp64 products are 64 registers a thread."""
-    return 4 if double else 32
+RERANK_DEPTH = 16
+"""Depth they are multiplied by at once, the least triton takes in fp64: 96 registers with matrix units for it
+(sm_80, sm_90), 240 without; 32 spills there."""
 
 
 class Resolve(NamedTuple):
@@ -114,7 +112,7 @@ def resolve_shape(width: int, tile: int, fused: bool) -> Resolve:
 
 
 class Gradient(NamedTuple):
-    """Shapes of the two kernels of ``gradient.py``; blocks of 4 warps."""
+    """Shapes of the two kernels of ``gradient.py``."""
 
     columns: int
     """Of a piece of a subspace."""
@@ -125,15 +123,16 @@ class Gradient(NamedTuple):
     """Rows of the gradient a block makes."""
     sum_queries: int
     """Queries that are added to it at once."""
+    warps: int
 
 
 _GRADIENT = {
     # fp32 products go through FFMA and wait for shared memory. Loops of the gradient, as ptxas makes them,
     # have 10 and 7 FFMA for every load of 16 bytes at 64 and 32 columns, and 3 for one of 8 bytes at 16.
-    16: Gradient(16, 16, 64, 64, 16),
-    32: Gradient(32, 32, 32, 64, 32),
+    16: Gradient(16, 16, 64, 64, 16, 4),
+    32: Gradient(32, 32, 32, 64, 32, 4),
     # 32 queries at once at 64 columns spill on sm_80 (triton 3.9: 255 registers, 136 bytes).
-    64: Gradient(64, 32, 32, 64, 16),
+    64: Gradient(64, 32, 32, 64, 16, 4),
 }
 _COST = {16: 2.0, 32: 1.25, 64: 1.0}
 """What a column costs in pieces of that many, from the loads above: 72 columns are 3 x 32, not 2 x 64."""
@@ -149,7 +148,7 @@ LIE_BLOCK = 32
 def gradient_shape(widths: Sequence[int], queries: int) -> Gradient:
     """Shapes for the gradient of Q queries in subspaces of these widths.
 
-    Fewer queries a block where that is what fills the card: 16 x 64 halves the FFMA for a load, but a
+    Fewer queries a block where that is what fills the card: a load then serves fewer FFMA, but a
     multiprocessor without work has none. The same shapes on every architecture, since FFMA is.
     """
     cost = {size: each * size * sum(-(-width // size) for width in widths) for size, each in _COST.items()}
@@ -159,6 +158,19 @@ def gradient_shape(widths: Sequence[int], queries: int) -> Gradient:
         return chosen._replace(project_queries=16, depth=64)
     return chosen
 
+
+GRADIENT_CANDIDATES = [
+    Gradient(columns, *project, *total, warps)
+    for columns in (32, 64)
+    for project, total in (
+        ((16, 64), (64, 16)),
+        ((32, 32), (64, 32)),
+        ((32, 32), (128, 16)),
+        ((64, 32), (128, 32)),
+    )
+    for warps in (2, 4)
+]
+"""What ``bench/gpu_check.py`` times: fewer warps do more FFMA for a load, more hide each other's loads."""
 
 CANDIDATES = [
     Sweep(tile, block, warps, stages)

@@ -39,16 +39,11 @@ def ksg_radius(
     pairs = pairs.contiguous()
     for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
         part = torch.empty(len(pairs), distances.shape[1], device=queries.device)
-        ksg.radius_kernel[part.shape](
-            distances,
-            distances.shape[1],
-            len(keys),
-            pairs,
-            part,
-            KEY_BLOCK=1024,
-            num_warps=4,
-            **tuning.OPTIONS,
-        )
+        with gpu_frame.device_of(queries):
+            ksg.radius_kernel[part.shape](
+                *(distances, distances.shape[1], len(keys), pairs, part),
+                KEY_BLOCK=1024, num_warps=4, **tuning.OPTIONS,
+            )  # fmt: skip
         radius[:, group] = part
     return radius
 
@@ -76,17 +71,11 @@ def ksg_counts(
     for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
         limits = radius[:, group].float().contiguous()
         part = torch.empty(len(pairs), 2, distances.shape[1], dtype=torch.int64, device=queries.device)
-        ksg.counts_kernel[limits.shape](
-            distances,
-            distances.shape[1],
-            len(keys),
-            pairs,
-            limits,
-            part,
-            KEY_BLOCK=1024,
-            num_warps=4,
-            **tuning.OPTIONS,
-        )
+        with gpu_frame.device_of(queries):
+            ksg.counts_kernel[limits.shape](
+                *(distances, distances.shape[1], len(keys), pairs, limits, part),
+                KEY_BLOCK=1024, num_warps=4, **tuning.OPTIONS,
+            )  # fmt: skip
         counts[:, :, group] = part
     return counts
 

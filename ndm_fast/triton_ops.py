@@ -239,7 +239,7 @@ def _rerank(
     best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
     slots = candidates.shape[2]
-    double = search.cosine or tuning.architecture(_capability(keys.device)) in tuning.FP64_IS_FAST
+    double = search.cosine or _capability(keys.device) in tuning.FP64_IS_FAST
     block = tuning.RERANK_ROWS // slots
     for subspaces, columns in equal_width_runs(widths):
         count = subspaces.stop - subspaces.start
@@ -250,7 +250,7 @@ def _rerank(
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
             *(candidates[subspaces], best[subspaces], index[subspaces]),
             WIDTH=width, P=min(32, max(16, _power_of_two(width))), QUERY_BLOCK=block, SLOT_COUNT=slots,
-            DEPTH_BLOCK=tuning.rerank_depth(double), DOUBLE=double, COSINE=search.cosine, num_warps=4,
+            DEPTH_BLOCK=tuning.RERANK_DEPTH, DOUBLE=double, COSINE=search.cosine, num_warps=4,
             **tuning.OPTIONS,
         )  # fmt: skip
     return best, index

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from ndm_fast import gpu_frame, gpu_search, objective
 from ndm_fast.errors import InputError
 from ndm_fast.objective import Objective
+
+if TYPE_CHECKING:
+    from ndm_fast.kernels.tuning import Gradient
 
 
 def loss_and_gradient(
@@ -28,6 +31,7 @@ def loss_and_gradient(
     counted: Tensor | None = None,
     *,
     products: str = "ieee",
+    shape: Gradient | None = None,
 ) -> Objective:
     """Loss and gradient for given neighbours, as :func:`ndm_fast.objective.loss_and_gradient` has them.
 
@@ -42,6 +46,7 @@ def loss_and_gradient(
         counted: [S, Q] bool, the neighbours that contribute; default all. Others are not read.
         products: ``"ieee"`` for fp32 products, ``"tf32x3"`` for products on the matrix units of numbers split
             into two tf32 each, good to 2^-21.
+        shape: of the kernels' tiles; default by ``kernels/tuning.py``.
 
     Returns:
         ``Objective(by_subspace [S] fp32, gradient [d, d] fp32)``. Without any distance, no gradient; a
@@ -53,7 +58,7 @@ def loss_and_gradient(
 
     queries, keys, rotation = (gpu_search.unit_columns(rows) for rows in (queries, keys, rotation))
     (count, width), subspaces = queries.shape, len(widths)
-    shape = tuning.gradient_shape(widths, count)
+    shape = shape or tuning.gradient_shape(widths, count)
     pieces = _pieces(tuple(widths), shape.columns, queries.device)
     projected = torch.empty(count, width, device=queries.device)
     squares = torch.empty(len(pieces.table), count, device=queries.device)
@@ -63,7 +68,7 @@ def loss_and_gradient(
     rows = (queries, queries.stride(0), count, keys, keys.stride(0))
     neighbours = (index, *index.stride(), mask, *mask.stride(), pieces.table)
     options = {"COLUMNS": shape.columns, "COUNTED": counted is not None, "DOT": products}
-    options |= {"num_warps": 4, "num_stages": 2, **tuning.OPTIONS}
+    options |= {"num_warps": shape.warps, "num_stages": 2, **tuning.OPTIONS}
     project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth, **options}
     total = {"PARTS": pieces.parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, **options}
     with gpu_frame.device_of(queries):

@@ -43,15 +43,15 @@ def check(
     index: Tensor,
     widths: list[int],
     counted: Tensor | None = None,
-    products: str = "ieee",
+    **options,
 ) -> Objective:
     """Every entry within what fp32 may be off: by 2e-7 of what is added up for it, and by the direction of r,
     which is off by the rounding of the projection over the distance. tf32x3 has three bits less."""
-    unit = 2e-7 if products == "ieee" else 1.6e-6
+    unit = 1.6e-6 if "products" in options else 2e-7
     rotation = nearly_rotation(sum(widths))
     data = [rows.to(DEVICE) for rows in (queries, keys, index, rotation)]
     here = None if counted is None else counted.to(DEVICE)
-    found = triton_update.loss_and_gradient(*data, widths, "euclidean", here, products=products)
+    found = triton_update.loss_and_gradient(*data, widths, "euclidean", here, **options)
     found = Objective(*(each.cpu() for each in found))
     exact = objective.loss_and_gradient(
         queries.double(), keys, index, rotation.double(), widths, "euclidean", counted
@@ -110,6 +110,14 @@ def test_rows_may_be_strided() -> None:
 
 def test_products_on_the_matrix_units() -> None:
     check(*case(heavy_tailed, [33, 16]), products="tf32x3")
+
+
+def test_shape_does_not_matter() -> None:
+    from ndm_fast.kernels import tuning
+
+    data = case(heavy_tailed, [72, 33], queries=70)
+    for shape in tuning.GRADIENT_CANDIDATES[::3]:
+        check(*data, shape=shape)
 
 
 def test_only_neighbours_that_count_contribute() -> None:
