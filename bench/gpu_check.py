@@ -38,7 +38,7 @@ from gpu_contracts import (  # noqa: E402
     check_update,
     gradient_cases,
 )
-from gpu_step import check_steps, time_shapes, time_steps  # noqa: E402
+from gpu_step import check_graph, check_steps, time_shapes, time_steps  # noqa: E402
 from gpu_timing import QUERIES, SHAPES, STARTED, ceilings, time_shape  # noqa: E402
 
 CHECK_BUDGET = 280.0
@@ -100,6 +100,7 @@ def checks(searches: dict[str, Callable], device: str, small: bool) -> Iterator[
                 yield label, partial(check_gradient, case, dtype, products, device)
     yield "lie update", partial(check_update, device, small)
     yield "training steps", partial(check_steps, device, small)
+    yield "training steps in a graph", partial(check_graph, device, small)
 
 
 def run_checks(searches: dict[str, Callable], device: str, small: bool) -> dict[str, str]:

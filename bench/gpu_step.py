@@ -6,13 +6,16 @@ the two can be compared; the package's own optimisers are timed beside it, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from gpu_contracts import rotation_of
 from gpu_timing import KEYS, SHAPES, Run, measure
+
+if TYPE_CHECKING:
+    from ndm_fast.rotation import Rotation, Turn
 
 STEPS, QUERIES = 32, 128
 """Steps a search, and queries a step."""
@@ -38,17 +41,12 @@ class Work(NamedTuple):
         return self.queries[part], self.keys, self.index[:, part]
 
 
-def adam(
-    product: torch.Tensor, first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor, fast: float,
-    slow: float, half: bool,
-) -> torch.Tensor:  # fmt: skip
+def adam(product: torch.Tensor, first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor, fast: float,
+         slow: float, half: bool) -> torch.Tensor:  # fmt: skip
     """``triton_update.lie_update`` in torch."""
-    product = product.float()
-    tangent = product - product.T
-    first.lerp_(tangent, 1 - fast)
-    second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
-    update = first / (second.sqrt() + factors[1]) * -factors[0]
-    return update.bfloat16() if half else update
+    from ndm_fast import reference
+
+    return reference.lie_update(product.float(), first, second, *factors, (fast, slow), half)
 
 
 class Steps:
@@ -93,20 +91,64 @@ def make_work(model: str, device: str, small: bool) -> Work:
     return Work(queries, keys, rotation_of(d).to(device), index, widths)
 
 
+def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
+    """One of the package's optimisers, and what takes the steps of a search with it, as ``Trainer`` does."""
+    from ndm_fast import step_ops
+    from ndm_fast.cuda_graph import GraphedSteps
+    from ndm_fast.rotation import make_rotation
+
+    rotation = make_rotation(kind, work.rotation, BETAS)
+    size = len(work.queries) // STEPS
+
+    def steps(
+        queries: torch.Tensor, keys: torch.Tensor, index: torch.Tensor, turns: Sequence[Turn]
+    ) -> torch.Tensor:
+        losses = []
+        for number, turn in enumerate(turns):
+            part = slice(number * size, (number + 1) * size)
+            given = (queries[part], keys, index[:, part], rotation.working, work.widths)
+            found = step_ops.loss_and_gradient(*given)
+            rotation.turn(found.gradient, turn)
+            losses.append(found.by_subspace.mean())
+        return torch.stack(losses)
+
+    taken = GraphedSteps(steps, rotation) if graph else steps
+    return rotation, lambda: taken(
+        work.queries, work.keys, work.index, [rotation.next_turn(LR) for _ in range(STEPS)]
+    )
+
+
+def apart(work: Work, one: torch.Tensor, two: torch.Tensor) -> float:
+    """How far two rotations that began at the same one are apart, over how far the second has come.
+
+    As projections on the subspaces: within one, gradients and so steps are rounding noise.
+    """
+    first, second, start = (
+        torch.stack([part @ part.T for part in rotation.split(work.widths, dim=1)])
+        for rotation in (one, two, work.rotation)
+    )
+    return float((first - second).norm() / (second - start).norm())
+
+
 def check_steps(device: str, small: bool) -> str | None:
     """What is wrong with a block of steps on our kernels, or None: it must lead where torch's leads."""
     work = make_work("gpt2", device, small)
     ours, theirs = kernel_steps(work), torch_steps(work)
     ours.block()
     theirs.block()
+    share = apart(work, ours.rotation, theirs.rotation)
+    return None if share < 0.05 else f"ours and torch's are {share:.1%} of the way apart"
 
-    def spaces(rotation: torch.Tensor) -> torch.Tensor:
-        """Projections on the subspaces: within one, gradients and so steps are rounding noise."""
-        return torch.stack([part @ part.T for part in rotation.split(work.widths, dim=1)])
 
-    end = spaces(theirs.rotation)
-    apart = float((spaces(ours.rotation) - end).norm() / (end - spaces(work.rotation)).norm())
-    return None if apart < 0.05 else f"ours and torch's are {apart:.1%} of the way apart"
+def check_graph(device: str, small: bool) -> str | None:
+    """What is wrong with the trainer's CUDA graph, or None: it must lead where single launches lead."""
+    work = make_work("gpt2", device, small)
+    (one, plain), (two, graphed_block) = (package_block(work, "lazy", graph) for graph in (False, True))
+    for _ in range(2 if small else 4):
+        plain()
+        graphed_block()
+    share = apart(work, two.matrix, one.matrix)
+    return None if share < 0.05 else f"with and without are {share:.1%} of the way apart"
 
 
 def torch_steps(work: Work) -> Steps:
@@ -177,8 +219,7 @@ def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
 
 def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]:
     """A step with reuse: a 32nd of one search and 32 steps, in several forms."""
-    from ndm_fast import objective, triton_ops
-    from ndm_fast.rotation import make_rotation
+    from ndm_fast import triton_ops
 
     (count, d), k = work.queries.shape, len(work.keys)
     flops = (2.0 * k * d * d + 2.0 * count * k * d) / STEPS + 4.0 * count / STEPS * d * d + 4.0 * d**3
@@ -195,14 +236,12 @@ def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]
 
         return run
 
-    def of_the_package(kind: str) -> Run:
-        rotation = make_rotation(kind, work.rotation, BETAS)
+    def of_the_package(kind: str, graph: bool = False) -> Run:
+        rotation, block = package_block(work, kind, graph)
 
         def run() -> None:
             search(rotation.matrix)
-            for number in range(STEPS):
-                given = (*work.batch(number), rotation.working, work.widths, "euclidean")
-                rotation.step(objective.loss_and_gradient(*given).gradient, LR)
+            block()
 
         return run
 
@@ -212,6 +251,7 @@ def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]
         "triton": written_out(ours, ours.block),
         "package, lie": of_the_package("lie"),
         "package, lazy": of_the_package("lazy"),
+        "package, lazy, in a graph": of_the_package("lazy", graph=True),
     }
     if device == "cuda":
         forms["triton, in a graph"] = written_out(also, graphed(also.block))
