@@ -112,7 +112,7 @@ def run_checks(searches: dict[str, Callable], device: str, small: bool) -> dict[
             path = name.split(" / ")[0]
             print(f"{time.monotonic() - STARTED:4.0f} s, checking {path}", flush=True)
         try:
-            if time.monotonic() - STARTED > CHECK_BUDGET:
+            if device == "cuda" and time.monotonic() - STARTED > CHECK_BUDGET:
                 raise TimeoutError("not checked, out of time")
             wrong = find()
         except Exception as error:
