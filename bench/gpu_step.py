@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from gpu_contracts import rotation_of
+from gpu_contracts import GRADIENT_UNITS, rotation_of
 from gpu_timing import KEYS, SHAPES, Run, measure
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def graphed(run: Run, times: int = 1) -> Run:
     return call
 
 
-def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
+def time_parts(work: Work, limits: dict[str, float], device: str, broken: set[str]) -> list[dict]:
     """Gradient and update alone, called from Python, and 20 at a time in a CUDA graph."""
     from ndm_fast import objective, triton_update
     from ndm_fast.rotation import make_rotation
@@ -192,7 +192,7 @@ def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
     queries, keys, index = work.batch(0)
     d = queries.shape[1]
     given = (queries, keys, index, work.rotation, work.widths, "euclidean")
-    steps = kernel_steps(work)
+    steps = torch_steps(work)
     steps.step(0)
     product = torch.randn_like(steps.rotation)
     moving = (product, steps.first, steps.second, steps.factors, *BETAS)
@@ -202,12 +202,14 @@ def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
     parts: dict[str, tuple[Run, tuple[float, float]]] = {
         "gradient, torch": (partial(objective.loss_and_gradient, *given), gradient),
         "update, torch": (partial(adam, *moving, False), whole),
-        "update, triton": (partial(triton_update.lie_update, *moving, False), whole),
-        "update, triton, bf16": (partial(triton_update.lie_update, *moving, True), half),
     }
-    for products in ("ieee", "tf32x3"):
-        run = partial(triton_update.loss_and_gradient, *given, products=products)
-        parts[f"gradient, triton, {products}"] = run, gradient
+    if "lie update" not in broken:
+        parts["update, triton"] = partial(triton_update.lie_update, *moving, False), whole
+        parts["update, triton, bf16"] = partial(triton_update.lie_update, *moving, True), half
+    for products in GRADIENT_UNITS:
+        if f"gradient {products}" not in broken:
+            run = partial(triton_update.loss_and_gradient, *given, products=products)
+            parts[f"gradient, triton, {products}"] = run, gradient
     rows = [measure(name, run, *cost, limits, device) for name, (run, cost) in parts.items()]
     if device == "cuda":
         for name, (run, cost) in parts.items():
@@ -217,7 +219,7 @@ def time_parts(work: Work, limits: dict[str, float], device: str) -> list[dict]:
     return [*rows, measure("update, published scheme", step, 0.0, 0.0, limits, device)]
 
 
-def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]:
+def time_blocks(work: Work, limits: dict[str, float], device: str, broken: set[str]) -> list[dict]:
     """A step with reuse: a 32nd of one search and 32 steps, in several forms."""
     from ndm_fast import triton_ops
 
@@ -245,28 +247,34 @@ def time_blocks(work: Work, limits: dict[str, float], device: str) -> list[dict]
 
         return run
 
-    theirs, ours, also = torch_steps(work), kernel_steps(work), kernel_steps(work)
+    theirs = torch_steps(work)
     forms = {
         "torch": written_out(theirs, theirs.block),
-        "triton": written_out(ours, ours.block),
         "package, lie": of_the_package("lie"),
         "package, lazy": of_the_package("lazy"),
-        "package, lazy, in a graph": of_the_package("lazy", graph=True),
     }
-    if device == "cuda":
-        forms["triton, in a graph"] = written_out(also, graphed(also.block))
+    if "training steps in a graph" not in broken:
+        forms["package, lazy, in a graph"] = of_the_package("lazy", graph=True)
+    if not broken & {"gradient ieee", "lie update", "training steps"}:
+        ours, also = kernel_steps(work), kernel_steps(work)
+        forms["triton"] = written_out(ours, ours.block)
+        if device == "cuda":
+            forms["triton, in a graph"] = written_out(also, graphed(also.block))
     return [
         measure(f"step with reuse, {name}", run, flops, read, limits, device, parts=STEPS)
         for name, run in forms.items()
     ]
 
 
-def time_steps(model: str, limits: dict[str, float], device: str, small: bool) -> list[dict]:
-    """Rows of one shape."""
+def time_steps(
+    model: str, limits: dict[str, float], device: str, small: bool, broken: set[str]
+) -> list[dict]:
+    """Rows of one shape, without what ``broken`` names as wrong."""
     work = make_work(model, device, small)
     (count, d), k = work.queries.shape, len(work.keys)
     shape = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
-    return [{**shape, **row} for row in time_parts(work, limits, device) + time_blocks(work, limits, device)]
+    rows = time_parts(work, limits, device, broken) + time_blocks(work, limits, device, broken)
+    return [{**shape, **row} for row in rows]
 
 
 def time_shapes(model: str, limits: dict[str, float], device: str, small: bool) -> list[dict]:
@@ -278,13 +286,17 @@ def time_shapes(model: str, limits: dict[str, float], device: str, small: bool) 
     work = make_work(model, device, small)
     given = (*work.batch(0), work.rotation, work.widths, "euclidean")
     count, d = given[0].shape
+    expected = triton_update.loss_and_gradient(*given).gradient
     rows = []
     for shape in tuning.GRADIENT_CANDIDATES[:1] if small else tuning.GRADIENT_CANDIDATES:
         run: Run = partial(triton_update.loss_and_gradient, *given, shape=shape)
-        parts = 1
+        name, parts = f"gradient {'x'.join(map(str, shape))}", 1
+        found = triton_update.loss_and_gradient(*given, shape=shape).gradient
+        if float((found - expected).abs().max()) > 1e-5 * float(expected.abs().max()):
+            rows.append({"model": model, "Q": count, "name": name, "failed": "another result"})
+            continue
         if device == "cuda":
             run, parts = graphed(run, REPLAYED), REPLAYED
-        name = f"gradient {'x'.join(map(str, shape))}"
         row = measure(name, run, 4.0 * count * d * d, 0.0, limits, device, parts=parts)
         rows.append({"model": model, "Q": count, "d": d, "width": work.widths[0], **row})
     return rows

@@ -24,13 +24,15 @@ def lie_update_kernel(
     first,  # [d, d] fp32 skew
     second,  # [d, d] fp32 symmetric
     update,  # [d, d] fp32 or bf16
-    factors,  # [2] fp32: scale, guard
+    scale,  # a number, or (ON_DEVICE) [1] fp32
+    guard,
     width,
     toward,  # 1 - fast
     slow,
     fresh,  # 1 - slow
     BLOCK: tl.constexpr,
     TAKE: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
 ):
     """Grid (tiles, tiles), of which those on and above the diagonal work. Moments move where TAKE."""
     i, j = tl.program_id(0), tl.program_id(1)
@@ -53,8 +55,9 @@ def lie_update_kernel(
             tl.store(first + mirror, -tl.trans(moment), mask=beyond)
             tl.store(second + at, square, mask=mask)
             tl.store(second + mirror, tl.trans(square), mask=beyond)
-        scale, guard = tl.load(factors), tl.load(factors + 1)
-        step = tl.div_rn(-scale * moment, tl.sqrt_rn(square) + guard)
+        factor = tl.load(scale) if ON_DEVICE else scale
+        least = tl.load(guard) if ON_DEVICE else guard
+        step = tl.div_rn(-factor * moment, tl.sqrt_rn(square) + least)
         # Negated before it is rounded: Triton's interpreter negates the bits of bf16.
         tl.store(update + at, step.to(update.dtype.element_ty), mask=mask)
         tl.store(update + mirror, (-tl.trans(step)).to(update.dtype.element_ty), mask=beyond)

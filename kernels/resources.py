@@ -41,7 +41,7 @@ _TYPES = {
     **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
     **dict.fromkeys(("rounding", "absolute", "query_share", "share", "toward", "slow", "fresh"), "fp32"),
     **dict.fromkeys(("projected", "squares", "losses", "gradient"), "*fp32"),
-    **dict.fromkeys(("product", "first", "second", "factors"), "*fp32"),
+    **dict.fromkeys(("first", "second"), "*fp32"),
     "counted": "*i1",
     "pieces": "*i32",
 }
@@ -128,9 +128,9 @@ def update_cases() -> Iterator[Case]:
         parts = 1 << (-(-widths[0] // shape.columns) - 1).bit_length()
         total = {"PARTS": parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries}
         yield Case(f"gradient {widths[0]}", gradient.gradient_kernel, common | total, options, rows)
-    for name, dtype in (("fp32", "*fp32"), ("bf16", "*bf16")):
-        step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True}
-        types = {"update": dtype, "product": dtype}
+    for name, dtype, factor in (("fp32", "*fp32", "fp32"), ("bf16", "*bf16", "*fp32")):
+        step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True, "ON_DEVICE": factor == "*fp32"}
+        types = {"update": dtype, "product": dtype, "scale": factor, "guard": factor}
         yield Case(f"lie update {name}", lie_update.lie_update_kernel, step, {"num_warps": 4}, types)
 
 

@@ -87,7 +87,7 @@ def lie_update(
     product: Tensor | None,
     first: Tensor,
     second: Tensor,
-    factors: Tensor,
+    factors: Tensor | tuple[float | Tensor, float | Tensor],
     fast: float,
     slow: float,
     half: bool = False,
@@ -101,7 +101,8 @@ def lie_update(
     Args:
         product: [d, d] fp32 or bf16 ``R'G``; None leaves the moments as they are.
         first, second: [d, d] fp32 contiguous moments, skew and symmetric; changed in place.
-        factors: [2] fp32 on the device, scale and guard: a CUDA graph takes what they hold at its replay.
+        factors: scale and guard; two numbers, or fp32 on the device, [2] or two of one element each: then a
+            CUDA graph takes what they hold at its replay.
         fast, slow: decay of the first and of the second moment.
         half: bf16 instead of fp32 for the update.
 
@@ -120,11 +121,13 @@ def lie_update(
     width = len(first)
     update = torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
     tiles = -(-width // tuning.LIE_BLOCK)
+    scale, guard = factors
+    options = {"TAKE": product is not None, "ON_DEVICE": isinstance(scale, Tensor)}
     with gpu_frame.device_of(first):
         kernels.lie_update_kernel[(tiles, tiles)](
             first if product is None else product.contiguous(),
-            *(first, second, update, factors, width, 1 - fast, slow, 1 - slow),
-            **{"BLOCK": tuning.LIE_BLOCK, "TAKE": product is not None, "num_warps": 4, **tuning.OPTIONS},
+            *(first, second, update, scale, guard, width, 1 - fast, slow, 1 - slow),
+            **{"BLOCK": tuning.LIE_BLOCK, "num_warps": 4, **options, **tuning.OPTIONS},
         )
     return update
 

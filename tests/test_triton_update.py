@@ -218,6 +218,16 @@ def test_update_takes_a_product_in_bf16() -> None:
     assert torch.equal(given, triton_update.lie_update(product.bfloat16().float(), *other, 0.9, 0.999))
 
 
+def test_factors_may_be_numbers_or_single_elements() -> None:
+    product, first, second, factors = moments(40)
+    given = [
+        triton_update.lie_update(product, first.clone(), second.clone(), each, 0.9, 0.999)
+        for each in (factors, factors.unbind(), tuple(factors.tolist()))
+    ]
+    assert torch.equal(given[0], given[1])
+    assert torch.equal(given[0], given[2])
+
+
 def test_without_a_product_the_moments_stay() -> None:
     _, first, second, factors = moments(40)
     before = first.clone(), second.clone()
