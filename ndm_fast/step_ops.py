@@ -1,7 +1,7 @@
 """Public ops of an optimiser step: the loss with its gradient, and Adam on the Lie algebra.
 
-Beside ``ndm_fast.ops``, whose backends they share: ``cpu`` has both in C++ (the gradient of the euclidean
-metric), elsewhere they are torch code.
+Beside ``ndm_fast.ops``, whose backends they share: ``cpu`` has both in C++, ``triton`` and ``cuda`` as Triton
+kernels; the gradient of the cosine is torch code everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast import backends, cpu_step, objective, reference
+from ndm_fast import backends, cpu_step, objective, reference, triton_ops, triton_update
 from ndm_fast.objective import Objective
 
 
@@ -63,11 +63,13 @@ def lie_update(
     """[d, d] skew update of a rotation by Adam; see ``ndm_fast.reference.lie_update`` for the arguments.
 
     ``first`` and ``second``, [d, d] fp32 and contiguous, move on in place. ``scale`` and ``guard`` may be []
-    tensors, whose values a CUDA graph reads at its replay; then torch's code runs.
+    tensors on the device, whose values a CUDA graph reads at its replay.
     """
-    if isinstance(scale, Tensor) or isinstance(guard, Tensor):
-        return reference.lie_update(product, first, second, scale, guard, betas, half)
     chosen = backends.choose(first.device, backend).name
+    if isinstance(scale, Tensor) or isinstance(guard, Tensor):  # no library op takes either kind
+        if _has_triton(chosen, first.device):
+            return triton_update.lie_update(product, first, second, (scale, guard), *betas, half)
+        return reference.lie_update(product, first, second, scale, guard, betas, half)
     return _lie_update(product, first, second, scale, guard, list(betas), half, chosen)
 
 
@@ -84,6 +86,8 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     if backend == "cpu" and metric == "euclidean":
         return cpu_step.mean_distance_gradient(queries, keys, index, rotation, widths, counted)
+    if _has_triton(backend, queries.device):
+        return triton_update.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
     return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
 
 
@@ -112,8 +116,11 @@ def _lie_update(
     half: bool,
     backend: str,
 ) -> Tensor:
+    fast, slow = betas
+    if _has_triton(backend, first.device):
+        return triton_update.lie_update(product, first, second, (scale, guard), fast, slow, half)
     module = cpu_step if backend == "cpu" else reference
-    return module.lie_update(product, first, second, scale, guard, (betas[0], betas[1]), half)
+    return module.lie_update(product, first, second, scale, guard, (fast, slow), half)
 
 
 @_lie_update.register_fake
@@ -128,3 +135,8 @@ def _(
     backend: str,
 ) -> Tensor:
     return torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
+
+
+def _has_triton(backend: str, device: torch.device) -> bool:
+    """Whether the step runs on Triton's kernels; the CUDA C++ extension holds the search alone."""
+    return backend in ("triton", "cuda") and triton_ops.why_unavailable(device) is None

@@ -164,6 +164,24 @@ def test_without_a_compiled_backend_the_torch_code_runs() -> None:
         assert torch.equal(found.gradient, expected.gradient)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_triton_runs_where_it_is_named(half: bool) -> None:
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(6)
+    q, k, rotation = _rows(9, 8, generator), _rows(9, 8, generator), random_rotation(8, generator)
+    index = torch.randint(9, (2, 9), generator=generator)
+    found = step_ops.loss_and_gradient(q, k, index, rotation, [5, 3], backend="triton")
+    expected = objective.loss_and_gradient(q, k, index, rotation, [5, 3], "euclidean")
+    torch.testing.assert_close(found.gradient, expected.gradient, rtol=1e-4, atol=1e-6)
+    product, factors = torch.randn(8, 8, generator=generator), torch.tensor([1e-3, 1e-8])
+    for scale, guard in (factors.tolist(), factors):
+        moments, same = torch.zeros(2, 8, 8), torch.zeros(2, 8, 8)
+        update = step_ops.lie_update(product, *moments, scale, guard, BETAS, half=half, backend="triton")
+        plain = step_ops.lie_update(product, *same, scale, guard, BETAS, half=half, backend="reference")
+        torch.testing.assert_close(update.float(), plain.float(), rtol=1e-2 if half else 1e-4, atol=1e-9)
+        torch.testing.assert_close(moments, same)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=compiled)])
 def test_library_ops_pass_opcheck(backend: str) -> None:
     q, index = torch.randn(9, 8), torch.zeros(2, 9, dtype=torch.int64)
