@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# A CUDA graph reads its steps' factors from the rows of one tensor, aligned by turns: one kernel for all.
+@triton.jit(do_not_specialize_on_alignment=["scale", "guard"])
 def lie_update_kernel(
     product,  # [d, d] fp32 or bf16, TAKE only
     first,  # [d, d] fp32 skew

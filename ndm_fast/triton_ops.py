@@ -240,6 +240,8 @@ def _rerank(
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
     slots = candidates.shape[2]
     double = search.cosine or _capability(keys.device) in tuning.FP64_IS_FAST
+    # A depth of 1 is compiled in, leaves no loop, and then triton 3.6 fails (see kernels/rerank.py).
+    double &= len(frame.rotation) > 1
     block = tuning.RERANK_ROWS // slots
     for subspaces, columns in equal_width_runs(widths):
         count = subspaces.stop - subspaces.start

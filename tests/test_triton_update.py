@@ -185,13 +185,10 @@ def moments(width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return product, first, second, torch.tensor([3e-3, 1e-7], device=DEVICE)
 
 
-def expected_update(product: Tensor, first: Tensor, second: Tensor, factors: Tensor) -> tuple[Tensor, ...]:
-    """Moments and update in fp64."""
-    tangent = (product - product.T).double()
-    first = 0.9 * first.double() + 0.1 * tangent
-    second = 0.999 * second.double() + 0.001 * tangent**2
+def update_of(first: Tensor, second: Tensor, factors: Tensor) -> Tensor:
+    """[d, d] fp64."""
     scale, guard = factors.double()
-    return first, second, -scale * first / (second.sqrt() + guard)
+    return -scale * first.double() / (second.double().sqrt() + guard)
 
 
 @pytest.mark.parametrize("width", [1, 7, 33, 72, 100])
@@ -199,13 +196,16 @@ def expected_update(product: Tensor, first: Tensor, second: Tensor, factors: Ten
 def test_update_matches_fp64(width: int, half: bool) -> None:
     product, first, second, factors = moments(width)
     product[0] *= 1e3
-    expected = expected_update(product, first, second, factors)
+    tangent = (product - product.T).double()
+    moment, square = 0.9 * first.double() + 0.1 * tangent, 0.999 * second.double() + 0.001 * tangent**2
     update = triton_update.lie_update(product, first, second, factors, 0.9, 0.999, half)
     assert update.dtype == (torch.bfloat16 if half else torch.float32)
-    torch.testing.assert_close(first.double(), expected[0], rtol=2e-6, atol=1e-9)
-    torch.testing.assert_close(second.double(), expected[1], rtol=2e-6, atol=0)
+    # The two terms of the first moment may cancel.
+    torch.testing.assert_close(first.double(), moment, rtol=1e-6, atol=1e-7 * float(tangent.abs().max()))
+    torch.testing.assert_close(second.double(), square, rtol=1e-6, atol=0)
     # bf16 keeps 8 bits, of which Triton's interpreter truncates.
-    torch.testing.assert_close(update.double(), expected[2], rtol=8e-3 if half else 5e-6, atol=1e-9)
+    expected = update_of(first, second, factors)
+    torch.testing.assert_close(update.double(), expected, rtol=8e-3 if half else 1e-6, atol=0)
     for skew in (update, first):
         assert torch.equal(skew, -skew.T)
     assert torch.equal(second, second.T)
@@ -234,8 +234,7 @@ def test_without_a_product_the_moments_stay() -> None:
     update = triton_update.lie_update(None, first, second, factors, 0.9, 0.999)
     assert torch.equal(first, before[0])
     assert torch.equal(second, before[1])
-    expected = -3e-3 * first / (second.sqrt() + 1e-7)
-    torch.testing.assert_close(update, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(update.double(), update_of(first, second, factors), rtol=1e-6, atol=0)
 
 
 def test_update_keeps_nan() -> None:
