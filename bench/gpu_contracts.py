@@ -94,13 +94,13 @@ def check_ksg(device: str, small: bool) -> str | None:
 
 def check_products(device: str) -> str | None:
     """What is wrong with products in full fp32 where the program has asked for tf32, or None."""
-    from ndm_fast import gpu_search
+    from ndm_fast.full_fp32 import full_fp32
 
     left, right = torch.randn(2, 512, 512, device=device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with gpu_search.full_fp32():
+        with full_fp32():
             product = left @ right
         after = torch.get_float32_matmul_precision()
     finally:

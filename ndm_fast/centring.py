@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ndm_fast.full_fp32 import full_fp32
+
 _ORIGIN_ROWS = 1024
 """Rows that the mean is taken of."""
 _BLOCK_ELEMENTS = 1 << 21
@@ -42,7 +44,8 @@ def rotate_centred(
             block.copy_(part)
         else:
             torch.sub(part, origin, out=block)
-        torch.mm(block, rotation, out=out[start : start + size])
+        with full_fp32():
+            torch.mm(block, rotation, out=out[start : start + size])
         if norms is not None:
             torch.linalg.vector_norm(block, dim=1, out=norms[start : start + size])
     return out

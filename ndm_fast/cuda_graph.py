@@ -37,7 +37,8 @@ class _Static(NamedTuple):
 
 class _Graph(NamedTuple):
     static: _Static
-    replay: Callable[[], object]
+    replay: Callable[[], object] | None
+    """None after a first block, which has only done the work."""
 
 
 class GraphedSteps:
@@ -53,30 +54,33 @@ class GraphedSteps:
     def __init__(self, steps: TakeSteps, rotation: Rotation) -> None:
         self._steps = steps
         self._rotation = rotation
-        self._graphs: dict[tuple[object, ...], _Graph | None] = {}
+        self._graphs: dict[tuple[object, ...], _Graph] = {}
 
     def __call__(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
         """[m] losses of the steps, on the device."""
         held = keys if keys._base is None else keys._base
         first = (keys.storage_offset() - held.storage_offset()) // keys.stride(0)
         kind = (held.data_ptr(), held.shape, queries.shape, *((t.second_order, t.restore) for t in turns))
-        if kind not in self._graphs:  # the first one compiles and allocates what a graph must find
-            self._graphs[kind] = None
-            if len(self._graphs) > _KINDS:
-                del self._graphs[next(iter(self._graphs))]
-            return self._steps(queries, keys, index, turns)
-        graph = self._graphs[kind]
+        graph = self._graphs.get(kind)
         static = graph.static if graph else self._memory(queries, index, len(turns))
         static.queries.copy_(queries)
         torch.add(index, first, out=static.neighbours)
         static.factors.copy_(_on_host(turns, keys.device), non_blocking=True)
         static.matrix.copy_(self._rotation.working)
-        if graph is None:
-            replay = _captured(lambda: self._work(static, held, turns), keys.device)
-            graph = self._graphs[kind] = _Graph(static, replay)
-        graph.replay()
+        if graph is None:  # a graph must find compiled and allocated what it needs
+            self._work(static, held, turns)
+            self._keep(kind, _Graph(static, None))
+        else:
+            replay = graph.replay or _captured(lambda: self._work(static, held, turns), keys.device)
+            replay()
+            self._graphs[kind] = _Graph(static, replay)
         self._rotation.put(static.matrix.clone())
         return static.losses.clone()
+
+    def _keep(self, kind: tuple[object, ...], graph: _Graph) -> None:
+        if len(self._graphs) == _KINDS:
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[kind] = graph
 
     def _memory(self, queries: Tensor, index: Tensor, steps: int) -> _Static:
         matrix = self._rotation.working.clone()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import gpu_search
+from ndm_fast.full_fp32 import full_fp32
 from ndm_fast.gpu_search import KeyChunk, KeyFrame
 from ndm_fast.reference import Neighbors
 
@@ -69,7 +70,7 @@ def make_frame(
     if exact or not search.in_half or search.cosine:
         turned = queries.double() if search.queries_rotated else queries.double() @ rotation.double()
     if search.in_half:
-        with gpu_search.full_fp32():
+        with full_fp32():
             rotated = (queries.float() @ turn.float()).double()
         if not search.fused:  # the product takes it off in this type
             origin = key_frame.origin.to(keys.dtype).double()

@@ -6,9 +6,8 @@ the ones a search needs; glossary as in ``ndm_fast.reference``.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.centring import sample_mean
+from ndm_fast.full_fp32 import full_fp32
 
 FP16_MAX = 65504.0
 _UNIT = 2.0**-24
@@ -174,19 +174,6 @@ def unit_columns(rows: Tensor) -> Tensor:
     """The same rows with neighbouring columns next to each other; rows may stay strided."""
     rows = rows.detach()
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
-
-
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
-    """fp32 products without tf32, whatever the program has chosen for its own."""
-    matmul = torch.backends.cuda.matmul
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
-    before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, before)
 
 
 @lru_cache(maxsize=64)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import cpu
+from ndm_fast.full_fp32 import full_fp32
 from ndm_fast.rotation import LieRotation, Turn
 
 MOST_DRIFT = 0.03
@@ -118,7 +119,8 @@ class LazyRotation(LieRotation):
     @staticmethod
     def _excess(matrix: Tensor) -> Tensor:
         """[d, d] fp32 ``R'R - I``."""
-        gram = matrix.T @ matrix
+        with full_fp32():
+            gram = matrix.T @ matrix
         gram.diagonal().sub_(1)
         return gram
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_fast import step_ops
+from ndm_fast.full_fp32 import full_fp32
 
 EPSILON = 1e-8
 """Adam's guard against a zero second moment."""
@@ -159,8 +160,9 @@ class LieRotation:
         return step_ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
 
     def _moved(self, update: Tensor) -> Tensor:
-        turn = torch.addmm(update, update, update, alpha=0.5)
-        return torch.addmm(self.matrix, self.matrix, turn)
+        with full_fp32():
+            turn = torch.addmm(update, update, update, alpha=0.5)
+            return torch.addmm(self.matrix, self.matrix, turn)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Matrix, moments and step count."""
@@ -274,7 +276,8 @@ def _turn_at_most(update: Tensor, largest: float) -> Tensor:
 
 def _newton_schulz(matrix: Tensor) -> Tensor:
     """The matrix, nearer to orthogonal: an error e becomes about 3/4 e^2."""
-    return torch.addmm(matrix, matrix, matrix.T @ matrix, beta=1.5, alpha=-0.5)
+    with full_fp32():
+        return torch.addmm(matrix, matrix, matrix.T @ matrix, beta=1.5, alpha=-0.5)
 
 
 def make_rotation(kind: str, start: Tensor, betas: tuple[float, float]) -> Rotation:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast import gpu_frame, gpu_search
+from ndm_fast import gpu_frame
 from ndm_fast.centring import sample_mean
+from ndm_fast.full_fp32 import full_fp32
 from ndm_fast.objective import equal_width_runs
 
 _DISTANCE_BYTES = 1 << 25
@@ -88,7 +89,7 @@ def _scaled_distances(
 
     origin, turn = sample_mean(keys), rotation.detach().float()
     centred = (rows.detach().float() - origin for rows in (queries, keys))
-    with gpu_search.full_fp32():
+    with full_fp32():
         query_columns, key_columns = ((rows if rotated else rows @ turn).T.contiguous() for rows in centred)
     positive = variances.detach().double().clamp_min(0)
     inverse = torch.where(positive > 0, 1 / positive, 0).float()

@@ -112,3 +112,18 @@ def test_looks_ahead_along_the_last_update(kind: str) -> None:
     for _ in range(10):
         rotation.step(gradient, 1e-4)
     assert torch.dist(guess, rotation.matrix) < 0.1 * torch.dist(before, rotation.matrix)
+
+
+@pytest.mark.parametrize("kind", ["lie", "lazy"])
+def test_is_orthogonal_where_the_program_wants_fast_products(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rotation = make_rotation(kind, random_rotation(256, generator), (0.9, 0.999))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for _ in range(8):
+            rotation.step(torch.randn(256, 256, generator=generator), 1e-3)
+        assert orthogonality_error(rotation.matrix) <= 1e-5
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
