@@ -73,7 +73,7 @@ def lie_update(
         ValueError: one line that names the argument.
     """
     shape = first.shape
-    product = None if product is None else product.contiguous()
+    product = None if product is None else product.float().contiguous()
     for name, tensor in (("product", product), ("first", first), ("second", second)):
         if tensor is None:
             continue

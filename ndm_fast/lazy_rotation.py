@@ -70,7 +70,7 @@ class LazyRotation(LieRotation):
     def turn(self, gradient: Tensor, turn: Turn) -> None:
         """The step's work on the device; no host sync."""
         matrix = self._matrix.bfloat16() if self._half else self._matrix
-        product = (matrix.T @ gradient.to(matrix.dtype)).float()
+        product = matrix.T @ gradient.to(matrix.dtype)
         half = self._half and not turn.second_order
         update = self._update(product, turn.scale, turn.guard, half)
         if turn.second_order:

@@ -246,8 +246,8 @@ def lie_update(
     """[d, d] Adam's update on the Lie algebra, ``U = -scale m / (sqrt(v) + guard)`` (design section 5).
 
     Args:
-        product: [d, d] ``R'G`` of a rotation and its gradient; the tangent is ``R'G - G'R``. None leaves the
-            moments as they are.
+        product: [d, d] ``R'G`` of a rotation and its gradient, in any dtype; the tangent is ``R'G - G'R``.
+            None leaves the moments as they are.
         first, second: [d, d] moments m and v of the tangent, moved on in place.
         scale, guard: learning rate and Adam's epsilon, with the bias corrections.
         betas: decay of m and of v.
@@ -255,6 +255,7 @@ def lie_update(
     """
     fast, slow = betas
     if product is not None:
+        product = product.to(first.dtype)
         tangent = product - product.T
         first.lerp_(tangent, 1 - fast)
         second.mul_(slow).addcmul_(tangent, tangent, value=1 - slow)
