@@ -23,6 +23,7 @@ bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python bench/search.py
 	$(BIN)/python bench/mutual_information.py
+	$(BIN)/python bench/step_ops.py
 	$(BIN)/python bench/training_step.py
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
