@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 
 
 def measure(shape: Shape, rotation: str, published_steps: int, machine: Machine) -> dict[str, Any]:
-    """A row: milliseconds a step of search and update, of the MI once, and of the published scheme.
+    """A row: milliseconds a step of search and update, of the MI once, and of the published scheme; the loss.
 
     Blocks of ours and steps of the published scheme take turns; ratios are within a turn.
     """
@@ -92,6 +92,7 @@ def measure(shape: Shape, rotation: str, published_steps: int, machine: Machine)
     row["search_model_ms"], row["update_model_ms"] = parts["search"], parts["gradient"] + parts["update"]
     row["spread"] = {name: spread(values) for name, values in taken.items()}
     row["merge_check_ms"] = 1e3 * trainer.split()["merge"]
+    row["heldout_distance"] = float(trainer.heldout_distance().mean())
     row["orthogonality_error"] = orthogonality_error(trainer.rotation.matrix)
     if published_steps:
         row["published_ms"] = statistics.median(taken["published"])
