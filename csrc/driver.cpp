@@ -1,7 +1,6 @@
 #include "driver.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -76,13 +75,9 @@ class SearchRun {
  private:
   const Proposal& proposal(const Search& a) const { return a.bf16 ? kernels_.bf16 : kernels_.fp32; }
 
-  // Dynamic shares: the other core may be busy with something else.
   template <class F>
   void share(int64_t items, F&& work) {
-    std::atomic<int64_t> next{0};
-    parallel(threads_, [&](int thread) {
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, scratch_.get() + each_ * thread);
-    });
+    ndm::share(threads_, items, [&](int64_t item, int thread) { work(item, scratch_.get() + each_ * thread); });
   }
 
   const Kernels& kernels_;

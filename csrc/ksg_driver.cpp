@@ -86,11 +86,9 @@ void run_passes(Ksg a, const Kernels& kernels, int threads, Notes* notes, Reset 
     if (notes) notes->clear();
     for (int64_t i = 0; i < at_once * threads; ++i) reset(a.states + i * per_query);
     kernels.ksg.pack_queries(a);
-    std::atomic<int64_t> next{0};
-    parallel(threads, [&](int thread) {
-      for (int64_t tile; (tile = next.fetch_add(1)) < tiles;)
-        kernels.ksg.tile_pass(a, tile, scratch.get() + each_scratch * thread, a.states + a.state_stride * thread,
-                              notes ? &(*notes)[thread] : nullptr);
+    share(threads, tiles, [&](int64_t tile, int thread) {
+      kernels.ksg.tile_pass(a, tile, scratch.get() + each_scratch * thread, a.states + a.state_stride * thread,
+                            notes ? &(*notes)[thread] : nullptr);
     });
     finish(a);
   }

@@ -49,6 +49,16 @@ float from_bfloat16(uint16_t x) {
   return value;
 }
 
+// The rows in bf16; where `round`, those given are rounded too.
+std::vector<uint16_t> in_bfloat16(std::vector<float>& rows, bool round) {
+  std::vector<uint16_t> half;
+  for (float& x : rows) {
+    half.push_back(to_bfloat16(x));
+    if (round) x = from_bfloat16(half.back());
+  }
+  return half;
+}
+
 struct Shape {
   int64_t queries, keys;
   std::vector<int64_t> widths;
@@ -78,11 +88,7 @@ void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, 
   const std::vector<int64_t> offsets = offsets_of(shape);
   const int64_t d = offsets.back();
   std::vector<float> queries = random_rows(shape.queries, d, true), keys = random_rows(shape.keys, d, true);
-  std::vector<uint16_t> half_keys;
-  for (float& x : keys) {
-    half_keys.push_back(to_bfloat16(x));
-    if (half) x = from_bfloat16(half_keys.back());
-  }
+  const std::vector<uint16_t> half_keys = in_bfloat16(keys, half);
   const std::vector<double> exact(queries.begin(), queries.end()), exact_keys(keys.begin(), keys.end());
   std::vector<float> identity(static_cast<size_t>(d * d)), center(static_cast<size_t>(d), 0.5f);
   for (int64_t j = 0; j < d; ++j) identity[static_cast<size_t>(j * d + j)] = 1;
@@ -193,11 +199,7 @@ void check_step(const ndm::Kernels& kernels, const Shape& shape, bool half) {
   const std::vector<int64_t> offsets = offsets_of(shape);
   const int64_t d = offsets.back();
   std::vector<float> queries = random_rows(shape.queries, d, false), keys = random_rows(shape.keys, d, false);
-  std::vector<uint16_t> half_keys;
-  for (float& x : keys) {
-    half_keys.push_back(to_bfloat16(x));
-    if (half) x = from_bfloat16(half_keys.back());
-  }
+  const std::vector<uint16_t> half_keys = in_bfloat16(keys, half);
   std::vector<float> rotation(static_cast<size_t>(d * d)), found(rotation.size()), mean(shape.widths.size());
   for (int64_t j = 0; j < d; ++j) rotation[static_cast<size_t>(j * d + j)] = 1;
   std::vector<int64_t> index;
