@@ -93,7 +93,7 @@ def test_a_real_width_runs_within_its_memory(name, tiny_model, corpus):
     print(name, found)
     assert found["width"] == found["subspaces"] * case["unit_size"]
     assert found["steps"] == 16
-    # Random weights leave hardly a structure to find (GPT-2's loss falls by 1 %, Qwen's not at all).
-    assert found["after"] < 1.001 * found["before"]
+    # Qwen's random blocks leave nothing that training could find: its loss must only stay where it is.
+    assert found["after"] < found["before"] * (1.001 if name == "qwen2.5-1.5b" else 1)
     assert found["orthogonality"] <= 1e-5
     assert found["gigabytes"] < case["gigabytes"]
