@@ -68,7 +68,7 @@ def nearest_neighbors(
     search = gpu_frame.make_search(
         keys, metric, precision, keys_rotated=keys_rotated, queries_rotated=queries_rotated, fused=False
     )
-    with torch.cuda.device(queries.device):
+    with gpu_frame.device_of(queries):
         frame = gpu_frame.make_frame(queries, keys, rotation, list(widths), search, exact=True)
         shape = (len(widths), len(queries))
         best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
@@ -127,7 +127,7 @@ def _search_run(
     turn = frame.rotation[:, columns]
     origin = None if chunk.origin is None else chunk.origin[columns]
     minima = torch.empty(count, len(rotated), -(-len(rows) // _tile(columns, count)), device=rows.device)
-    stream = torch.cuda.current_stream(rows.device).cuda_stream
+    stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else 0  # 0: tests
     sweep = _cuda.Sweep(
         *(_rows(rows), len(rows), 0 if origin is None else origin.data_ptr(), scales.data_ptr()),
         *(chunk.errors[subspaces].data_ptr(), pack.main.data_ptr(), len(rotated), slots, minima.data_ptr()),

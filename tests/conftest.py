@@ -258,6 +258,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.empty`` gives NaN and a large negative number: what is not written shows."""
+    empty = torch.empty
+
+    def poisoned(*shape: Any, **options: Any) -> torch.Tensor:
+        out = empty(*shape, **options)
+        return out.fill_(torch.nan if out.is_floating_point() else -(2**62))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
 def files() -> Callable[[Path], dict[str, bytes]]:
     """All files below a folder with their content, to show that nothing changed."""
 

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels compile without spills where nvcc is; nothing of them runs here."""
+"""The CUDA C++ kernels compile without spills where nvcc is; ``test_gpu_search.py`` runs them."""
 
 from __future__ import annotations
 

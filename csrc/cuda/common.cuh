@@ -1,9 +1,15 @@
-// Loads of any element type, and reductions over lanes.
+// Loads of any element type, reductions over lanes, and checked launches.
 #pragma once
 
+#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <math_constants.h>
 
+#include "instructions.cuh"
+#else  // tests without a GPU
+#include "../tests/cuda_on_cpu.h"
+#endif
 #include "search.h"
 
 namespace ndm_cuda {
@@ -29,6 +35,21 @@ __device__ T sum_of_lanes(T value, int lanes = 32) {
 template <class T>
 __device__ T inverse_norm(T squared) {
   return squared > 0 ? T(1) / sqrt(squared) : T(0);
+}
+
+// Queues a kernel; what went wrong, or null.
+template <class... Arguments>
+const char* launch(void (*kernel)(Arguments...), dim3 grid, int threads, int shared_bytes, void* stream,
+                   const Arguments&... arguments) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace ndm_cuda

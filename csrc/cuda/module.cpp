@@ -89,7 +89,7 @@ void resolve(const ndm_cuda::Sweep& sweep, uintptr_t queries, uintptr_t exact_qu
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of ndm_fast; use ndm_fast.ops instead.";
-  py::class_<ndm_cuda::Sweep>(m, "Sweep").def(py::init(&make_sweep));
+  py::class_<ndm_cuda::Sweep>(m, "Sweep", py::module_local()).def(py::init(&make_sweep));
   m.def("tile_keys", &ndm_cuda::tile_keys);
   m.def("sweep", [](const ndm_cuda::Sweep& a, uintptr_t stream) { check(ndm_cuda::sweep(a, at<void>(stream))); });
   m.def("resolve", &resolve);

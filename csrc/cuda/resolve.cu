@@ -1,7 +1,5 @@
 // The search that decides: one warp for each query and subspace visits tiles in the order of their least value,
 // until none can hold a nearer key (kernels/nearest.py has the bound). Ties go to the lowest index.
-#include <math_constants.h>
-
 #include "common.cuh"
 
 namespace ndm_cuda {
@@ -89,7 +87,7 @@ __device__ float near_distance(const Resolve& a, int s, int64_t row, int64_t col
 }
 
 // Grid (Q, S), one warp. Values of the sweep that have been dealt with are overwritten with +inf.
-__global__ void __launch_bounds__(32, 16) resolve_kernel(const Resolve a, int tiles, int tile) {
+__global__ void __launch_bounds__(32, 16) resolve_kernel(Resolve a, int tiles, int tile) {
   const int lane = threadIdx.x, s = blockIdx.y;
   const int64_t q = blockIdx.x, at = s * int64_t(gridDim.x) + q, column = int64_t(s) * a.sweep.width;
   float* const minima = a.sweep.minima + at * tiles;
@@ -102,8 +100,9 @@ __global__ void __launch_bounds__(32, 16) resolve_kernel(const Resolve a, int ti
     centred += query[i] * query[i];
   }
   norm = sum_of_lanes(norm);
-  const float span = float(sqrt(sum_of_lanes(centred))) * query_scale;
-  const float query_inverse = a.sweep.cosine ? inverse_norm(span) : 1.0f;
+  centred = sum_of_lanes(centred);
+  const float span = float(sqrt(centred)) * query_scale;
+  const float query_inverse = a.sweep.cosine ? float(inverse_norm(centred) / query_scale) : 1.0f;
   const float size = a.sweep.cosine ? 1.0f : span;
   double best = a.best[at];
   int64_t index = a.index[at];
@@ -178,9 +177,7 @@ const char* resolve(const Resolve& a, void* stream) {
   if (tile == 0 || tile > kMostRows * 32) return "no kernel for this width";
   const int64_t tiles = (a.sweep.key_count + tile - 1) / tile;
   const dim3 grid(unsigned(a.sweep.query_count), unsigned(a.sweep.subspaces));
-  resolve_kernel<<<grid, 32, 0, static_cast<cudaStream_t>(stream)>>>(a, int(tiles), int(tile));
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(resolve_kernel, grid, 32, 0, stream, a, int(tiles), int(tile));
 }
 
 }  // namespace ndm_cuda

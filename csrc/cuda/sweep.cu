@@ -3,8 +3,6 @@
 // A warp holds 8 to 64 keys as matrix operands in registers while all queries pass through shared memory, so a
 // key is read, centred, rounded and normed once. The sums start at minus the half norms, which the instruction
 // takes as a separate operand: per element only one maximum is left to do.
-#include <math_constants.h>
-
 #include "common.cuh"
 
 namespace ndm_cuda {
@@ -12,26 +10,6 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.0f;
-
-__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&start)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};\n"
-      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(start[0]), "f"(start[1]), "f"(start[2]),
-        "f"(start[3]));
-}
-
-__device__ inline void load_matrix(uint32_t (&a)[4], const __half* row) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(address));
-}
-
-__device__ inline void copy_16_bytes(__half* to, const __half* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(from));
-}
 
 // A key's coordinate, centred and scaled; 0 outside of the subspace and for rows that are not there.
 __device__ inline float coordinate(const Sweep& a, int64_t row, int64_t column, int within, float scale) {
@@ -66,7 +44,7 @@ __device__ void load_keys(const Sweep& a, int64_t first, int s, int lane, uint32
       const __half low = saturated(usable ? coordinate(a, row, column, within, scale) * inverse : 0.0f);
       const __half high = saturated(usable ? coordinate(a, row, column, within + 1, scale) * inverse : 0.0f);
       const __half2 both = __halves2half2(low, high);
-      operand[step][part] = *reinterpret_cast<const uint32_t*>(&both);
+      memcpy(&operand[step][part], &both, sizeof both);
       rounded += to_float(low) * to_float(low) + to_float(high) * to_float(high);
     }
   rounded = sum_of_lanes(rounded, 4);
@@ -84,17 +62,16 @@ __device__ void fetch(__half* to, const __half* from) {
   constexpr int kPieces = kPadded / 8;
   for (int i = threadIdx.x; i < kQueries * kPieces; i += kWarps * 32)
     copy_16_bytes(to + (i / kPieces) * (kPadded + 8) + i % kPieces * 8, from + int64_t(i) * 8);
-  asm volatile("cp.async.commit_group;\n");
+  commit_copies();
 }
 
-// Grid (tiles, S); kGroups groups of 8 keys a warp. Dynamic shared memory: two blocks of queries, rows padded by
-// 16 bytes so that the eight rows of a matrix load fall on different banks.
+// Grid (tiles, S); kGroups groups of 8 keys a warp. Shared memory: two blocks of queries, rows padded by 16 bytes so that
+// the eight rows of a matrix load fall on different banks, and each warp's maxima.
 template <int kPadded, int kGroups, int kQueries>
-__global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(const Sweep a) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  __half* const buffer = reinterpret_cast<__half*>(shared);
-  __shared__ float most[kWarps][kQueries];
+__global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(Sweep a) {
   constexpr int kSteps = kPadded / 16, kRow = kPadded + 8;
+  __half* const buffer = reinterpret_cast<__half*>(shared_memory());
+  float* const most = reinterpret_cast<float*>(buffer + 2 * kQueries * kRow);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, s = blockIdx.y;
   uint32_t keys[kGroups][kSteps][2];
   float start[kGroups][4];
@@ -107,9 +84,9 @@ __global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(const Sweep a) {
   for (int64_t first = 0, turn = 0; first < a.query_slots; first += kQueries, ++turn) {
     if (first + kQueries < a.query_slots) {
       fetch<kPadded, kQueries>(buffer + (turn + 1) % 2 * kQueries * kRow, packed + (first + kQueries) * kPadded);
-      asm volatile("cp.async.wait_group 1;\n");
+      wait_for_copies<1>();
     } else {
-      asm volatile("cp.async.wait_group 0;\n");
+      wait_for_copies<0>();
     }
     __syncthreads();
     const __half* const block = buffer + turn % 2 * kQueries * kRow + lane % 16 * kRow + lane / 16 * 8;
@@ -135,32 +112,27 @@ __global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(const Sweep a) {
         high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, step));
       }
       if (lane % 4 == 0) {
-        most[warp][query + lane / 4] = low;
-        most[warp][query + lane / 4 + 8] = high;
+        most[warp * kQueries + query + lane / 4] = low;
+        most[warp * kQueries + query + lane / 4 + 8] = high;
       }
     }
     __syncthreads();
     const int query = threadIdx.x;
     if (query < kQueries && first + query < a.query_count) {
-      float value = most[0][query];
-      for (int other = 1; other < kWarps; ++other) value = fmaxf(value, most[other][query]);
+      float value = most[query];
+      for (int other = 1; other < kWarps; ++other) value = fmaxf(value, most[other * kQueries + query]);
       a.minima[(s * a.query_count + first + query) * gridDim.x + blockIdx.x] = -value;
     }
   }
 }
 
 template <int kPadded, int kGroups, int kQueries>
-const char* launch(const Sweep& a, cudaStream_t stream) {
+const char* start_sweep(const Sweep& a, void* stream) {
   static_assert(kQueries <= kWarps * 32);
-  const auto kernel = sweep_kernel<kPadded, kGroups, kQueries>;
-  const int bytes = 2 * kQueries * (kPadded + 8) * int(sizeof(__half));
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const int bytes = 2 * kQueries * (kPadded + 8) * int(sizeof(__half)) + kWarps * kQueries * int(sizeof(float));
   const int64_t tile = kWarps * kGroups * 8;
   const dim3 grid(unsigned((a.key_count + tile - 1) / tile), unsigned(a.subspaces));
-  kernel<<<grid, kWarps * 32, bytes, stream>>>(a);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(sweep_kernel<kPadded, kGroups, kQueries>, grid, kWarps * 32, bytes, stream, a);
 }
 
 }  // namespace
@@ -180,18 +152,17 @@ int tile_keys(int padded) {
   }
 }
 
-const char* sweep(const Sweep& a, void* queue) {
-  const auto stream = static_cast<cudaStream_t>(queue);
+const char* sweep(const Sweep& a, void* stream) {
   switch (a.padded) {
-    case 16: return launch<16, 8, 64>(a, stream);
-    case 32: return launch<32, 8, 64>(a, stream);
-    case 48: return launch<48, 4, 64>(a, stream);
-    case 64: return launch<64, 4, 64>(a, stream);
-    case 80: return launch<80, 4, 64>(a, stream);
-    case 96: return launch<96, 4, 64>(a, stream);
-    case 128: return launch<128, 4, 64>(a, stream);
-    case 256: return launch<256, 2, 32>(a, stream);
-    case 512: return launch<512, 1, 32>(a, stream);
+    case 16: return start_sweep<16, 8, 64>(a, stream);
+    case 32: return start_sweep<32, 8, 64>(a, stream);
+    case 48: return start_sweep<48, 4, 64>(a, stream);
+    case 64: return start_sweep<64, 4, 64>(a, stream);
+    case 80: return start_sweep<80, 4, 64>(a, stream);
+    case 96: return start_sweep<96, 4, 64>(a, stream);
+    case 128: return start_sweep<128, 4, 64>(a, stream);
+    case 256: return start_sweep<256, 2, 32>(a, stream);
+    case 512: return start_sweep<512, 1, 32>(a, stream);
     default: return "no kernel for this width";
   }
 }

@@ -1,0 +1,261 @@
+"""GPU searches against the fp64 oracle: on the GPU where there is one.
+
+Else Triton's go through its interpreter, and CUDA C++ is built for this CPU (``csrc/tests/cuda_on_cpu.h``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from filelock import FileLock
+from oracle_inputs import heavy_tailed, rotation_of
+from torch import Tensor
+
+from ndm_fast import cuda, gpu_frame, ops, reference, triton_ops
+from ndm_fast.errors import InputError
+from ndm_fast.reference import Neighbors
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FORMS = {
+    "rotated": {"keys_rotated": True},
+    "both-rotated": {"keys_rotated": True, "queries_rotated": True},
+    "split": {"form": "split"},
+    "fused": {"form": "fused"},
+    "split-half": {"form": "split", "precision": "bf16"},
+    "fused-half": {"form": "fused", "precision": "bf16"},
+    "cuda-rotated": {"keys_rotated": True},
+    "cuda-both-rotated": {"keys_rotated": True, "queries_rotated": True},
+    "cuda-split": {},
+    "cuda-split-half": {"precision": "bf16"},
+}
+SCRIPT = Path(__file__).parents[1] / "csrc" / "cuda_on_cpu.sh"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def cuda_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The kernels as built for the GPU, or else for this CPU."""
+    if DEVICE == "cuda":
+        return cuda._cuda or pytest.skip(str(cuda._OBSTACLE))
+    given = os.environ.get("NDM_FAST_TEST_CUDA_ON_CPU")
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if not given and (compiler is None or not sys.platform.startswith("linux")):
+        pytest.skip("needs Linux and a C++ compiler")
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cuda_on_cpu"
+    with FileLock(f"{folder}.lock"):
+        folder.mkdir(exist_ok=True)
+        built = Path(given) if given else next(folder.glob("_cuda*.so"), None)
+        if built is None:
+            command = ["sh", str(SCRIPT), str(folder), sys.executable]
+            environment = {**os.environ, "CXX": str(compiler), "LD_PRELOAD": ""}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+            built = Path(done.stdout.strip())
+    spec = importlib.util.spec_from_file_location("cuda_on_cpu._cuda", built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name of ``FORMS`` that can run."""
+    if request.param.startswith("cuda"):
+        monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("cuda_extension"))
+    elif not triton_ops.available():
+        pytest.skip("triton is not installed")
+    return request.param
+
+
+def only(*forms: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", forms, indirect=True)
+
+
+def search(
+    form: str, queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], **options
+) -> Neighbors:
+    nearest = (cuda if form.startswith("cuda") else triton_ops).nearest_neighbors
+    given = (rows.to(DEVICE) for rows in (queries, keys, rotation))
+    found = nearest(*given, widths, **options, **FORMS[form])
+    return Neighbors(found.distance.cpu(), found.index.cpu())
+
+
+def check(
+    queries: Tensor, keys: Tensor, widths: list[int], form: str, metric: str = "euclidean"
+) -> Neighbors:
+    """The contract of design section 3; in half precision too, a query farther than 1 % fails."""
+    rotation, options = rotation_of(sum(widths)), FORMS[form]
+    if "precision" in options and keys.dtype == torch.float32:
+        half = torch.float16 if max(keys.abs().max(), queries.abs().max()) < 2**15 else torch.bfloat16
+        queries, keys = queries.to(half), keys.to(half)
+    found = search(form, queries, keys, rotation, widths, metric=metric)
+    given = {name: options.get(name, False) for name in ("keys_rotated", "queries_rotated")}
+    oracle = reference.nearest_neighbors(queries, keys, rotation, widths, metric=metric, **given)
+    true = reference.distance_to(queries, keys, rotation, widths, found.index, metric=metric, **given)
+    floor = 1e-13 if metric == "cosine" else 0.0  # what fp64 resolves of 1 - cos
+    assert found.distance.dtype == torch.float32
+    torch.testing.assert_close(found.distance.double(), true, rtol=1e-5, atol=floor)
+    tolerance = 1e-2 if options.get("precision") == "bf16" else 1e-6
+    assert bool((true <= oracle.distance * (1 + tolerance) + floor).all())
+    return found
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_matches_oracle_on_heavy_tailed_data(form: str, metric: str) -> None:
+    keys = heavy_tailed(201, 45)
+    keys[180:186] = keys[3]
+    queries = heavy_tailed(3, 45)
+    if form not in ("split-half", "fused-half"):  # which may lose a twin at 0 whose norm is a million
+        queries = torch.cat([queries, keys[::150]])
+    check(queries, keys, [40, 5], form, metric)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_takes_half_precision(form: str, dtype: torch.dtype) -> None:
+    queries, keys = torch.randn(3, 41).to(dtype), (torch.randn(140, 41) + 3).to(dtype)
+    check(queries, keys, [33, 8], form)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 127, 128, 129, 257])
+@pytest.mark.parametrize("queries", [1, 5])
+@only("rotated", "cuda-rotated")
+def test_sizes_around_a_tile(form: str, queries: int, keys: int) -> None:
+    check(torch.randn(queries, 17), torch.randn(keys, 17), [17], form)
+
+
+@pytest.mark.parametrize("widths", [[1], [72], [3, 16, 16, 1], [96, 31]], ids=str)
+@only("rotated", "split-half", "cuda-rotated", "cuda-split-half")
+def test_odd_widths(form: str, widths: list[int]) -> None:
+    check(torch.randn(2, sum(widths)), torch.randn(150, sum(widths)), widths, form)
+
+
+@only("rotated", "cuda-rotated")
+def test_more_queries_than_a_block(form: str) -> None:
+    check(torch.randn(129, 8), torch.randn(20, 8), [8], form)
+
+
+@pytest.mark.parametrize("width", cuda.PADDED_WIDTHS)
+@only("cuda-split")
+def test_every_width_that_is_compiled(form: str, width: int) -> None:
+    """More than a tile of keys and a block of queries, so that both buffers are filled again."""
+    check(torch.randn(65, width), torch.randn(130 if width > 32 else 260, width), [width], form)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@only("rotated")
+def test_a_subspace_too_wide_to_keep_in_place(form: str, metric: str) -> None:
+    check(torch.randn(2, 530), torch.randn(70, 530), [530], form, metric)
+
+
+@only("cuda-rotated")
+def test_cuda_refuses_a_subspace_too_wide(form: str) -> None:
+    with pytest.raises(InputError, match="530 wide, the CUDA kernels take 512"):
+        check(torch.randn(2, 530), torch.randn(7, 530), [530], form)
+
+
+def test_copies_of_a_key_go_to_the_lowest_index(form: str) -> None:
+    keys = torch.randn(20, 24).repeat(10, 1)
+    found = check(torch.randn(3, 24), keys, [24], form)
+    assert int(found.index.max()) < 20
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5])
+def test_constant_data(form: str, value: float) -> None:
+    found = check(torch.randn(1, 12), torch.full((40, 12), value), [12], form)
+    assert not found.index.any()
+
+
+@only("split", "fused", "cuda-split")
+def test_query_among_keys_has_distance_exactly_zero(form: str) -> None:
+    keys = heavy_tailed(200, 40)
+    found = check(keys[123:126], keys, [8, 32], form)
+    assert not found.distance.any()
+    assert torch.equal(found.index, torch.arange(123, 126).expand(2, -1))
+
+
+@only("rotated", "split", "split-half", "cuda-rotated", "cuda-split", "cuda-split-half")
+def test_zero_vectors_have_cosine_zero(form: str) -> None:
+    keys = torch.randn(30, 8)
+    keys[10:20] = 0
+    found = check(torch.cat([torch.zeros(1, 8), torch.randn(1, 8)]), keys, [5, 3], form, "cosine")
+    assert bool((found.distance[:, 0] == 1).all())
+    assert not found.index[:, 0].any()
+
+
+def test_nan_stays_nan(form: str) -> None:
+    queries, keys, rotation = torch.randn(3, 16), torch.randn(140, 16), torch.eye(16)
+    queries[1, 3] = torch.nan
+    keys[5, 3] = torch.inf
+    keys[7, 2] = torch.nan
+    found = search(form, queries, keys, rotation, [16])
+    assert found.distance.isnan()[0].tolist() == [False, True, False]
+    assert bool(((found.index >= 0) & (found.index < 140)).all())
+    assert not bool(torch.isin(found.index[0, [0, 2]], torch.tensor([5, 7])).any())
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e15])
+def test_scale_does_not_matter(form: str, scale: float) -> None:
+    """Far outside of what fp16, in which the sweep runs, can hold."""
+    check(scale * torch.randn(2, 16), scale * torch.randn(100, 16), [16], form)
+
+
+@only("rotated", "cuda-rotated")
+def test_a_query_that_fp16_cannot_hold_is_searched_exhaustively(form: str) -> None:
+    keys = torch.randn(150, 8)
+    check(torch.cat([torch.randn(1, 8), 1e6 * torch.randn(1, 8)]), keys, [8], form)
+
+
+@only("rotated", "split", "split-half", "cuda-rotated", "cuda-split", "cuda-split-half")
+def test_keys_in_chunks_and_queries_in_groups(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_frame, "KEY_BYTES", 4 * 8 * 50)
+    monkeypatch.setattr(gpu_frame, "MINIMA_BYTES", 1)
+    queries, keys = torch.randn(129, 8), torch.randn(110, 8)
+    keys[60:] = keys[:50]
+    check(queries[: None if "rotated" in form else 3], keys, [8], form)
+
+
+@only("rotated", "split-half", "cuda-rotated", "cuda-split-half")
+def test_writes_every_output(form: str, poisoned_outputs: None) -> None:
+    found = check(torch.randn(3, 19), torch.randn(140, 19), [16, 3], form)
+    assert bool((found.index >= 0).all())
+
+
+@only("cuda-split")
+def test_does_not_depend_on_which_warp_goes_first(form: str) -> None:
+    """Built for a CPU, every run draws another order, and other moments at which copies arrive."""
+    rows = torch.randn(70, 40), torch.randn(140, 40), rotation_of(40)
+    first, *others = (search(form, *rows, [32, 8]) for _ in range(3))
+    for other in others:
+        assert torch.equal(first.distance, other.distance)
+        assert torch.equal(first.index, other.index)
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+def test_public_op_takes_the_backend_by_name() -> None:
+    queries, keys, rotation = (x.to(DEVICE) for x in (torch.randn(2, 8), torch.randn(30, 8), rotation_of(8)))
+    found = ops.nearest_neighbors(queries, keys, rotation, [5, 3], precision="bf16", backend="triton")
+    expected = reference.nearest_neighbors(queries, keys, rotation, [5, 3])
+    torch.testing.assert_close(found.distance.double(), expected.distance, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+def test_asks_for_the_interpreter_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in str(triton_ops.why_unavailable(torch.device("cpu")))
