@@ -85,10 +85,11 @@ def cases(arch: int) -> Iterator[Case]:
             fused = sweep | {"PROJECT": True, "CENTRE": True}
             yield Case(f"sweep {width} fused", nearest.sweep_kernel, fused, options, {})
         search = {"WIDTH": width, "TILE": tiles.tile, "SEGMENT": 4096, **projection}
-        search |= tuning.resolve_shape(width, tiles.tile, False)._asdict()
         if width in (32, 432):
             for mode, slots in (("rotated", 1), ("raw", 1), ("slots", 4)):
-                chosen = search | {"MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
+                shape = tuning.resolve_shape(width, tiles.tile, fused=False, raw=mode == "raw")
+                chosen = {**search, "MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
+                chosen |= shape._asdict()
                 yield Case(f"resolve {width} {mode}", resolve.resolve_kernel, chosen, {"num_warps": 4}, {})
     wide = tuning.WIDE
     shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
@@ -105,11 +106,12 @@ def cases(arch: int) -> Iterator[Case]:
     candidates |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
     exact = {"rotation": "*fp32"}
     yield Case("rerank", rerank.rerank_kernel, candidates, {"num_warps": 4}, exact)
-    distances = {"WIDTH": 32, "QUERY_BLOCK": 32, "KEY_BLOCK": 128}
     columns = {"queries": "*fp32", "keys": "*fp32"}
-    yield Case("ksg distances", ksg.distances_kernel, distances, {"num_warps": 4}, columns)
-    yield Case("ksg radius", ksg.radius_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
-    yield Case("ksg counts", ksg.counts_kernel, {"KEY_BLOCK": 1024}, {"num_warps": 4}, {})
+    distances, reductions = dict(tuning.KSG_DISTANCES), dict(tuning.KSG_REDUCTIONS)
+    warps, few = ({"num_warps": shape.pop("num_warps")} for shape in (distances, reductions))
+    yield Case("ksg distances", ksg.distances_kernel, {"WIDTH": 32, **distances}, warps, columns)
+    yield Case("ksg radius", ksg.radius_kernel, reductions, few, {})
+    yield Case("ksg counts", ksg.counts_kernel, reductions, few, {})
     yield from update_cases()
 
 

@@ -99,16 +99,27 @@ class Resolve(NamedTuple):
 
     P: int
     CHUNK: int
-    """Rows of a tile looked at together: CHUNK x P is 2048 numbers, 16 a thread (fp64: 32 registers)."""
+    """Rows of a tile looked at together: CHUNK x P is 2048 numbers, 16 a thread (fp64: 32 registers); half of
+    that where triton 3.6 would spill."""
     DEEP: int
     """Rows of the rotation that are multiplied together."""
 
 
-def resolve_shape(width: int, tile: int, fused: bool) -> Resolve:
-    """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units."""
+def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
+    """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units.
+
+    Args:
+        raw: keys in reach are evaluated from raw rows.
+    """
     padded = max(16, 1 << (width - 1).bit_length())
-    chunk = max(16 if fused else 1, min(tile, 2048 // padded))
-    return Resolve(padded, chunk, max(1, 2048 // padded))
+    rows = max(1, (1024 if raw and padded >= 512 else 2048) // padded)
+    return Resolve(padded, max(16 if fused else 1, min(tile, rows)), rows)
+
+
+KSG_DISTANCES = {"QUERY_BLOCK": 32, "KEY_BLOCK": 128, "num_warps": 8}
+"""Of ``ksg.distances_kernel``: 16 sums a thread, 90 registers; at 4 warps triton 3.6 spills on sm_90."""
+KSG_REDUCTIONS = {"KEY_BLOCK": 1024, "num_warps": 4}
+"""Of the other two kernels of ``ksg.py``."""
 
 
 class Gradient(NamedTuple):

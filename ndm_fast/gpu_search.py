@@ -179,5 +179,7 @@ def unit_columns(rows: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _membership(widths: tuple[int, ...], device: torch.device) -> Tensor:
     """[d, S] fp32: 1 where the column belongs to the subspace."""
-    subspace = torch.arange(len(widths)).repeat_interleave(torch.tensor(widths))
-    return torch.nn.functional.one_hot(subspace, len(widths)).float().to(device)
+    columns = [
+        [float(owner == s) for s in range(len(widths))] for owner, p in enumerate(widths) for _ in range(p)
+    ]
+    return torch.tensor(columns, device=device)

@@ -43,7 +43,7 @@ def ksg_radius(
         with gpu_frame.device_of(queries):
             ksg.radius_kernel[part.shape](
                 *(distances, distances.shape[1], len(keys), pairs, part),
-                KEY_BLOCK=1024, num_warps=4, **tuning.OPTIONS,
+                **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
             )  # fmt: skip
         radius[:, group] = part
     return radius
@@ -75,7 +75,7 @@ def ksg_counts(
         with gpu_frame.device_of(queries):
             ksg.counts_kernel[limits.shape](
                 *(distances, distances.shape[1], len(keys), pairs, limits, part),
-                KEY_BLOCK=1024, num_warps=4, **tuning.OPTIONS,
+                **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
             )  # fmt: skip
         counts[:, :, group] = part
     return counts
@@ -93,6 +93,7 @@ def _scaled_distances(
         query_columns, key_columns = ((rows if rotated else rows @ turn).T.contiguous() for rows in centred)
     positive = variances.detach().double().clamp_min(0)
     inverse = torch.where(positive > 0, 1 / positive, 0).float()
+    shape = tuning.KSG_DISTANCES
     size = max(1, _DISTANCE_BYTES // (4 * len(widths) * len(keys)))
     for start in range(0, len(queries), size):
         group = slice(start, min(start + size, len(queries)))
@@ -102,10 +103,10 @@ def _scaled_distances(
             run = subspaces.stop - subspaces.start
             part, other = query_columns[columns, group], key_columns[columns]
             with gpu_frame.device_of(queries):
-                ksg.distances_kernel[(-(-len(keys) // 128), -(-count // 32), run)](
+                blocks = (-(-len(keys) // shape["KEY_BLOCK"]), -(-count // shape["QUERY_BLOCK"]), run)
+                ksg.distances_kernel[blocks](
                     *(part, part.stride(0), count, other, other.stride(0), len(keys)),
                     *(inverse[subspaces], distances[subspaces]),
-                    WIDTH=(columns.stop - columns.start) // run, QUERY_BLOCK=32, KEY_BLOCK=128,
-                    num_warps=4, **tuning.OPTIONS,
+                    WIDTH=(columns.stop - columns.start) // run, **shape, **tuning.OPTIONS,
                 )  # fmt: skip
         yield group, distances

@@ -215,7 +215,7 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
     rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
     raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
     mode = resolve.ROTATED if search.keys_rotated else resolve.SLOTS if search.in_half else resolve.RAW
-    shape = tuning.resolve_shape(part.width, tiles.tile, search.fused)
+    shape = tuning.resolve_shape(part.width, tiles.tile, fused=search.fused, raw=mode is resolve.RAW)
     resolve.resolve_kernel[(len(rotated), part.subspace_count)](
         *(minima, minima.shape[2], *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),

@@ -1,0 +1,194 @@
+"""What surrounds the GPU kernels, on torch's fake CUDA tensors: devices agree, nothing waits for the host.
+
+A kernel is replaced by what looks at its arguments. Needs a torch built for CUDA, but no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ndm_fast import backends, cuda_graph, gpu_frame, gpu_search, step_ops, triton_ops, triton_update
+from ndm_fast.config import TrainConfig
+from ndm_fast.cuda_graph import TakeSteps
+from ndm_fast.ranks import Group
+from ndm_fast.rotation import make_rotation
+from ndm_fast.steps import Steps
+
+pytestmark = [
+    pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one"),
+]
+
+GPU = torch.device("cuda", 0)
+MODULES = ("nearest", "resolve", "rerank", "ksg", "gradient", "lie_update")
+
+
+class Kernel:
+    """In the place of a Triton kernel: every tensor must be on the GPU, every parameter given once."""
+
+    def __init__(self, name: str, kernel: Any, launches: list[str]) -> None:
+        self._name, self._launches = name, launches
+        self._signature = inspect.signature(kernel.fn)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        assert len(grid) <= 3
+        assert all(isinstance(size, int) and size > 0 for size in grid)
+        assert all(size < 65536 for size in grid[1:])
+
+        def launch(*arguments: object, num_warps: int, num_stages: int = 1, **named: object) -> None:
+            named.pop("enable_fp_fusion")
+            given = self._signature.bind(*arguments, **named).arguments
+            assert set(given) == set(self._signature.parameters)
+            for name, value in given.items():
+                assert not isinstance(value, Tensor) or value.device == GPU, f"{self._name}: {name}"
+                constant = "constexpr" in str(self._signature.parameters[name].annotation)
+                assert not (constant and isinstance(value, Tensor)), f"{self._name}: {name}"
+            self._launches.append(self._name)
+
+        return launch
+
+
+class NothingWaits(TorchDispatchMode):
+    """Fails on a copy between devices that the host would wait for; fake tensors fail on reading numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.__name__.split(".")[0]
+        if name in ("_to_copy", "copy_"):
+            source = args[1] if name == "copy_" else args[0]
+            goes_on = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+            assert goes_on or source.device == out.device, f"from {source.device} to {out.device}"
+        return out
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that were launched, on a GPU of compute capability 9.0."""
+    import importlib
+
+    made: list[str] = []
+    for module_name in MODULES:
+        module = importlib.import_module(f"ndm_fast.kernels.{module_name}")
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Kernel(name, getattr(module, name), made))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(gpu_frame, "device_of", lambda tensor: contextlib.nullcontext())
+    for name in ("_loss_and_gradient", "_lie_update"):  # a library op would only say its result's shape
+        monkeypatch.setattr(step_ops, name, getattr(step_ops, name)._init_fn)
+    backends._log_unverified.cache_clear()
+    with FakeTensorMode():
+        yield made
+    for cached in (gpu_search._membership, triton_update._pieces, backends._log_unverified):
+        cached.cache_clear()
+
+
+def rows(count: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, width, device=GPU, dtype=dtype)
+
+
+def twice(run: Callable[[], Any]) -> Any:
+    """What it gives: the first call may fill caches, the second must not wait."""
+    run()
+    with NothingWaits():
+        return run()
+
+
+SEARCHES = {
+    "split": {},
+    "fused": {"form": "fused"},
+    "keys rotated": {"keys_rotated": True},
+    "both rotated": {"keys_rotated": True, "queries_rotated": True},
+}
+
+
+@pytest.mark.parametrize("widths", [[72, 72, 31, 5], [32] * 6, [600]], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_searches(launches: list[str], search: str, metric: str, precision: str, widths: list[int]) -> None:
+    dtype = torch.float16 if precision == "bf16" else torch.float32
+    queries, keys, rotation = (
+        rows(70, sum(widths), dtype),
+        rows(5000, sum(widths), dtype),
+        rows(*[sum(widths)] * 2),
+    )
+    options = {"metric": metric, "precision": precision, **SEARCHES[search]}
+    found = twice(lambda: triton_ops.nearest_neighbors(queries, keys, rotation, widths, **options))
+    assert found.distance.shape == found.index.shape == (len(widths), 70)
+    assert found.distance.device == found.index.device == GPU
+    reranked = precision == "bf16" and "rotated" not in search
+    sweep = "sweep_wide_kernel" if widths == [600] else "sweep_kernel"
+    assert set(launches) == {sweep, "resolve_kernel"} | ({"rerank_kernel"} if reranked else set())
+
+
+def test_ksg(launches: list[str]) -> None:
+    widths, pairs = [8, 8, 5], torch.zeros(3, 2, device=GPU, dtype=torch.int64)
+    given = (rows(70, 21), rows(500, 21), rows(21, 21), widths, torch.rand(3, device=GPU), pairs)
+    radius = twice(lambda: triton_ops.ksg_radius(*given))
+    counts = twice(lambda: triton_ops.ksg_counts(*given, radius))
+    assert (radius.shape, counts.shape) == ((3, 70), (3, 2, 70))
+    assert set(launches) == {"distances_kernel", "radius_kernel", "counts_kernel"}
+
+
+@pytest.mark.parametrize("lr", [1e-4, 1e-1])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("kind", ["lie", "lazy"])
+def test_steps(
+    launches: list[str], monkeypatch: pytest.MonkeyPatch, kind: str, metric: str, lr: float
+) -> None:
+    """Of the gradient and Adam, at rates that take other products; from static memory; and a look ahead."""
+    widths = [32, 32, 7]
+    config = TrainConfig(queries=16, search_every=4, metric=metric, rotation=kind)
+    rotation = make_rotation(kind, rows(71, 71), (0.9, 0.999))
+    steps = Steps(config, Group(), widths, rotation, 1.0)
+    queries, keys = rows(64, 71, torch.float16), rows(500, 71, torch.float16)
+    index = torch.zeros(3, 64, device=GPU, dtype=torch.int64)
+
+    def block(take: TakeSteps) -> Tensor:
+        return take(queries, keys, index, [rotation.next_turn(lr) for _ in range(4)])
+
+    losses = twice(lambda: block(steps.take))
+    assert (losses.shape, losses.device) == ((4,), GPU)
+    assert rotation.working.device == GPU
+    monkeypatch.setattr(Tensor, "pin_memory", lambda host: host)
+    monkeypatch.setattr(cuda_graph, "_captured", lambda work, device: work)
+    graphed = cuda_graph.GraphedSteps(steps.take, rotation)
+    for _ in range(4):  # which blocks are of one kind changes in the first ones
+        losses = twice(lambda: block(graphed))
+    assert (losses.shape, losses.device) == ((4,), GPU)
+    gradient = {"project_kernel", "gradient_kernel"} if metric == "euclidean" else set()
+    assert set(launches) == {"lie_update_kernel"} | gradient
+    if kind == "lie":  # lazy makes the matrix orthogonal before, which reads a number
+        assert twice(lambda: rotation.ahead(3.0, lr)).device == GPU
+
+
+def test_factors_on_the_device(launches: list[str]) -> None:
+    """As a CUDA graph has them."""
+    factors = torch.rand(2, device=GPU)
+    first, second = torch.zeros(40, 40, device=GPU), torch.zeros(40, 40, device=GPU)
+    update = twice(lambda: step_ops.lie_update(rows(40, 40), first, second, *factors, (0.9, 0.999)))
+    assert update.device == GPU
+    assert set(launches) == {"lie_update_kernel"}
+
+
+def test_sees_a_wait(launches: list[str]) -> None:
+    with pytest.raises(AssertionError, match="from cpu to cuda:0"), NothingWaits():
+        torch.tensor([1.0, 2.0], device=GPU)
+    with pytest.raises(AssertionError, match="from cuda:0 to cpu"), NothingWaits():
+        rows(2, 2).cpu()
+    with pytest.raises(Exception, match=r"_local_scalar_dense|not linked"):
+        float(rows(1, 1))
+    index = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(AssertionError, match="project_kernel: index"):
+        triton_update.loss_and_gradient(rows(2, 8), rows(5, 8), index, rows(8, 8), [8], "euclidean")
