@@ -138,7 +138,7 @@ def nvcc_flags() -> list[str]:
     archs = os.environ.get("NDM_FAST_CUDA_ARCHS", "80,90").split(",")
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    return ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
+    return ["-std=c++17", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
 
 
 NVCC = find_nvcc()

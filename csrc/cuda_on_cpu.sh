@@ -6,7 +6,7 @@ here=$(cd "$(dirname "$0")" && pwd)/cuda
 build=$1
 python=$2
 shift 2
-flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -fvisibility=hidden $*"
+flags="-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -fPIC -fvisibility=hidden $*"
 jobs=""
 for source in sweep resolve; do
   ${CXX:-c++} $flags -x c++ -c "$here/$source.cu" -o "$build/$source.o" &

@@ -128,9 +128,10 @@ def test_matches_oracle_on_heavy_tailed_data(form: str, metric: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_takes_half_precision(form: str, dtype: torch.dtype) -> None:
-    queries, keys = torch.randn(3, 41).to(dtype), (torch.randn(140, 41) + 3).to(dtype)
-    check(queries, keys, [33, 8], form)
+@pytest.mark.parametrize("widths", [[33, 8], [32, 10]], ids=str)
+def test_takes_half_precision(form: str, dtype: torch.dtype, widths: list[int]) -> None:
+    queries, keys = (torch.randn(n, sum(widths)) for n in (3, 140))
+    check(queries.to(dtype), (keys + 3).to(dtype), widths, form)
 
 
 @pytest.mark.parametrize("keys", [1, 2, 127, 128, 129, 257])

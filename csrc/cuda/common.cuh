@@ -18,6 +18,29 @@ __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// Two neighbours, loaded at once.
+template <class T>
+struct TypeOfPair;
+template <>
+struct TypeOfPair<float> {
+  using type = float2;
+};
+template <>
+struct TypeOfPair<__half> {
+  using type = __half2;
+};
+template <>
+struct TypeOfPair<__nv_bfloat16> {
+  using type = __nv_bfloat162;
+};
+template <class T>
+using PairOf = typename TypeOfPair<T>::type;
+
+template <class Pair>
+__device__ inline float2 to_floats(Pair pair) {
+  return {to_float(pair.x), to_float(pair.y)};
+}
+
 __device__ inline float load(const void* rows, Type type, int64_t at) {
   switch (type) {
     case Type::f16: return to_float(static_cast<const __half*>(rows)[at]);

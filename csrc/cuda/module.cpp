@@ -41,6 +41,8 @@ ndm_cuda::Sweep make_sweep(const RowsTuple& keys, int64_t key_count, uintptr_t o
   a.key_type = type_of(keys);
   a.key_stride = std::get<2>(keys);
   a.key_count = key_count;
+  const uintptr_t pair_bytes = a.key_type == ndm_cuda::Type::f32 ? 8 : 4;
+  a.paired = std::get<0>(keys) % pair_bytes == 0 && a.key_stride % 2 == 0 && width % 2 == 0;
   a.origin = at<const float>(origin);
   a.scales = at<const float>(scales);
   a.errors = at<const float>(errors);

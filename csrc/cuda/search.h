@@ -13,6 +13,7 @@ struct Sweep {
   Type key_type;
   int64_t key_stride;
   int64_t key_count;
+  bool paired;  // every second coordinate of a subspace lies at a multiple of the size of two
   const float* origin;  // [d] to subtract, or null
   const float* scales;  // [S]
   const float* errors;  // [S]

@@ -11,48 +11,67 @@ namespace {
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.0f;
 
-// A key's coordinate, centred and scaled; 0 outside of the subspace and for rows that are not there.
-__device__ inline float coordinate(const Sweep& a, int64_t row, int64_t column, int within, float scale) {
-  if (row >= a.key_count || within >= a.width) return 0.0f;
-  const float value = load(a.keys, a.key_type, row * a.key_stride + column + within);
-  return (value - (a.origin ? a.origin[column + within] : 0.0f)) * scale;
+// Two neighbouring coordinates of a key, centred and scaled; 0 outside of the subspace and for rows that are not there.
+template <class T>
+__device__ inline float2 coordinates(const Sweep& a, int64_t row, int64_t column, int within, float scale) {
+  float2 pair = {0.0f, 0.0f};
+  if (row >= a.key_count || within >= a.width) return pair;
+  const T* const at = static_cast<const T*>(a.keys) + row * a.key_stride + column + within;
+  const bool both = within + 1 < a.width;
+  if (a.paired) {
+    pair = to_floats(*reinterpret_cast<const PairOf<T>*>(at));
+  } else {
+    pair.x = to_float(at[0]);
+    if (both) pair.y = to_float(at[1]);
+  }
+  if (a.origin) {
+    pair.x -= a.origin[column + within];
+    if (both) pair.y -= a.origin[column + within + 1];
+  }
+  pair.x *= scale;
+  pair.y *= scale;
+  return pair;
 }
 
 __device__ inline __half saturated(float value) { return __float2half_rn(fminf(fmaxf(value, -kHalfMax), kHalfMax)); }
 
+// 1 / |x| of the key that four lanes hold together.
+template <class T, int kSteps>
+__device__ float inverse_norm_of_key(const Sweep& a, int64_t row, int64_t column, int lane, float scale) {
+  float squared = 0.0f;
+  for (int within = lane % 4 * 2; within < kSteps * 16; within += 8) {
+    const float2 x = coordinates<T>(a, row, column, within, scale);
+    squared += x.x * x.x + x.y * x.y;
+  }
+  return inverse_norm(sum_of_lanes(squared, 4));
+}
+
 // Eight keys as the right operand of the product, and minus the half norms of keys 2 (lane % 4) and the next.
-template <int kSteps>
+template <class T, int kSteps>
 __device__ void load_keys(const Sweep& a, int64_t first, int s, int lane, uint32_t (&operand)[kSteps][2], float (&start)[4]) {
   const int64_t row = first + lane / 4, column = int64_t(s) * a.width;
   const float scale = a.scales[s];
-  float squared = 0.0f;
-  for (int step = 0; step < kSteps; ++step)
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const float x = coordinate(a, row, column, step * 16 + (part / 2) * 8 + (lane % 4) * 2 + part % 2, scale);
-      squared += x * x;
-    }
-  squared = sum_of_lanes(squared, 4);
-  const bool usable = row < a.key_count && squared == squared;
-  const float inverse = a.cosine ? inverse_norm(squared) : 1.0f;
-  float rounded = 0.0f;
+  const float inverse = a.cosine ? inverse_norm_of_key<T, kSteps>(a, row, column, lane, scale) : 1.0f;
+  float rounded = 0.0f, as_given = 0.0f;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step)
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      const int within = step * 16 + part * 8 + (lane % 4) * 2;
-      const __half low = saturated(usable ? coordinate(a, row, column, within, scale) * inverse : 0.0f);
-      const __half high = saturated(usable ? coordinate(a, row, column, within + 1, scale) * inverse : 0.0f);
+      const float2 x = coordinates<T>(a, row, column, step * 16 + part * 8 + lane % 4 * 2, scale);
+      const __half low = saturated(x.x * inverse), high = saturated(x.y * inverse);
       const __half2 both = __halves2half2(low, high);
       memcpy(&operand[step][part], &both, sizeof both);
       rounded += to_float(low) * to_float(low) + to_float(high) * to_float(high);
+      as_given += x.x * x.x + x.y * x.y;
     }
   rounded = sum_of_lanes(rounded, 4);
+  as_given = sum_of_lanes(as_given, 4);
   float minus_half_norm = -0.5f * rounded;
   // An error moves a unit vector e |x|^-1, and half a squared distance by at most twice that.
   if (a.cosine) minus_half_norm = inverse > 0 ? minus_half_norm + 2 * a.errors[s] * inverse : -0.5f;
-  if (!usable) minus_half_norm = -CUDART_INF_F;
-  const int source = (lane % 4) * 8;
+  // NaN has been saturated above, so that the products are finite and the infinite norm stays.
+  if (row >= a.key_count || as_given != as_given) minus_half_norm = -CUDART_INF_F;
+  const int source = lane % 4 * 8;
   start[0] = start[2] = __shfl_sync(0xffffffffu, minus_half_norm, source);
   start[1] = start[3] = __shfl_sync(0xffffffffu, minus_half_norm, source + 4);
 }
@@ -67,7 +86,7 @@ __device__ void fetch(__half* to, const __half* from) {
 
 // Grid (tiles, S); kGroups groups of 8 keys a warp. Shared memory: two blocks of queries, rows padded by 16 bytes so that
 // the eight rows of a matrix load fall on different banks, and each warp's maxima.
-template <int kPadded, int kGroups, int kQueries>
+template <class T, int kPadded, int kGroups, int kQueries>
 __global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(Sweep a) {
   constexpr int kSteps = kPadded / 16, kRow = kPadded + 8;
   __half* const buffer = reinterpret_cast<__half*>(shared_memory());
@@ -77,7 +96,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) sweep_kernel(Sweep a) {
   float start[kGroups][4];
 #pragma unroll
   for (int group = 0; group < kGroups; ++group)
-    load_keys<kSteps>(a, (int64_t(blockIdx.x) * kWarps + warp) * kGroups * 8 + group * 8, s, lane, keys[group], start[group]);
+    load_keys<T, kSteps>(a, (int64_t(blockIdx.x) * kWarps + warp) * kGroups * 8 + group * 8, s, lane, keys[group], start[group]);
 
   const __half* const packed = static_cast<const __half*>(a.packed) + int64_t(s) * a.query_slots * kPadded;
   fetch<kPadded, kQueries>(buffer, packed);
@@ -132,7 +151,10 @@ const char* start_sweep(const Sweep& a, void* stream) {
   const int bytes = 2 * kQueries * (kPadded + 8) * int(sizeof(__half)) + kWarps * kQueries * int(sizeof(float));
   const int64_t tile = kWarps * kGroups * 8;
   const dim3 grid(unsigned((a.key_count + tile - 1) / tile), unsigned(a.subspaces));
-  return launch(sweep_kernel<kPadded, kGroups, kQueries>, grid, kWarps * 32, bytes, stream, a);
+  const auto kernel = a.key_type == Type::f16    ? sweep_kernel<__half, kPadded, kGroups, kQueries>
+                      : a.key_type == Type::bf16 ? sweep_kernel<__nv_bfloat16, kPadded, kGroups, kQueries>
+                                                 : sweep_kernel<float, kPadded, kGroups, kQueries>;
+  return launch(kernel, grid, kWarps * 32, bytes, stream, a);
 }
 
 }  // namespace

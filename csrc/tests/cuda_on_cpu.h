@@ -43,7 +43,10 @@ struct __half2 {
 struct __nv_bfloat16 {
   uint16_t bits;
 };
-struct alignas(8) float2 {
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+struct float2 {
   float x, y;
 };
 inline float __half2float(__half value) { return static_cast<float>(value); }
