@@ -33,6 +33,7 @@ from gpu_contracts import (  # noqa: E402
     check,
     check_cases,
     check_gradient,
+    check_index,
     check_ksg,
     check_products,
     check_update,
@@ -89,6 +90,10 @@ def checks(searches: dict[str, Callable], device: str, small: bool) -> Iterator[
             for dtype in types if case_name == "heavy-tailed" and not small else types[:1]:
                 label = f"{name} / {case_name} / {dtype}"
                 yield label, partial(check, search, name, case, dtype, device)
+    for case_name, case in check_cases(small).items():
+        for dtype in types if case_name == "heavy-tailed" and not small else types[:1]:
+            label = f"triton index / {case_name} / {dtype}"
+            yield label, partial(check_index, case, dtype, device)
     yield "fp32 products", partial(check_products, device)
     yield "triton ksg", partial(check_ksg, device, small)
     for products in GRADIENT_UNITS:
@@ -176,7 +181,7 @@ def main() -> int:
     result |= {"failures": failures, "rows": []}
     for model in list(SHAPES)[:1] if small else SHAPES:
         for n in QUERIES[:1] if small else QUERIES:
-            result["rows"] += time_shape(model, n, right, limits, device, small)
+            result["rows"] += time_shape(model, n, right, limits, device, small, broken)
             save(arguments.out, result)
         result["rows"] += time_steps(model, limits, device, small, broken)
         save(arguments.out, result)

@@ -229,7 +229,7 @@ def time_blocks(work: Work, limits: dict[str, float], device: str, broken: set[s
 
     def search(rotation: torch.Tensor) -> None:
         given = (work.queries, work.keys, rotation, work.widths)
-        work.index.copy_(triton_ops.nearest_neighbors(*given, precision="bf16").index)
+        work.index.copy_(triton_ops.nearest_index(*given))
 
     def written_out(steps: Steps, block: Run) -> Run:
         def run() -> None:

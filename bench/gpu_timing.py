@@ -142,8 +142,18 @@ def measure(
     }
 
 
-def time_shape(model: str, n: int, searches: dict[str, Callable], limits: dict, device: str, small: bool):
+def time_shape(
+    model: str,
+    n: int,
+    searches: dict[str, Callable],
+    limits: dict,
+    device: str,
+    small: bool,
+    broken: set[str],
+):
     """Rows of one shape: every path that passed, and the others."""
+    from ndm_fast import triton_ops
+
     d, width = (48, 16) if small else SHAPES[model]
     n, k = (4, 200) if small else (n, KEYS)
     rotation = rotation_of(d).to(device)
@@ -157,6 +167,9 @@ def time_shape(model: str, n: int, searches: dict[str, Callable], limits: dict, 
         work = search if "rotated" in name else rotate + search
         run = lambda p=path, g=given: p(queries, g, rotation, widths)  # noqa: E731
         rows.append(measure(name, run, work, given.numel() * 2, limits, device))
+    if "triton index" not in broken:
+        run = lambda: triton_ops.nearest_index(queries, keys, rotation, widths)  # noqa: E731
+        rows.append(measure("triton index", run, rotate + search, keys.numel() * 2, limits, device))
     for name, run in baselines(queries, keys, rotation, width).items():
         rows.append(measure(name, run, rotate + search, keys.numel() * 2, limits, device))
     return [{"model": model, "Q": n, "K": k, "d": d, "width": width, **row} for row in rows]

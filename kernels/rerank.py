@@ -1,4 +1,4 @@
-"""The exact pass over the few keys that ``resolve.py`` kept for each query."""
+"""The exact pass over the few keys that ``resolve.py`` kept for each query, or for some of the queries."""
 
 import triton
 import triton.language as tl
@@ -39,6 +39,14 @@ def _operands(
 
 
 @triton.jit
+def _query(listed, place, count, LISTED: tl.constexpr):
+    """[N] int64 numbers of the queries at these places."""
+    if LISTED:
+        return tl.load(listed + place, mask=place < count, other=0).to(tl.int64)
+    return place
+
+
+@triton.jit
 def rerank_kernel(
     raw_queries,  # [Q, d]
     raw_query_stride,
@@ -51,6 +59,8 @@ def rerank_kernel(
     queries,  # [Q, d] fp64 rotated, COSINE only
     query_stride,
     candidates,  # [S, Q, SLOT_COUNT] int64, -1 for none
+    listed,  # [S, Q] int32 the queries to look at, LISTED only
+    listed_counts,  # [S] int32 how many of them count
     best,  # [S, Q] fp64: squared distance, or 1 - cos
     index,  # [S, Q] int64
     WIDTH: tl.constexpr,
@@ -58,6 +68,7 @@ def rerank_kernel(
     QUERY_BLOCK: tl.constexpr,
     SLOT_COUNT: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
+    LISTED: tl.constexpr,
     DOUBLE: tl.constexpr,
     COSINE: tl.constexpr,
 ):
@@ -67,11 +78,17 @@ def rerank_kernel(
     depth are in fp64; with DOUBLE the products are too.
     """
     s = tl.program_id(1).to(tl.int64)
-    entries = tl.arange(0, QUERY_BLOCK * SLOT_COUNT)
     first = tl.program_id(0).to(tl.int64) * QUERY_BLOCK
-    q = first + entries // SLOT_COUNT
+    count = query_count
+    if LISTED:
+        count = tl.load(listed_counts + s)
+        if first >= count:
+            return
+    entries = tl.arange(0, QUERY_BLOCK * SLOT_COUNT)
+    place = first + entries // SLOT_COUNT
+    q = _query(listed + s * query_count, place, count, LISTED)
     row = tl.load(
-        candidates + (s * query_count + first) * SLOT_COUNT + entries, mask=q < query_count, other=-1
+        candidates + (s * query_count + q) * SLOT_COUNT + entries % SLOT_COUNT, mask=place < count, other=-1
     )
     real = row >= 0
     found = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
@@ -115,6 +132,7 @@ def rerank_kernel(
     row = tl.reshape(row, [QUERY_BLOCK, SLOT_COUNT])
     nearest = tl.min(found, 1)
     chosen = tl.min(tl.where(found == nearest[:, None], row, NO_ROW), 1)
-    q = first + tl.arange(0, QUERY_BLOCK)
-    tl.store(best + s * query_count + q, nearest, mask=q < query_count)
-    tl.store(index + s * query_count + q, chosen, mask=q < query_count)
+    place = first + tl.arange(0, QUERY_BLOCK)
+    q = _query(listed + s * query_count, place, count, LISTED)
+    tl.store(best + s * query_count + q, nearest, mask=place < count)
+    tl.store(index + s * query_count + q, chosen, mask=place < count)

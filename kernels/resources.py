@@ -96,16 +96,11 @@ def cases(arch: int) -> Iterator[Case]:
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
     shape |= {"CENTRE": False, "COSINE": False}
     yield Case("sweep 768 wide", nearest.sweep_wide_kernel, shape, options, {})
-    candidates = {
-        "P": 32,
-        "SLOT_COUNT": 4,
-        "QUERY_BLOCK": tuning.RERANK_ROWS // 4,
-        "WIDTH": 72,
-    }
-    double = arch in tuning.FP64_IS_FAST
-    candidates |= {"DOUBLE": double, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
-    exact = {"rotation": "*fp32"}
-    yield Case("rerank", rerank.rerank_kernel, candidates, {"num_warps": 4}, exact)
+    candidates = {"P": 32, "SLOT_COUNT": 4, "QUERY_BLOCK": tuning.RERANK_ROWS // 4, "WIDTH": 72}
+    candidates |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
+    types = {"rotation": "*fp32", "listed": "*i32", "listed_counts": "*i32"}
+    for name, listed in (("rerank", False), ("rerank listed", True)):
+        yield Case(name, rerank.rerank_kernel, candidates | {"LISTED": listed}, {"num_warps": 4}, types)
     columns = {"queries": "*fp32", "keys": "*fp32"}
     distances, reductions = dict(tuning.KSG_DISTANCES), dict(tuning.KSG_REDUCTIONS)
     warps, few = ({"num_warps": shape.pop("num_warps")} for shape in (distances, reductions))

@@ -17,7 +17,7 @@ from ndm_fast.pool import ActivationPool, TensorStream
 from ndm_fast.reference import Neighbors
 from ndm_fast.run import train_run
 from ndm_fast.run_folder import RunFolder
-from ndm_fast.step_ops import lie_update, loss_and_gradient
+from ndm_fast.step_ops import lie_update, loss_and_gradient, nearest_index
 from ndm_fast.text import open_documents
 from ndm_fast.trainer import Observer, Trainer
 from ndm_fast.version import __version__
@@ -45,6 +45,7 @@ __all__ = [
     "load_model",
     "loss_and_gradient",
     "mutual_information",
+    "nearest_index",
     "nearest_neighbors",
     "open_documents",
     "replace_activations",

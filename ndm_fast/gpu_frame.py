@@ -118,6 +118,11 @@ def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:
     return Neighbors(distance.float(), torch.where(found, index, 0))
 
 
+def power_of_two(number: int) -> int:
+    """The least one that is not below a number."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device the current one, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()

@@ -56,11 +56,7 @@ def nearest_neighbors(
     Raises:
         InputError (a ValueError): naming the argument, for no keys, NaN or Inf, wrong shape, dtype or device.
     """
-    _check(queries, keys, rotation, widths, check_finite)
-    if metric not in ("euclidean", "cosine"):
-        raise InputError(f"metric is {metric!r}: take euclidean or cosine")
-    if precision not in ("fp32", "bf16"):
-        raise InputError(f"precision is {precision!r}: take fp32 or bf16")
+    check_search(queries, keys, rotation, widths, metric, precision, check_finite)
     if queries_rotated and not keys_rotated:
         raise InputError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
     chosen = backends.choose(queries.device, backend).name
@@ -287,6 +283,23 @@ def _(
     shape = (pairs.shape[0], queries.shape[0])
     radius = queries.new_empty(shape, dtype=torch.float32)
     return radius, queries.new_empty((shape[0], 2, shape[1]), dtype=torch.int64)
+
+
+def check_search(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    precision: str,
+    check_finite: bool,
+) -> None:
+    """Raise what :func:`nearest_neighbors` says of these arguments."""
+    _check(queries, keys, rotation, widths, check_finite)
+    if metric not in ("euclidean", "cosine"):
+        raise InputError(f"metric is {metric!r}: take euclidean or cosine")
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision is {precision!r}: take fp32 or bf16")
 
 
 def _check(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast import ops, step_ops
-from ndm_fast.centring import rotate_centred, sample_mean
+from ndm_fast import step_ops
 from ndm_fast.config import TrainConfig
 from ndm_fast.objective import Objective, loss_weights
 from ndm_fast.ranks import Group
@@ -44,23 +43,11 @@ class Steps:
         return self._config.queries // self._group.queries.size
 
     def neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
-        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
-
-        On a CPU exact distances from raw rows, which training has no use for, take longer than the search.
-        """
-        if keys.device.type != "cpu" or self._config.metric == "cosine" or self._group.keys.size > 1:
+        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation."""
+        if self._group.keys.size > 1:
             return self.search(queries, keys, rotation).index
-        origin = sample_mean(keys)
-        return ops.nearest_neighbors(
-            rotate_centred(queries, rotation, origin),
-            rotate_centred(keys, rotation, origin),
-            rotation,
-            self._widths,
-            precision=self._config.precision,
-            keys_rotated=True,
-            queries_rotated=True,
-            check_finite=False,
-        ).index
+        config = self._config
+        return step_ops.nearest_index(queries, keys, rotation, self._widths, config.metric, config.precision)
 
     def search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
         """Neighbours of this rank's queries among the keys of all ranks, with exact distances."""

@@ -20,11 +20,19 @@ from ndm_fast.gpu_search import KeyChunk, QueryPack
 from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
 from ndm_fast.triton_ksg import ksg_counts, ksg_radius
+from ndm_fast.triton_rerank import rerank, settle
 
 if TYPE_CHECKING:
     from ndm_fast.kernels.tuning import Sweep
 
-__all__ = ["available", "ksg_counts", "ksg_radius", "nearest_neighbors", "why_unavailable"]
+__all__ = [
+    "available",
+    "ksg_counts",
+    "ksg_radius",
+    "nearest_index",
+    "nearest_neighbors",
+    "why_unavailable",
+]
 
 _PIECE = 64
 """Columns of a wide subspace that are multiplied at once."""
@@ -95,6 +103,65 @@ def nearest_neighbors(
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a query
         gives NaN distances; a key with NaN is nobody's neighbour.
     """
+    with gpu_frame.device_of(queries):
+        rotated = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
+        found = _search(queries, keys, rotation, widths, metric, precision, form, **rotated)
+        best, index = found.near, found.candidates
+        if found.search.in_half:
+            capability = _capability(keys.device)
+            best, index = rerank(found.frame, found.keys, index, widths, found.search, capability)
+        shape = len(widths), len(queries)
+        return gpu_frame.result(best.view(shape), index.view(shape), found.search.cosine)
+
+
+def nearest_index(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    *,
+    metric: str = "euclidean",
+    form: str | None = None,
+) -> Tensor:
+    """[S, Q] int64 rows of the keys that ``nearest_neighbors`` finds in half precision, without distances.
+
+    Arguments as there. Raw rows are read only for queries whose nearest the copy cannot tell to 1 %. Where no
+    key is near (NaN), the row is 0.
+    """
+    with gpu_frame.device_of(queries):
+        found = _search(queries, keys, rotation, widths, metric, "bf16", form)
+        if not found.search.in_half:  # fp32 keys
+            return torch.where(found.near.isfinite(), found.candidates, 0)[..., 0]
+        near, candidates, capability = found.near, found.candidates, _capability(keys.device)
+        index = settle(found.frame, found.keys, near, candidates, widths, found.search, capability)
+        return index.clamp_min(0)
+
+
+class _Found(NamedTuple):
+    """The nearest by what the kernels saw; in half precision several, by the rotated copy."""
+
+    frame: Frame
+    search: Search
+    keys: Tensor
+    """[K, d] as given, neighbouring columns next to each other."""
+    near: Tensor
+    """[S, Q, slots] fp64 squared distance, 1 - cos, or (half precision) scaled distance by the copy."""
+    candidates: Tensor
+    """[S, Q, slots] int64."""
+
+
+def _search(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    precision: str,
+    form: str | None,
+    *,
+    keys_rotated: bool = False,
+    queries_rotated: bool = False,
+) -> _Found:
     from ndm_fast.kernels import tuning
 
     queries, keys = gpu_search.unit_columns(queries), gpu_search.unit_columns(keys)
@@ -104,19 +171,12 @@ def nearest_neighbors(
     search = gpu_frame.make_search(
         keys, metric, precision, keys_rotated=keys_rotated, queries_rotated=queries_rotated, fused=fused
     )
-    with gpu_frame.device_of(queries):
-        return _search(queries, keys, rotation, list(widths), search)
-
-
-def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], search: Search) -> Neighbors:
-    from ndm_fast.kernels import tuning
-
-    frame = gpu_frame.make_frame(queries, keys, rotation, widths, search, exact=False)
+    frame = gpu_frame.make_frame(queries, keys, rotation, list(widths), search, exact=False)
     slots = 1 if not search.in_half else 8 if keys.dtype == torch.bfloat16 else 4
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else gpu_frame.NO_KEY, device=keys.device)
-    for chunk in gpu_frame.chunks(keys, frame, widths, search):
+    for chunk in gpu_frame.chunks(keys, frame, list(widths), search):
         for subspaces, columns in equal_width_runs(widths):
             count = subspaces.stop - subspaces.start
             tile = tuning.sweep(_capability(keys.device), (columns.stop - columns.start) // count).tile
@@ -124,9 +184,7 @@ def _search(queries: Tensor, keys: Tensor, rotation: Tensor, widths: list[int], 
                 state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
                 _search_part(_Part(frame, chunk, search, subspaces, columns, group), state)
                 best[subspaces, group], index[subspaces, group] = state
-    if search.in_half:
-        best, index = _rerank(frame, keys, index, widths, search)
-    return gpu_frame.result(best.view(shape[:2]), index.view(shape[:2]), search.cosine)
+    return _Found(frame, search, keys, best, index)
 
 
 class _Part(NamedTuple):
@@ -224,42 +282,10 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
         gpu_search.underflow_of(part.width),
         _MOST_TILES if search.in_half else 1 << 30,
         **{"TILE": tiles.tile, "SLOT_COUNT": state[0].shape[2], "MODE": mode.value, **shape._asdict()},
-        SEGMENT=min(_SEGMENT, _power_of_two(minima.shape[2])),
+        SEGMENT=min(_SEGMENT, gpu_frame.power_of_two(minima.shape[2])),
         num_warps=4,
         **{**part.options(), **part.projection(), **tuning.OPTIONS},
     )
-
-
-def _rerank(
-    frame: Frame, keys: Tensor, candidates: Tensor, widths: list[int], search: Search
-) -> tuple[Tensor, Tensor]:
-    """Nearest of the candidates by their raw rows, [S, Q] fp64 and its index."""
-    from ndm_fast.kernels import rerank, tuning
-
-    best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
-    index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
-    slots = candidates.shape[2]
-    double = search.cosine or _capability(keys.device) in tuning.FP64_IS_FAST
-    # A depth of 1 is compiled in, leaves no loop, and then triton 3.6 fails (see kernels/rerank.py).
-    double &= len(frame.rotation) > 1
-    block = tuning.RERANK_ROWS // slots
-    for subspaces, columns in equal_width_runs(widths):
-        count = subspaces.stop - subspaces.start
-        width = (columns.stop - columns.start) // count
-        turn, exact = frame.rotation[:, columns], frame.exact[:, columns]
-        rerank.rerank_kernel[(-(-len(frame.raw) // block), count)](
-            *(frame.raw, frame.raw.stride(0), len(frame.raw), keys, keys.stride(0)),
-            *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
-            *(candidates[subspaces], best[subspaces], index[subspaces]),
-            WIDTH=width, P=min(32, max(16, _power_of_two(width))), QUERY_BLOCK=block, SLOT_COUNT=slots,
-            DEPTH_BLOCK=tuning.RERANK_DEPTH, DOUBLE=double, COSINE=search.cosine, num_warps=4,
-            **tuning.OPTIONS,
-        )  # fmt: skip
-    return best, index
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(0, number - 1).bit_length()
 
 
 def _capability(device: torch.device) -> int:

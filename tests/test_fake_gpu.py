@@ -132,6 +132,16 @@ def test_searches(launches: list[str], search: str, metric: str, precision: str,
     assert set(launches) == {sweep, "resolve_kernel"} | ({"rerank_kernel"} if reranked else set())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_neighbours_without_distances(launches: list[str], metric: str, dtype: torch.dtype) -> None:
+    widths = [32, 32, 7]
+    queries, keys, rotation = rows(70, 71, dtype), rows(5000, 71, dtype), rows(71, 71)
+    index = twice(lambda: triton_ops.nearest_index(queries, keys, rotation, widths, metric=metric))
+    assert (index.shape, index.dtype, index.device) == ((3, 70), torch.int64, GPU)
+    assert ("rerank_kernel" in launches) == (dtype == torch.float16)
+
+
 def test_ksg(launches: list[str]) -> None:
     widths, pairs = [8, 8, 5], torch.zeros(3, 2, device=GPU, dtype=torch.int64)
     given = (rows(70, 21), rows(500, 21), rows(21, 21), widths, torch.rand(3, device=GPU), pairs)

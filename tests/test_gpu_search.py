@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from filelock import FileLock
 from oracle_inputs import heavy_tailed, rotation_of
 from torch import Tensor
 
-from ndm_fast import cuda, gpu_frame, ops, reference, triton_ops
+from ndm_fast import cuda, gpu_frame, ops, reference, triton_ops, triton_rerank
 from ndm_fast.errors import InputError
 from ndm_fast.reference import Neighbors
 
@@ -232,6 +233,17 @@ def test_keys_in_chunks_and_queries_in_groups(form: str, monkeypatch: pytest.Mon
     check(queries[: None if "rotated" in form else 3], keys, [8], form)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@only("rotated", "split", "split-half")
+def test_minima_in_several_segments(form: str, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More tiles than a program holds the minima of at once, and twins in tiles of different segments."""
+    monkeypatch.setattr(triton_ops, "_SEGMENT", 2)
+    keys = heavy_tailed(700, 24)
+    keys[690:] = keys[:10]
+    found = check(torch.cat([heavy_tailed(2, 24), keys[:1] + 0.1]), keys, [16, 8], form, metric)
+    assert int(found.index.max()) < 690
+
+
 @only("rotated", "split-half", "cuda-rotated", "cuda-split-half")
 def test_writes_every_output(form: str, poisoned_outputs: None) -> None:
     found = check(torch.randn(3, 19), torch.randn(140, 19), [16, 3], form)
@@ -246,6 +258,68 @@ def test_does_not_depend_on_which_warp_goes_first(form: str) -> None:
     for other in others:
         assert torch.equal(first.distance, other.distance)
         assert torch.equal(first.index, other.index)
+
+
+def check_index(
+    queries: Tensor, keys: Tensor, widths: list[int], form: str, metric: str = "euclidean"
+) -> tuple[Tensor, Tensor]:
+    """Neighbours without distances, at most 1 % too far; true distances, and which raw rows decided."""
+    rotation, asked = rotation_of(sum(widths)), []
+    rerank = triton_rerank.rerank
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        asked.append(arguments[-1].counts)
+        return rerank(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_rerank, "rerank", watched)
+        index = triton_ops.nearest_index(
+            *(rows.to(DEVICE) for rows in (queries, keys, rotation)), widths, metric=metric, form=form
+        ).cpu()
+    oracle = reference.nearest_neighbors(queries, keys, rotation, widths, metric=metric)
+    true = reference.distance_to(queries, keys, rotation, widths, index, metric=metric)
+    floor = 1e-13 if metric == "cosine" else 0.0
+    assert bool((true <= oracle.distance * 1.01 + floor).all())
+    return true, asked[0].cpu()
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+@pytest.mark.parametrize("form", ["split", "fused"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_neighbours_without_distances(
+    form: str, metric: str, dtype: torch.dtype, poisoned_outputs: None
+) -> None:
+    """Of the queries some are settled by the copy, others, near to two keys, by raw rows."""
+    keys = torch.randn(300, 41).to(dtype)
+    keys[150:160] = keys[:10]
+    queries = torch.cat(
+        [torch.randn(6, 41).to(dtype), (keys[:5].float() + 0.02 * torch.randn(5, 41)).to(dtype)]
+    )
+    true, by_raw_rows = check_index(queries, keys, [33, 8], form, metric)
+    assert bool((by_raw_rows >= 5).all())
+    assert dtype == torch.bfloat16 or bool((by_raw_rows < 11).all())
+    assert not (true[:, :6] == 0).any()
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_neighbours_without_distances_of_heavy_tailed_data(metric: str) -> None:
+    rows = heavy_tailed(210, 45).clamp(-3e4, 3e4).half()
+    check_index(rows[:7], rows[7:], [40, 5], "split", metric)
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+def test_of_equal_keys_the_first_is_the_neighbour_and_nan_has_none() -> None:
+    keys = torch.randn(20, 24).half().repeat(10, 1)
+    queries = torch.randn(3, 24).half()
+    queries[1, 2] = torch.nan
+    given = (queries.to(DEVICE), keys.to(DEVICE), torch.eye(24, device=DEVICE), [16, 8])
+    index = triton_ops.nearest_index(*given)
+    assert int(index.max()) < 20
+    assert int(index[0, 1]) == 0
+    expected = reference.nearest_neighbors(queries[[0, 2]], keys, torch.eye(24), [16, 8])
+    assert torch.equal(index[:, [0, 2]].cpu(), expected.index)
 
 
 @pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")

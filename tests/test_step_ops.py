@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ndm_fast import cpu, objective, reference, step_ops
+from ndm_fast.errors import InputError
 from ndm_fast.rotation import random_rotation
 
 compiled = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_unavailable()))
@@ -164,6 +165,42 @@ def test_without_a_compiled_backend_the_torch_code_runs() -> None:
         assert torch.equal(found.gradient, expected.gradient)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("backend", ["reference", "triton", pytest.param("cpu", marks=compiled)])
+def test_neighbours_without_distances(backend: str, metric: str, precision: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(7)
+    rows, rotation = _rows(140, 24, generator).half(), random_rotation(24, generator)
+    given = (rows[:9], rows[9:], rotation, [17, 7])
+    index = step_ops.nearest_index(*given, metric, precision, backend=backend)
+    oracle = reference.nearest_neighbors(*given, metric=metric).distance
+    true = reference.distance_to(*given, index, metric=metric)
+    assert bool((true <= oracle * (1 + (1e-2 if precision == "bf16" else 1e-4))).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "dot"}, "take euclidean or cosine"),
+        ({"precision": "fp8"}, "take fp32 or bf16"),
+        ({"widths": [5, 4]}, "the widths sum to 9"),
+        ({"keys": torch.zeros(0, 8)}, "keys has no rows"),
+    ],
+    ids=str,
+)
+def test_neighbours_refuse_by_name(change: dict[str, object], message: str) -> None:
+    given = {
+        "queries": torch.ones(2, 8),
+        "keys": torch.ones(3, 8),
+        "rotation": torch.eye(8),
+        "widths": [5, 3],
+    }
+    with pytest.raises(InputError, match=message):
+        step_ops.nearest_index(**{**given, **change})
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_triton_runs_where_it_is_named(half: bool) -> None:
     pytest.importorskip("triton")
@@ -188,6 +225,7 @@ def test_library_ops_pass_opcheck(backend: str) -> None:
     torch.library.opcheck(
         step_ops._loss_and_gradient, (q, q, index, torch.eye(8), [5, 3], "euclidean", None, backend)
     )
+    torch.library.opcheck(step_ops._nearest_index, (q, q, torch.eye(8), [5, 3], "euclidean", "fp32", backend))
     moments = torch.zeros(8, 8), torch.ones(8, 8)
     for product, half in ((torch.randn(8, 8), False), (None, True)):
         torch.library.opcheck(

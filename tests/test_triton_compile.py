@@ -35,4 +35,4 @@ def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     sweeps = {row["tensor_core"] for row in rows if row["kernel"].startswith("sweep")}
     assert sweeps == {"mma.sync" if arch == 80 else "wgmma"}
     # fp64 on the matrix units; summed over an axis it went through shared memory, ten times slower.
-    assert {row["tensor_core"] for row in rows if row["kernel"] == "rerank"} == {"mma.sync"}
+    assert {row["tensor_core"] for row in rows if row["kernel"].startswith("rerank")} == {"mma.sync"}
