@@ -8,6 +8,9 @@ ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
 fp64; or keep the nearest few for ``rerank.py``."""
 
+UNROLL = tl.constexpr(2)
+"""Pieces of a tile whose loads are under way together."""
+
 
 @triton.jit
 def _exact_raw(
@@ -45,6 +48,153 @@ def _exact_raw(
 
 
 @triton.jit
+def _tile(
+    keys,
+    key_stride,
+    rows,  # [N] int64
+    valid,  # [N]
+    column,
+    columns,  # [D] within the subspace
+    rotation,
+    rotation_stride,
+    depth,
+    origin,
+    scale,
+    WIDTH: tl.constexpr,
+    MODE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """[N, D] coordinates that are compared: as given in fp64 (ROTATED), or centred and scaled in fp32."""
+    if MODE == ROTATED:
+        return tl.load(
+            keys + rows[:, None] * key_stride + (column + columns)[None, :],
+            mask=valid[:, None] & (columns < WIDTH)[None, :],
+            other=0.0,
+        ).to(tl.float64)
+    else:  # noqa: RET505 - triton compiles what follows a return
+        return coordinates(
+            keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
+            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _distances(
+    keys,
+    key_stride,
+    rows,
+    valid,
+    column,
+    rotation,
+    rotation_stride,
+    depth,
+    origin,
+    scale,
+    error,
+    query,  # [d] fp64, from column 0 of the query's row on
+    query_factor,  # makes the query comparable to a tile
+    query_norm,  # squared, of the exact query
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
+    MODE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """[N] squared distances or 1 - cos in fp64 (ROTATED), or scaled distances in fp32; and their errors.
+
+    Piece by piece, of which a thread has whole rows: nothing is summed over lanes. inf for keys that are not
+    there, or NaN.
+    """
+    TYPE: tl.constexpr = tl.float64 if MODE == ROTATED else tl.float32
+    squared = tl.zeros([CHUNK], TYPE)
+    dot = tl.zeros([CHUNK], TYPE)
+    inverse = tl.zeros([CHUNK], TYPE)
+    if COSINE:
+        for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
+            tile = _tile(
+                keys, key_stride, rows, valid, column, piece + tl.arange(0, PIECE), rotation, rotation_stride,
+                depth, origin, scale, WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+            )  # fmt: skip
+            squared += tl.sum(tile * tile, 1)
+        inverse = inverse_norm(squared)
+        squared = tl.zeros([CHUNK], TYPE)
+    for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
+        columns = piece + tl.arange(0, PIECE)
+        tile = _tile(
+            keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
+            WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+        )  # fmt: skip
+        wanted = tl.load(query + column + columns, mask=columns < WIDTH, other=0.0)
+        wanted = (wanted * query_factor).to(TYPE)[None, :]
+        if MODE == ROTATED and COSINE:
+            dot += tl.sum(tile * wanted, 1)
+        else:
+            if COSINE:
+                tile *= inverse[:, None]
+            delta = tile - wanted
+            squared += tl.sum(delta * delta, 1)
+    slack = tl.zeros([CHUNK], tl.float32)
+    if MODE == ROTATED:
+        found = 1 - dot * inverse * inverse_norm(query_norm) if COSINE else squared
+    else:
+        found = tl.sqrt(squared)
+        slack += error
+        if COSINE:
+            slack *= inverse
+            # A zero vector has cosine 0 with everything.
+            found = tl.where(inverse * query_norm == 0, 1.4142135, found)
+    return tl.where(valid & (found == found), found, float("inf")), slack
+
+
+@triton.jit
+def _keep_nearest(found, rows, first_key, held, held_index):
+    """The held neighbour, or the nearest of these: of equal ones that with the lowest index."""
+    nearest = tl.min(found, 0)
+    row = tl.min(tl.where(found == nearest, rows + first_key, NO_ROW), 0)
+    better = (nearest < held) | ((nearest == held) & (row < held_index))
+    return tl.where(better, nearest, held), tl.where(better, row, held_index)
+
+
+@triton.jit
+def _keep_few(near, rows, first_key, held, held_index, slots, SLOT_COUNT: tl.constexpr):
+    """The nearest few of the held ones and these."""
+    worst, last = _worst(held, held_index)
+    nearest = tl.min(near, 0)
+    row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
+    while (nearest < worst) | ((nearest == worst) & (nearest < float("inf")) & (row + first_key < last)):
+        slot = tl.min(tl.where((held == worst) & (held_index == last), slots, SLOT_COUNT), 0)
+        held = tl.where(slots == slot, nearest.to(tl.float64), held)
+        held_index = tl.where(slots == slot, row + first_key, held_index)
+        worst, last = _worst(held, held_index)
+        near = tl.where(rows == row, float("inf"), near)
+        nearest = tl.min(near, 0)
+        row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
+    return held, held_index
+
+
+@triton.jit
+def _least(minima, tiles, SEGMENT: tl.constexpr):
+    """Least value of the sweep over all tiles, and the first tile that has it."""
+    least = tl.full([], float("inf"), tl.float32)
+    tile = tl.full([], 0, tl.int32)
+    for start in range(0, tiles, SEGMENT):
+        numbers = start + tl.arange(0, SEGMENT)
+        lows = tl.load(minima + numbers, mask=numbers < tiles, other=float("inf"))
+        low = tl.min(lows, 0)
+        number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
+        tile = tl.where(low < least, number, tile)
+        least = tl.minimum(least, low)
+    return least, tile
+
+
+@triton.jit
 def resolve_kernel(
     minima,  # [S, Q, tiles] fp32, of sweep_kernel
     tiles,
@@ -78,6 +228,7 @@ def resolve_kernel(
     P: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    PIECE: tl.constexpr,
     SEGMENT: tl.constexpr,
     DEEP: tl.constexpr,
     SLOT_COUNT: tl.constexpr,
@@ -88,112 +239,81 @@ def resolve_kernel(
     DEPTH_BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (Q, S). Goes on from the state in ``best`` and ``index``; ties go to the lowest index."""
+    """Grid (Q, S). Goes on from the state in ``best`` and ``index``; ties go to the lowest index.
+
+    The tile with the least value is visited first, and makes the reach small; then the others in reach, as a
+    second look at the minima finds them.
+    """
     q, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    count = tl.num_programs(0)
-    at = s * count + q
+    at = s * tl.num_programs(0) + q
     column = s * WIDTH
     columns = tl.arange(0, P)
-    inside = columns < WIDTH
-    scale = tl.load(scales + s)
-    error = tl.load(errors + s)
+    scale, error = tl.load(scales + s), tl.load(errors + s)
     size, half_norm = tl.load(sizes + at), tl.load(half_norms + at)
-    exact_query = tl.load(exact_queries + q * query_stride + column + columns, mask=inside, other=0.0)
-    centred = tl.load(queries + q * query_stride + column + columns, mask=inside, other=0.0) * scale
-    if COSINE:
-        centred = centred * inverse_norm(tl.sum(centred * centred, 0))
-    centred = centred.to(tl.float32)
-    span = tl.sqrt(tl.sum(centred * centred, 0))
+    queries += q * query_stride
+    exact_queries += q * query_stride
+    exact_query = tl.load(exact_queries + column + columns, mask=columns < WIDTH, other=0.0)
     exact_norm = tl.sum(exact_query * exact_query, 0)
+    centred = tl.load(queries + column + columns, mask=columns < WIDTH, other=0.0) * scale
+    span = tl.sqrt(tl.sum(centred * centred, 0)).to(tl.float32)
+    factor = scale.to(tl.float64)
+    if MODE == ROTATED:
+        queries = exact_queries
+        factor = tl.full([], 1.0, tl.float64)
+    elif COSINE:
+        factor *= inverse_norm(tl.sum(centred * centred, 0))
+        span = tl.where(span > 0, 1.0, 0.0)
 
     slots = tl.arange(0, SLOT_COUNT)
     held = tl.load(best + at * SLOT_COUNT + slots)
     held_index = tl.load(index + at * SLOT_COUNT + slots)
-    visited = 0
-    for segment in range(0, tiles, SEGMENT):
-        numbers = segment + tl.arange(0, SEGMENT)
-        lows = tl.load(minima + at * tiles + numbers, mask=numbers < tiles, other=float("inf"))
-        low = tl.min(lows, 0)
-        reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
-        while (
-            (low < float("inf"))
-            & (visited < most_tiles)
-            & (low <= _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE))
-        ):
-            number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
-            lows = tl.where(numbers == number, float("inf"), lows)
-            visited += 1
-            for start in range(0, TILE, CHUNK):
-                rows = number.to(tl.int64) * TILE + start + tl.arange(0, CHUNK)
-                valid = rows < key_count
-                if MODE == ROTATED:
-                    tile = tl.load(
-                        keys + rows[:, None] * key_stride + (column + columns)[None, :],
-                        mask=valid[:, None] & inside[None, :],
-                        other=0.0,
-                    ).to(tl.float64)
-                    if COSINE:
-                        norms = tl.sum(tile * tile, 1) * exact_norm
-                        found = 1 - tl.sum(tile * exact_query[None, :], 1) * inverse_norm(norms)
-                    else:
-                        delta = tile - exact_query[None, :]
-                        found = tl.sum(delta * delta, 1)
-                    found = tl.where(valid & (found == found), found, float("inf"))
-                    nearest = tl.min(found, 0)
-                    row = tl.min(tl.where(found == nearest, rows + first_key, NO_ROW), 0)
-                    better = (nearest < held) | ((nearest == held) & (row < held_index))
-                    held = tl.where(better, nearest, held)
-                    held_index = tl.where(better, row, held_index)
-                else:
-                    tile = coordinates(
-                        keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth,
-                        origin, scale, WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+    minima += at * tiles
+    low, number = _least(minima, tiles, SEGMENT)
+    first = number
+    numbers = tl.arange(0, SEGMENT)
+    lows = tl.full([SEGMENT], float("inf"), tl.float32)
+    start, visited = 0, 0
+    reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+    limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+    while (low < float("inf")) & (low <= limit) & (visited < most_tiles):
+        visited += 1
+        for chunk in range(0, TILE, CHUNK):
+            rows = number.to(tl.int64) * TILE + chunk + tl.arange(0, CHUNK)
+            found, slack = _distances(
+                keys, key_stride, rows, rows < key_count, column, rotation, rotation_stride, depth, origin,
+                scale, error, queries, factor, exact_norm, WIDTH, CHUNK, PIECE, MODE, CENTRE, PROJECT, COSINE,
+                DEPTH_BLOCK, DOT,
+            )  # fmt: skip
+            if MODE == ROTATED:
+                held, held_index = _keep_nearest(found, rows, first_key, held, held_index)
+            elif MODE == SLOTS:
+                held, held_index = _keep_few(found, rows, first_key, held, held_index, slots, SLOT_COUNT)
+            else:
+                near = tl.maximum(found * (1 - 1e-6) - slack, 0.0)
+                nearest = tl.min(near, 0)
+                while (nearest < float("inf")) & (nearest <= reach + 1e-6 * span):
+                    row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
+                    near = tl.where(rows == row, float("inf"), near)
+                    exact = _exact_raw(
+                        raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride, exact_rotation,
+                        exact_rotation_stride, depth, column, exact_query, WIDTH, P, DEEP, COSINE,
                     )  # fmt: skip
-                    slack = tl.zeros([CHUNK], tl.float32) + error
-                    if COSINE:
-                        inverse = inverse_norm(tl.sum(tile * tile, 1))
-                        tile *= inverse[:, None]
-                        slack = error * inverse
-                    delta = tile - centred[None, :]
-                    near = tl.sqrt(tl.sum(delta * delta, 1))
-                    if COSINE:  # a zero vector has cosine 0 with everything
-                        near = tl.where(inverse * exact_norm == 0, 1.4142135, near)
-                    near = tl.where(valid & (near == near), near, float("inf"))
-                    if MODE == RAW:
-                        near = tl.maximum(near * (1 - 1e-6) - slack, 0.0)
-                        nearest = tl.min(near, 0)
-                        while (nearest < float("inf")) & (nearest <= reach + 1e-6 * span):
-                            row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
-                            near = tl.where(rows == row, float("inf"), near)
-                            exact = _exact_raw(
-                                raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride,
-                                exact_rotation, exact_rotation_stride, depth, column, exact_query,
-                                WIDTH, P, DEEP, COSINE,
-                            )  # fmt: skip
-                            row += first_key
-                            better = (exact < held) | ((exact == held) & (row < held_index))
-                            held = tl.where(better, exact, held)
-                            held_index = tl.where(better, row, held_index)
-                            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
-                            nearest = tl.min(near, 0)
-                    else:
-                        worst, last = _worst(held, held_index)
-                        nearest = tl.min(near, 0)
-                        row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
-                        while (nearest < worst) | (
-                            (nearest == worst) & (nearest < float("inf")) & (row + first_key < last)
-                        ):
-                            slot = tl.min(
-                                tl.where((held == worst) & (held_index == last), slots, SLOT_COUNT), 0
-                            )
-                            held = tl.where(slots == slot, nearest.to(tl.float64), held)
-                            held_index = tl.where(slots == slot, row + first_key, held_index)
-                            worst, last = _worst(held, held_index)
-                            near = tl.where(rows == row, float("inf"), near)
-                            nearest = tl.min(near, 0)
-                            row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
-            reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+                    row += first_key
+                    better = (exact < held) | ((exact == held) & (row < held_index))
+                    held = tl.where(better, exact, held)
+                    held_index = tl.where(better, row, held_index)
+                    reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+                    nearest = tl.min(near, 0)
+        reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
+        limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+        low = tl.min(lows, 0)
+        while (start < tiles) & ~(low <= limit):
+            numbers = start + tl.arange(0, SEGMENT)
+            lows = tl.load(minima + numbers, mask=(numbers < tiles) & (numbers != first), other=float("inf"))
             low = tl.min(lows, 0)
+            start += SEGMENT
+        number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
+        lows = tl.where(numbers == number, float("inf"), lows)
     tl.store(best + at * SLOT_COUNT + slots, held)
     tl.store(index + at * SLOT_COUNT + slots, held_index)
 

@@ -25,6 +25,9 @@ from triton.compiler import ASTSource
 WIDTHS = (32, 64, 72, 128, 256, 432)
 """One subspace width of each class of the tables, and those of the published runs."""
 
+KEYS = 409_600
+"""Of a search, whose number of tiles decides how many minima are held."""
+
 _TYPES = {
     "keys": "*fp16",
     "rotation": "*fp16",
@@ -84,13 +87,14 @@ def cases(arch: int) -> Iterator[Case]:
         if width in (32, 72):
             fused = sweep | {"PROJECT": True, "CENTRE": True}
             yield Case(f"sweep {width} fused", nearest.sweep_kernel, fused, options, {})
-        search = {"WIDTH": width, "TILE": tiles.tile, "SEGMENT": 4096, **projection}
-        if width in (32, 432):
+        search = {"WIDTH": width, "TILE": tiles.tile, **projection}
+        if width in (32, 72, 432):
             for mode, slots in (("rotated", 1), ("raw", 1), ("slots", 4)):
                 shape = tuning.resolve_shape(width, tiles.tile, fused=False, raw=mode == "raw")
                 chosen = {**search, "MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
-                chosen |= shape._asdict()
-                yield Case(f"resolve {width} {mode}", resolve.resolve_kernel, chosen, {"num_warps": 4}, {})
+                chosen |= shape.constants(KEYS // tiles.tile)
+                options = {"num_warps": shape.warps}
+                yield Case(f"resolve {width} {mode}", resolve.resolve_kernel, chosen, options, {})
     wide = tuning.WIDE
     shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
     options = {"num_warps": wide.warps, "num_stages": wide.stages}

@@ -95,25 +95,46 @@ RERANK_DEPTH = 16
 
 
 class Resolve(NamedTuple):
-    """Shapes of ``resolve_kernel``, which runs one block of 4 warps for each query and subspace."""
+    """Shapes of ``resolve_kernel``, which runs one block for each query and subspace."""
 
     P: int
+    """Power of two that covers the width."""
     CHUNK: int
-    """Rows of a tile looked at together: CHUNK x P is 2048 numbers, 16 a thread (fp64: 32 registers); half of
-    that where triton 3.6 would spill."""
+    """Rows of a tile looked at together."""
+    PIECE: int
+    """Columns of them at once."""
     DEEP: int
     """Rows of the rotation that are multiplied together."""
+    SEGMENT: int
+    """Minima of one query in registers at once, at most."""
+    warps: int
+
+    def constants(self, tiles: int) -> dict[str, int]:
+        """Compile-time arguments of the kernel for that many minima of a query."""
+        names = self._asdict()
+        del names["warps"]
+        return {**names, "SEGMENT": min(self.SEGMENT, 1 << (tiles - 1).bit_length())}
 
 
 def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
     """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units.
 
+    A query's search is a chain of loads that wait for each other, so what counts is how many are under way:
+    blocks of one warp, 32 numbers a thread. Four warps where there is more to do than to wait for: rotating a
+    key, or a row of the rotation for every raw row.
+
     Args:
         raw: keys in reach are evaluated from raw rows.
     """
     padded = max(16, 1 << (width - 1).bit_length())
-    rows = max(1, (1024 if raw and padded >= 512 else 2048) // padded)
-    return Resolve(padded, max(16 if fused else 1, min(tile, rows)), rows)
+    warps = 4 if raw or fused else 1
+    deep = max(1, (1024 if padded >= 512 else 2048) // padded)
+    if fused:
+        chunk = max(16, min(tile, 2048 // padded))
+        return Resolve(padded, chunk, padded, deep, 4096, warps)
+    chunk = min(tile, 128)
+    piece = max(4, min(padded, (1024 if raw else 512) // chunk))
+    return Resolve(padded, chunk, piece, deep, 2048 if raw else 512, warps)
 
 
 KSG_DISTANCES = {"QUERY_BLOCK": 32, "KEY_BLOCK": 128, "num_warps": 8}

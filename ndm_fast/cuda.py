@@ -16,7 +16,6 @@ from ndm_fast import gpu_frame, gpu_search
 from ndm_fast.errors import InputError
 from ndm_fast.gpu_frame import Frame, Search
 from ndm_fast.gpu_search import KeyChunk
-from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
 
 _cuda: ModuleType | None
@@ -74,12 +73,10 @@ def nearest_neighbors(
         best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
         index = torch.full(shape, gpu_frame.NO_KEY, device=keys.device)
         for chunk in gpu_frame.chunks(keys, frame, list(widths), search):
-            for subspaces, columns in equal_width_runs(widths):
-                count = subspaces.stop - subspaces.start
-                for group in gpu_frame.groups(len(queries), len(chunk.rows), count, _tile(columns, count)):
-                    state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
-                    _search_run(frame, chunk, subspaces, columns, group, search, state)
-                    best[subspaces, group], index[subspaces, group] = state
+            for subspaces, columns, group in gpu_frame.portions(widths, len(queries), len(chunk.rows), _tile):
+                state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
+                _search_run(frame, chunk, subspaces, columns, group, search, state)
+                best[subspaces, group], index[subspaces, group] = state
         return gpu_frame.result(best, index, search.cosine)
 
 
@@ -95,13 +92,13 @@ def ksg_radius(*arguments: object, **options: object) -> Tensor:
 ksg_counts = ksg_radius
 
 
-def _padded(columns: slice, count: int) -> int:
-    return next(p for p in PADDED_WIDTHS if p >= (columns.stop - columns.start) // count)
+def _padded(width: int) -> int:
+    return next(p for p in PADDED_WIDTHS if p >= width)
 
 
-def _tile(columns: slice, count: int) -> int:
+def _tile(width: int) -> int:
     assert _cuda is not None
-    return _cuda.tile_keys(_padded(columns, count))
+    return _cuda.tile_keys(_padded(width))
 
 
 def _search_run(
@@ -116,7 +113,8 @@ def _search_run(
     """Sweep and resolve for subspaces of one width and some of the queries; updates the state in place."""
     assert _cuda is not None
     count = subspaces.stop - subspaces.start
-    width, padded = (columns.stop - columns.start) // count, _padded(columns, count)
+    width = (columns.stop - columns.start) // count
+    padded = _padded(width)
     rotated, exact = frame.rotated[group][:, columns], frame.exact[group][:, columns]
     if exact.stride() != rotated.stride():
         raise RuntimeError("rotated queries differ in layout")
@@ -126,7 +124,7 @@ def _search_run(
     rows, raw = chunk.rows[:, columns], frame.raw[group]
     turn = frame.rotation[:, columns]
     origin = None if chunk.origin is None else chunk.origin[columns]
-    minima = torch.empty(count, len(rotated), -(-len(rows) // _tile(columns, count)), device=rows.device)
+    minima = torch.empty(count, len(rotated), -(-len(rows) // _tile(width)), device=rows.device)
     stream = torch.cuda.current_stream(rows.device).cuda_stream if rows.is_cuda else 0  # 0: tests
     sweep = _cuda.Sweep(
         *(_rows(rows), len(rows), 0 if origin is None else origin.data_ptr(), scales.data_ptr()),

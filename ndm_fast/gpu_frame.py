@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,12 +12,15 @@ from torch import Tensor
 from ndm_fast import gpu_search
 from ndm_fast.full_fp32 import full_fp32
 from ndm_fast.gpu_search import KeyChunk, KeyFrame
+from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
 
 KEY_BYTES = 1 << 30
 """Rotated keys held at once."""
 MINIMA_BYTES = 1 << 28
-"""Minima of a sweep held at once; bounds the queries that are searched together."""
+"""Minima of a sweep held at once; bounds the subspaces and queries that are searched together."""
+_ALIGNED_ROWS = 2048
+"""Chunks of so many keys make a multiple of 16 tiles, whose minima are loaded four at a time."""
 NO_KEY = torch.iinfo(torch.int64).max
 _TF32X3_UNIT = 2.0**-21
 """Roundoff of a product of fp32 numbers split into two tf32 each."""
@@ -95,6 +98,8 @@ def chunks(keys: Tensor, frame: Frame, widths: list[int], search: Search) -> Ite
         yield KeyChunk(0, keys, keys, origin, scales, errors)
         return
     size = max(1, KEY_BYTES // (keys.shape[1] * frame.turn.element_size()))
+    if size > _ALIGNED_ROWS:
+        size -= size % _ALIGNED_ROWS
     for start in range(0, len(keys), size):
         part = keys[start : start + size]
         if search.in_half:
@@ -105,10 +110,27 @@ def chunks(keys: Tensor, frame: Frame, widths: list[int], search: Search) -> Ite
             yield KeyChunk(start, copy, part, None, scales, gpu_search.rotation_errors(frame.keys, norm))
 
 
-def groups(queries: int, keys: int, subspaces: int, tile: int) -> list[slice]:
-    """Groups of queries whose minima over tiles of so many keys fit."""
-    size = max(128, MINIMA_BYTES // (4 * subspaces * -(-keys // tile)) // 128 * 128)
-    return [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+def portions(
+    widths: Sequence[int], queries: int, keys: int, tile_of: Callable[[int], int]
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Subspaces of one width with their columns, and queries, whose minima over tiles of keys fit.
+
+    Few subspaces rather than few queries: a launch then reads its keys once for all of them.
+
+    Args:
+        tile_of: keys of a tile, by width.
+    """
+    for run, columns in equal_width_runs(widths):
+        width = widths[run.start]
+        each = 4 * -(-keys // tile_of(width))
+        together = max(1, MINIMA_BYTES // (each * queries))
+        size = queries if each * queries <= MINIMA_BYTES else max(128, MINIMA_BYTES // each // 128 * 128)
+        for first in range(run.start, run.stop, together):
+            stop = min(first + together, run.stop)
+            column = columns.start + (first - run.start) * width
+            for start in range(0, queries, size):
+                group = slice(start, min(start + size, queries))
+                yield slice(first, stop), slice(column, column + (stop - first) * width), group
 
 
 def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:

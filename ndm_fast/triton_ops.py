@@ -17,7 +17,6 @@ from torch import Tensor
 from ndm_fast import gpu_frame, gpu_search
 from ndm_fast.gpu_frame import Frame, Search
 from ndm_fast.gpu_search import KeyChunk, QueryPack
-from ndm_fast.objective import equal_width_runs
 from ndm_fast.reference import Neighbors
 from ndm_fast.triton_ksg import ksg_counts, ksg_radius
 from ndm_fast.triton_rerank import rerank, settle
@@ -36,8 +35,6 @@ __all__ = [
 
 _PIECE = 64
 """Columns of a wide subspace that are multiplied at once."""
-_SEGMENT = 4096
-"""Minima of one query in registers at once."""
 _MOST_TILES = 64
 """Tiles a query may visit in half precision; it then keeps the best of those it saw."""
 
@@ -176,14 +173,15 @@ def _search(
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else gpu_frame.NO_KEY, device=keys.device)
+    capability = _capability(keys.device)
     for chunk in gpu_frame.chunks(keys, frame, list(widths), search):
-        for subspaces, columns in equal_width_runs(widths):
-            count = subspaces.stop - subspaces.start
-            tile = tuning.sweep(_capability(keys.device), (columns.stop - columns.start) // count).tile
-            for group in gpu_frame.groups(len(queries), len(chunk.rows), count, tile):
-                state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
-                _search_part(_Part(frame, chunk, search, subspaces, columns, group), state)
-                best[subspaces, group], index[subspaces, group] = state
+        portions = gpu_frame.portions(
+            widths, len(queries), len(chunk.rows), lambda width: tuning.sweep(capability, width).tile
+        )
+        for subspaces, columns, group in portions:
+            state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
+            _search_part(_Part(frame, chunk, search, subspaces, columns, group), state)
+            best[subspaces, group], index[subspaces, group] = state
     return _Found(frame, search, keys, best, index)
 
 
@@ -281,10 +279,11 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
         gpu_search.rounding_of(part.chunk.rows.dtype if search.in_half else torch.float32),
         gpu_search.underflow_of(part.width),
         _MOST_TILES if search.in_half else 1 << 30,
-        **{"TILE": tiles.tile, "SLOT_COUNT": state[0].shape[2], "MODE": mode.value, **shape._asdict()},
-        SEGMENT=min(_SEGMENT, gpu_frame.power_of_two(minima.shape[2])),
-        num_warps=4,
-        **{**part.options(), **part.projection(), **tuning.OPTIONS},
+        TILE=tiles.tile,
+        SLOT_COUNT=state[0].shape[2],
+        MODE=mode.value,
+        **shape.constants(minima.shape[2]),
+        **{"num_warps": shape.warps, **part.options(), **part.projection(), **tuning.OPTIONS},
     )
 
 

@@ -237,7 +237,10 @@ def test_keys_in_chunks_and_queries_in_groups(form: str, monkeypatch: pytest.Mon
 @only("rotated", "split", "split-half")
 def test_minima_in_several_segments(form: str, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More tiles than a program holds the minima of at once, and twins in tiles of different segments."""
-    monkeypatch.setattr(triton_ops, "_SEGMENT", 2)
+    from ndm_fast.kernels import tuning
+
+    shape = tuning.resolve_shape
+    monkeypatch.setattr(tuning, "resolve_shape", lambda *a, **b: shape(*a, **b)._replace(SEGMENT=2))
     keys = heavy_tailed(700, 24)
     keys[690:] = keys[:10]
     found = check(torch.cat([heavy_tailed(2, 24), keys[:1] + 0.1]), keys, [16, 8], form, metric)
