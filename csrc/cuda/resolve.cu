@@ -68,17 +68,18 @@ __device__ float near_distance(const Resolve& a, int s, int64_t row, int64_t col
                                float query_scale, float query_inverse) {
   const Sweep& w = a.sweep;
   const float scale = w.scales[s];
-  float squared = 0, key_squared = 0;
-  for (int i = 0; i < w.width; ++i) {
-    float x = load(w.keys, w.key_type, row * w.key_stride + column + i);
-    x = (x - (w.origin ? w.origin[column + i] : 0.0f)) * scale;
-    key_squared += x * x;
+  const auto coordinate = [&](int i) {
+    const float x = load(w.keys, w.key_type, row * w.key_stride + column + i);
+    return (x - (w.origin ? w.origin[column + i] : 0.0f)) * scale;
+  };
+  float squared = 0, inverse = 1;
+  if (w.cosine) {
+    for (int i = 0; i < w.width; ++i) squared += coordinate(i) * coordinate(i);
+    inverse = inverse_norm(squared);
+    squared = 0;
   }
-  const float inverse = w.cosine ? inverse_norm(key_squared) : 1.0f;
   for (int i = 0; i < w.width; ++i) {
-    float x = load(w.keys, w.key_type, row * w.key_stride + column + i);
-    x = (x - (w.origin ? w.origin[column + i] : 0.0f)) * scale * inverse;
-    const float delta = x - float(query[i] * query_scale) * query_inverse;
+    const float delta = coordinate(i) * inverse - float(query[i] * query_scale) * query_inverse;
     squared += delta * delta;
   }
   float near = sqrtf(squared);
