@@ -8,7 +8,7 @@ cores and keeps one number for each query and tile of keys, the least. Rounding 
     r + u (2 |q| + r)
 
 from ``q^``: a tile whose least value is above that holds no such key, whatever outliers it has. The search
-visits tiles in the order of their least value until none can hold a nearer key.
+visits the tile with the least value, and then every other that can hold a nearer key.
 
 The tile of keys stays in place while all queries pass: keys are read, centred, rounded and normed once, any
 number of queries fills the card, and projecting raw keys (``PROJECT``) is just another way to get a tile.

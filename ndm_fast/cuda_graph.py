@@ -110,6 +110,7 @@ def _captured(work: Callable[[], None], device: torch.device) -> Callable[[], ob
     if device.type != "cuda":
         return work
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Another thread may fill the pool meanwhile, and allocate.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         work()
     return graph.replay

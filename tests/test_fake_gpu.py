@@ -7,21 +7,36 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ndm_fast import backends, cuda_graph, gpu_frame, gpu_search, step_ops, triton_ops, triton_update
-from ndm_fast.config import TrainConfig
+from ndm_fast import (
+    backends,
+    cuda_graph,
+    gpu_frame,
+    gpu_search,
+    ops,
+    pool,
+    pool_storage,
+    step_ops,
+    triton_ops,
+    triton_update,
+)
+from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.cuda_graph import TakeSteps
+from ndm_fast.pool import TensorStream
 from ndm_fast.ranks import Group
 from ndm_fast.rotation import make_rotation
 from ndm_fast.steps import Steps
+from ndm_fast.trainer import Observer, Trainer
 
 pytestmark = [
     pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed"),
@@ -84,8 +99,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             monkeypatch.setattr(module, name, Kernel(name, getattr(module, name), made))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(gpu_frame, "device_of", lambda tensor: contextlib.nullcontext())
-    for name in ("_loss_and_gradient", "_lie_update"):  # a library op would only say its result's shape
-        monkeypatch.setattr(step_ops, name, getattr(step_ops, name)._init_fn)
+    for module in (ops, step_ops):  # a library op would only say its result's shape
+        for name, op in vars(module).copy().items():
+            if isinstance(op, CustomOpDef):
+                monkeypatch.setattr(module, name, op._init_fn)
     backends._log_unverified.cache_clear()
     with FakeTensorMode():
         yield made
@@ -190,6 +207,85 @@ def test_factors_on_the_device(launches: list[str]) -> None:
     update = twice(lambda: step_ops.lie_update(rows(40, 40), first, second, *factors, (0.9, 0.999)))
     assert update.device == GPU
     assert set(launches) == {"lie_update_kernel"}
+
+
+NUMBERS = {"__float__": 5e-5, "item": 5e-5, "__int__": 1, "__bool__": True}
+
+
+class NumbersReadBack(TorchFunctionMode):
+    """Gives small numbers where the host reads some, which fake tensors do not have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in NUMBERS:
+            return NUMBERS[name]
+        if name == "tolist":
+            return _nested(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def _nested(shape: Sequence[int]) -> Any:
+    return [_nested(shape[1:]) for _ in range(shape[0])] if shape else 5e-5
+
+
+@pytest.mark.parametrize("rows_on", ["cpu", GPU], ids=str)
+@pytest.mark.parametrize("place", ["device", "host"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("kind", ["lie", "lazy"])
+def test_a_whole_run(
+    launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    metric: str,
+    place: str,
+    rows_on: torch.device | str,
+) -> None:
+    """Pool and its refills, blocks, evaluations, mutual information, merges, escapes, checkpoints."""
+    # Room for one buffer: a second one would be filled by a thread, in a stream of a real GPU.
+    free = {"cuda": 200_000 if place == "device" else 0, "cpu": 200_000}
+    monkeypatch.setattr(pool_storage, "free_memory", lambda device: free[device.type])
+    allocate = pool_storage.allocate
+    monkeypatch.setattr(
+        pool, "allocate", lambda *shape: allocate(*shape[:3], shape[3]._replace(pinned=False))
+    )
+    train = TrainConfig(
+        unit_size=16,
+        keys=500,
+        queries=16,
+        search_every=4,
+        max_steps=64,
+        start="pca",
+        pool_rows=900,
+        heldout_queries=100,
+        heldout_keys=500,
+        pool_dtype="float16",
+        precision="bf16",
+        rotation=kind,
+        metric=metric,
+        eval_every=20,
+        log_every=8,
+        escape_tries=1,
+        escape_steps=8,
+    )
+    merge = MergeConfig(merge_start=32, merge_interval=16, merge_threshold=0.0)
+    seen: list[str] = []
+
+    class Seen(Observer):
+        def event(self, record: dict[str, Any]) -> None:
+            seen.append(record["event"])
+
+        def checkpoint(self, trainer: Trainer) -> None:
+            tensors, _ = trainer.state_dict()
+            assert all(tensor.device == GPU for tensor in tensors.values() if tensor.ndim == 2)
+
+    with NumbersReadBack():
+        rows = torch.randn(5000, 64, device=rows_on)
+        trainer = Trainer(TensorStream(rows.split(500)), train, merge, device=GPU)
+        trainer.run(Seen())
+    assert trainer.widths == (48, 16)
+    assert trainer.rotation.matrix.device == GPU
+    assert {"train", "evaluate", "merge", "escape"} <= set(seen)
+    assert {"sweep_kernel", "distances_kernel", "lie_update_kernel"} <= set(launches)
 
 
 def test_sees_a_wait(launches: list[str]) -> None:
