@@ -2,6 +2,7 @@
 
     python bench/gpu_check.py --out gpu.json
     python bench/gpu_check.py --interpret --out small.json    # tiny, on a CPU: its times mean nothing
+    python bench/gpu_check.py --tune --out tiles.json         # times every tile of the sweep, nothing else
 
 Builds ``ndm_fast._cuda`` where nvcc is, checks each path against the fp64 oracle on fresh random data (the
 seed is recorded), and times only what passed, at the shapes of design section 4. Needs torch and triton.
@@ -137,6 +138,19 @@ def machine(device: str) -> dict[str, object]:
     return {"card": card, "capability": capability, "cuda": torch.version.cuda, "commit": commit, **versions}
 
 
+def tune(path: Path) -> None:
+    """Times of all tiles of the sweep at the widths of the shapes, to the path; and a table."""
+    from ndm_fast.kernels import autotune, tuning
+
+    os.environ[tuning.CACHE_VARIABLE] = str(path.with_suffix(".cache.json"))
+    result: dict = {"machine": machine("cuda"), "rows": []}
+    for d, width in SHAPES.values():
+        for tiles, ms in autotune.tune([width] * (d // width), max(QUERIES), 65536).items():
+            result["rows"].append({"width": width, **tiles._asdict(), "ms": ms})
+            print(result["rows"][-1], flush=True)
+        save(path, result)
+
+
 def save(path: Path, result: dict) -> None:
     """What is known so far, should the machine be taken away."""
     result["seconds"] = time.monotonic() - STARTED
@@ -164,6 +178,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU: tests this script")
+    parser.add_argument("--tune", action="store_true", help="time the choices of kernels/tuning.py, no more")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
     arguments = parser.parse_args()
     small = arguments.interpret
@@ -172,6 +187,9 @@ def main() -> int:
     device = "cpu" if small else "cuda"
     torch.manual_seed(arguments.seed)
     built = prepare(small)
+    if arguments.tune:
+        tune(arguments.out)
+        return 0
     searches = paths(small)
     failures = run_checks(searches, device, small)
     broken = {name.split(" / ")[0] for name in failures}

@@ -242,12 +242,15 @@ def sweep(capability: int, width: int) -> Sweep:
     return rows[min(limit for limit in rows if limit >= padded)]
 
 
-def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> Sweep:
+def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> dict[Sweep, float]:
     """Time every candidate that runs and write the fastest to the cache file.
 
     Args:
         milliseconds: runs a search of subspaces of this width and returns its time; it may raise what a
             launch raises when a choice needs more than the card has.
+
+    Returns:
+        Times of the candidates that ran, the fastest first.
     """
     times: dict[Sweep, float] = {}
     problems = []
@@ -261,12 +264,13 @@ def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> 
             _forced.pop()
     if not times:
         raise RuntimeError(f"no choice of tiles runs for width {width}: {problems[0]}")
-    best = min(times, key=lambda choice: times[choice])
+    times = dict(sorted(times.items(), key=lambda timed: timed[1]))
     path = _cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_measured() | {_name(capability, width): list(best)}, indent=1) + "\n")
+    measured = _measured() | {_name(capability, width): list(next(iter(times)))}
+    path.write_text(json.dumps(measured, indent=1) + "\n")
     _measured.cache_clear()
-    return best
+    return times
 
 
 _forced: list[Sweep] = []

@@ -140,6 +140,14 @@ def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:
     return Neighbors(distance.float(), torch.where(found, index, 0))
 
 
+def capability(device: torch.device) -> int:
+    """Compute capability such as 90; for Triton's interpreter that of an A100."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def power_of_two(number: int) -> int:
     """The least one that is not below a number."""
     return 1 << max(0, number - 1).bit_length()

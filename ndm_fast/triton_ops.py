@@ -105,8 +105,7 @@ def nearest_neighbors(
         found = _search(queries, keys, rotation, widths, metric, precision, form, **rotated)
         best, index = found.near, found.candidates
         if found.search.in_half:
-            capability = _capability(keys.device)
-            best, index = rerank(found.frame, found.keys, index, widths, found.search, capability)
+            best, index = rerank(found.frame, found.keys, index, widths, found.search)
         shape = len(widths), len(queries)
         return gpu_frame.result(best.view(shape), index.view(shape), found.search.cosine)
 
@@ -129,9 +128,8 @@ def nearest_index(
         found = _search(queries, keys, rotation, widths, metric, "bf16", form)
         if not found.search.in_half:  # fp32 keys
             return torch.where(found.near.isfinite(), found.candidates, 0)[..., 0]
-        near, candidates, capability = found.near, found.candidates, _capability(keys.device)
-        index = settle(found.frame, found.keys, near, candidates, widths, found.search, capability)
-        return index.clamp_min(0)
+        near, candidates = found.near, found.candidates
+        return settle(found.frame, found.keys, near, candidates, widths, found.search).clamp_min(0)
 
 
 class _Found(NamedTuple):
@@ -163,7 +161,7 @@ def _search(
 
     queries, keys = gpu_search.unit_columns(queries), gpu_search.unit_columns(keys)
     rotation = rotation.detach().float().contiguous()
-    form = form or tuning.FORM[tuning.architecture(_capability(queries.device))]
+    form = form or tuning.FORM[tuning.architecture(gpu_frame.capability(queries.device))]
     fused = form == "fused" and not keys_rotated and max(widths) <= tuning.WIDEST_IN_PLACE
     search = gpu_frame.make_search(
         keys, metric, precision, keys_rotated=keys_rotated, queries_rotated=queries_rotated, fused=fused
@@ -173,7 +171,7 @@ def _search(
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else gpu_frame.NO_KEY, device=keys.device)
-    capability = _capability(keys.device)
+    capability = gpu_frame.capability(keys.device)
     for chunk in gpu_frame.chunks(keys, frame, list(widths), search):
         portions = gpu_frame.portions(
             widths, len(queries), len(chunk.rows), lambda width: tuning.sweep(capability, width).tile
@@ -266,7 +264,7 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
     from ndm_fast.kernels import resolve, tuning
 
     search, frame = part.search, part.frame
-    tiles = tuning.sweep(_capability(part.chunk.rows.device), part.width)
+    tiles = tuning.sweep(gpu_frame.capability(part.chunk.rows.device), part.width)
     minima, pack = _sweep(part, tiles)
     rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
     raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
@@ -285,10 +283,3 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
         **shape.constants(minima.shape[2]),
         **{"num_warps": shape.warps, **part.options(), **part.projection(), **tuning.OPTIONS},
     )
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

@@ -35,13 +35,11 @@ def rerank(
     candidates: Tensor,
     widths: Sequence[int],
     search: Search,
-    capability: int,
     only: Listed | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Nearest of the candidates [S, Q, slots] by their raw rows: [S, Q] fp64 and its index.
 
     Args:
-        capability: of the device, such as 90.
         only: leave all other queries unwritten.
     """
     from ndm_fast.kernels import rerank, tuning
@@ -49,7 +47,7 @@ def rerank(
     best = torch.empty(candidates.shape[:2], dtype=torch.float64, device=keys.device)
     index = torch.empty(candidates.shape[:2], dtype=torch.int64, device=keys.device)
     slots = candidates.shape[2]
-    double = search.cosine or capability in tuning.FP64_IS_FAST
+    double = search.cosine or gpu_frame.capability(keys.device) in tuning.FP64_IS_FAST
     # A depth of 1 is compiled in, leaves no loop, and then triton 3.6 fails (see kernels/rerank.py).
     double &= len(frame.rotation) > 1
     block = tuning.RERANK_ROWS // slots
@@ -76,7 +74,6 @@ def settle(
     candidates: Tensor,
     widths: Sequence[int],
     search: Search,
-    capability: int,
 ) -> Tensor:
     """[S, Q] the candidate to take, -1 where there is none; raw rows decide only where the copy cannot.
 
@@ -102,7 +99,7 @@ def settle(
     found = least[..., 0].isfinite()
     unsure = found & (rivals > 1)
     only = _listed(unsure)
-    _, decided = rerank(frame, keys, candidates, widths, search, capability, only)
+    _, decided = rerank(frame, keys, candidates, widths, search, only)
     return torch.where(unsure, decided, torch.where(found, first, -1))
 
 

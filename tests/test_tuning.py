@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from ndm_fast.kernels import tuning
 from ndm_fast.kernels.tuning import Sweep
 
@@ -64,7 +65,10 @@ def test_autotune_keeps_the_fastest_choice_that_runs(cache: Path) -> None:
             raise RuntimeError("out of resources")
         return abs(tried[-1].query_block - 64) + tried[-1].tile + tried[-1].warps + tried[-1].stages
 
-    assert tuning.autotune(90, 64, milliseconds) == Sweep(64, 64, 4, 2)
+    times = tuning.autotune(90, 64, milliseconds)
+    assert next(iter(times.items())) == (Sweep(64, 64, 4, 2), 70)
+    assert list(times.values()) == sorted(times.values())
+    assert len(times) == sum(choice.tile < 256 for choice in tuning.CANDIDATES)
     assert tried == tuning.CANDIDATES
     assert cache.exists()
     assert tuning.sweep(90, 64) == Sweep(64, 64, 4, 2)
@@ -78,3 +82,16 @@ def test_autotune_says_why_nothing_runs(cache: Path) -> None:
     with pytest.raises(RuntimeError, match=r"width 64: .*no card"):
         tuning.autotune(90, 64, milliseconds)
     assert not cache.exists()
+
+
+def test_every_choice_of_tiles_finds_the_same_neighbours(cache: Path) -> None:
+    """What runs on a card is timed there; here it is only run."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: its own times decide")
+    from ndm_fast.kernels import autotune
+
+    timed = []
+    times = autotune.tune([16], 2, 300, "cpu", lambda search: float(len(timed.append(search) or timed)))
+    assert list(times) == tuning.CANDIDATES
+    assert tuning.sweep(80, 16) == tuning.CANDIDATES[0]
