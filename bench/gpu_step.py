@@ -273,7 +273,9 @@ def time_steps(
     work = make_work(model, device, small)
     (count, d), k = work.queries.shape, len(work.keys)
     shape = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
-    rows = time_parts(work, limits, device, broken) + time_blocks(work, limits, device, broken)
+    rows = time_parts(work, limits, device, broken)
+    if "triton index" not in broken:
+        rows += time_blocks(work, limits, device, broken)
     return [{**shape, **row} for row in rows]
 
 

@@ -20,7 +20,9 @@ import triton.language as tl
 NO_ROW = tl.constexpr(9223372036854775807)
 """Above every number of a row."""
 
-_FP16_MAX = tl.constexpr(65504.0)
+FP16_MAX = tl.constexpr(65504.0)
+UNDERFLOW = tl.constexpr(2.0**-25)
+"""Half the least fp16 number."""
 
 
 @triton.jit
@@ -74,7 +76,7 @@ def coordinates(
 def _to_fp16(tile):
     """Saturated: that only brings keys nearer to any query in range, and so never hides one."""
     tile = tl.where(tile == tile, tile, 0.0)
-    return tl.minimum(tl.maximum(tile, -_FP16_MAX), _FP16_MAX).to(tl.float16)
+    return tl.minimum(tl.maximum(tile, -FP16_MAX), FP16_MAX).to(tl.float16)
 
 
 @triton.jit
@@ -190,16 +192,23 @@ def sweep_wide_kernel(
     scale = tl.load(scales + s)
     squared = tl.zeros([TILE], tl.float32)
     clean = tl.zeros([TILE], tl.float32)
+    largest = tl.zeros([TILE], tl.float32)
     for start in range(0, WIDTH, PIECE):
         tile = coordinates(
             keys, key_stride, rows, valid, s * WIDTH, start + tl.arange(0, PIECE), keys, key_stride, 0,
             origin, scale, WIDTH, CENTRE, False, 16, "ieee",
         )  # fmt: skip
         clean += tl.sum(tile, 1)
+        largest = tl.maximum(largest, tl.max(tl.abs(tile), 1))
         rounded = _to_fp16(tile).to(tl.float32)
         squared += tl.sum(rounded * rounded, 1)
     inverse = inverse_norm(squared)
-    half_norm = 0.5 - 2 * tl.load(errors + s) * inverse if COSINE else 0.5 * squared
+    if COSINE:  # underflow moves a key before it is made a unit vector
+        half_norm = 0.5 - 2 * (tl.load(errors + s) + UNDERFLOW * WIDTH) * inverse
+        # A saturated key has another direction: its tile must be visited.
+        half_norm = tl.where(largest > FP16_MAX, -float("inf"), half_norm)
+    else:
+        half_norm = 0.5 * squared
     half_norm = tl.where(valid & (clean == clean), half_norm, float("inf"))
     queries = tl.arange(0, QUERY_BLOCK)
     for start in range(0, query_slots, QUERY_BLOCK):

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from ndm_fast.kernels.nearest import NO_ROW, coordinates, inverse_norm
+from ndm_fast.kernels.nearest import FP16_MAX, NO_ROW, coordinates, inverse_norm
 
 ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
@@ -75,10 +75,14 @@ def _tile(
             other=0.0,
         ).to(tl.float64)
     else:  # noqa: RET505 - triton compiles what follows a return
-        return coordinates(
+        tile = coordinates(
             keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
             WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
         )  # fmt: skip
+        if MODE == SLOTS and not PROJECT and keys.dtype.element_ty == tl.float16:
+            # Where the copy has overflowed, it is as the sweep took it.
+            tile = tl.clamp(tile, -FP16_MAX * scale, FP16_MAX * scale, propagate_nan=tl.PropagateNan.ALL)
+        return tile
 
 
 @triton.jit
@@ -180,13 +184,15 @@ def _keep_few(near, rows, first_key, held, held_index, slots, SLOT_COUNT: tl.con
 
 
 @triton.jit
-def _least(minima, tiles, SEGMENT: tl.constexpr):
-    """Least value of the sweep over all tiles, and the first tile that has it."""
+def _next_tile(minima, tiles, last, last_number, SEGMENT: tl.constexpr):
+    """Least value of the sweep after ``last``, and the first tile that has it; equal values go by tile."""
     least = tl.full([], float("inf"), tl.float32)
     tile = tl.full([], 0, tl.int32)
     for start in range(0, tiles, SEGMENT):
         numbers = start + tl.arange(0, SEGMENT)
         lows = tl.load(minima + numbers, mask=numbers < tiles, other=float("inf"))
+        after = (lows > last) | ((lows == last) & (numbers > last_number))
+        lows = tl.where(after, lows, float("inf"))
         low = tl.min(lows, 0)
         number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
         tile = tl.where(low < least, number, tile)
@@ -241,8 +247,7 @@ def resolve_kernel(
 ):
     """Grid (Q, S). Goes on from the state in ``best`` and ``index``; ties go to the lowest index.
 
-    The tile with the least value is visited first, and makes the reach small; then the others in reach, as a
-    second look at the minima finds them.
+    Tiles are visited in the order of their least value, each found by a look at all of them.
     """
     q, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = s * tl.num_programs(0) + q
@@ -268,11 +273,8 @@ def resolve_kernel(
     held = tl.load(best + at * SLOT_COUNT + slots)
     held_index = tl.load(index + at * SLOT_COUNT + slots)
     minima += at * tiles
-    low, number = _least(minima, tiles, SEGMENT)
-    first = number
-    numbers = tl.arange(0, SEGMENT)
-    lows = tl.full([SEGMENT], float("inf"), tl.float32)
-    start, visited = 0, 0
+    low, number = _next_tile(minima, tiles, -float("inf"), -1, SEGMENT)
+    visited = 0
     reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
     limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
     while (low < float("inf")) & (low <= limit) & (visited < most_tiles):
@@ -306,14 +308,7 @@ def resolve_kernel(
                     nearest = tl.min(near, 0)
         reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
         limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
-        low = tl.min(lows, 0)
-        while (start < tiles) & ~(low <= limit):
-            numbers = start + tl.arange(0, SEGMENT)
-            lows = tl.load(minima + numbers, mask=(numbers < tiles) & (numbers != first), other=float("inf"))
-            low = tl.min(lows, 0)
-            start += SEGMENT
-        number = tl.min(tl.where(lows == low, numbers, 2147483647), 0)
-        lows = tl.where(numbers == number, float("inf"), lows)
+        low, number = _next_tile(minima, tiles, low, number, SEGMENT)
     tl.store(best + at * SLOT_COUNT + slots, held)
     tl.store(index + at * SLOT_COUNT + slots, held_index)
 

@@ -89,12 +89,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case(f"sweep {width} fused", nearest.sweep_kernel, fused, options, {})
         search = {"WIDTH": width, "TILE": tiles.tile, **projection}
         if width in (32, 72, 432):
-            for mode, slots in (("rotated", 1), ("raw", 1), ("slots", 4)):
-                shape = tuning.resolve_shape(width, tiles.tile, fused=False, raw=mode == "raw")
-                chosen = {**search, "MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
-                chosen |= shape.constants(KEYS // tiles.tile)
-                options = {"num_warps": shape.warps}
-                yield Case(f"resolve {width} {mode}", resolve.resolve_kernel, chosen, options, {})
+            yield from resolve_cases(arch, width, search)
     wide = tuning.WIDE
     shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
@@ -112,6 +107,29 @@ def cases(arch: int) -> Iterator[Case]:
     yield Case("ksg radius", ksg.radius_kernel, reductions, few, {})
     yield Case("ksg counts", ksg.counts_kernel, reductions, few, {})
     yield from update_cases()
+
+
+def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Case]:
+    """What a query does with a tile of keys: as given, fp32 copies of raw rows, copies in half precision."""
+    copy = {"keys": "*fp32"}
+    for mode, slots, types in (("rotated", 1, {}), ("rotated", 1, copy), ("raw", 1, copy), ("slots", 4, {}),
+                               ("slots", 8, {"keys": "*bf16"})):  # fmt: skip
+        for cosine in (False, True) if width != 432 else (False,):
+            for fused in (False, True) if mode != "rotated" and width == 32 else (False,):
+                tile = tuning.sweep(arch, width).tile
+                shape = tuning.resolve_shape(width, tile, fused=fused, raw=mode == "raw")
+                chosen = {**search, "MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
+                chosen |= {"PROJECT": fused, "CENTRE": fused or mode == "rotated", "COSINE": cosine}
+                chosen |= {"DEPTH_BLOCK": 32 if mode == "raw" else 64, **shape.constants(KEYS // tile)}
+                words = (mode, types.get("keys", "*fp16")[1:], "cosine" * cosine, "fused" * fused)
+                rows = {name: types.get("keys", "*fp16") for name in ("keys", "rotation")}
+                yield Case(
+                    f"resolve {width} {' '.join(filter(None, words))}",
+                    resolve.resolve_kernel,
+                    chosen,
+                    shape.options,
+                    rows,
+                )
 
 
 def update_cases() -> Iterator[Case]:

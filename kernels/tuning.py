@@ -107,12 +107,13 @@ class Resolve(NamedTuple):
     """Rows of the rotation that are multiplied together."""
     SEGMENT: int
     """Minima of one query in registers at once, at most."""
-    warps: int
+    options: dict[str, int]
+    """Of the launch."""
 
     def constants(self, tiles: int) -> dict[str, int]:
         """Compile-time arguments of the kernel for that many minima of a query."""
         names = self._asdict()
-        del names["warps"]
+        del names["options"]
         return {**names, "SEGMENT": min(self.SEGMENT, 1 << (tiles - 1).bit_length())}
 
 
@@ -120,21 +121,22 @@ def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
     """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units.
 
     A query's search is a chain of loads that wait for each other, so what counts is how many are under way:
-    blocks of one warp, 32 numbers a thread. Four warps where there is more to do than to wait for: rotating a
-    key, or a row of the rotation for every raw row.
+    blocks of one warp, 16 numbers a thread, at 64 to 96 registers. Four warps where there is more to do than
+    to wait for: rotating a key, or a row of the rotation for every raw row (ptxas, left to itself, spills).
 
     Args:
         raw: keys in reach are evaluated from raw rows.
     """
     padded = max(16, 1 << (width - 1).bit_length())
-    warps = 4 if raw or fused else 1
     deep = max(1, (1024 if padded >= 512 else 2048) // padded)
+    chunk = min(tile, 128)
     if fused:
         chunk = max(16, min(tile, 2048 // padded))
-        return Resolve(padded, chunk, padded, deep, 4096, warps)
-    chunk = min(tile, 128)
-    piece = max(4, min(padded, (1024 if raw else 512) // chunk))
-    return Resolve(padded, chunk, piece, deep, 2048 if raw else 512, warps)
+        return Resolve(padded, chunk, padded, deep, 4096, {"num_warps": 4})
+    if raw:
+        options = {"num_warps": 4, "maxnreg": 168}
+        return Resolve(padded, chunk, max(4, min(padded, 1024 // chunk)), deep, 1024, options)
+    return Resolve(padded, chunk, max(4, min(padded, 512 // chunk)), deep, 512, {"num_warps": 1})
 
 
 KSG_DISTANCES = {"QUERY_BLOCK": 32, "KEY_BLOCK": 128, "num_warps": 8}

@@ -116,7 +116,7 @@ def _search_run(
     width = (columns.stop - columns.start) // count
     padded = _padded(width)
     rotated, exact = frame.rotated[group][:, columns], frame.exact[group][:, columns]
-    if exact.stride() != rotated.stride():
+    if len(rotated) > 1 and exact.stride() != rotated.stride():
         raise RuntimeError("rotated queries differ in layout")
     slots = -(-len(rotated) // _QUERY_BLOCK) * _QUERY_BLOCK
     scales = frame.keys.scales[subspaces]

@@ -1,4 +1,4 @@
-"""Matrix products in fp32 proper, whatever ``torch.set_float32_matmul_precision`` says."""
+"""Matrix products in fp32 proper, whatever the program has chosen for its own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,23 @@ from typing import Any
 import torch
 
 
-@contextlib.contextmanager
-def full_fp32() -> Iterator[None]:
+def full_fp32() -> contextlib.AbstractContextManager[None]:
     """fp32 products without tf32 on a GPU or bf16 on a CPU, whatever the program has chosen for its own."""
-    before = [(products, name, getattr(products, name)) for products, name, _ in _exact()]
-    for products, name, exact in _exact():
-        setattr(products, name, exact)
+    return _set(_exact())
+
+
+def fp32_sums() -> contextlib.AbstractContextManager[None]:
+    """Half-precision products whose parts a GPU adds up in fp32, not in half precision."""
+    gpu = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    return _set([(gpu, name, False) for name in names])
+
+
+@contextlib.contextmanager
+def _set(choices: list[tuple[Any, str, str | bool]]) -> Iterator[None]:
+    before = [(products, name, getattr(products, name)) for products, name, _ in choices]
+    for products, name, value in choices:
+        setattr(products, name, value)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.centring import sample_mean
-from ndm_fast.full_fp32 import full_fp32
+from ndm_fast.full_fp32 import fp32_sums, full_fp32
 
 FP16_MAX = 65504.0
 _UNIT = 2.0**-24
@@ -37,6 +37,8 @@ class KeyFrame(NamedTuple):
     """[d] fp32 to subtract after it."""
     scales: Tensor
     """[S] fp32 powers of two that bring typical coordinates near 1."""
+    typical_norm: Tensor
+    """Scalar fp32: median norm, over all columns, of the centred keys."""
 
 
 class KeyChunk(NamedTuple):
@@ -74,6 +76,7 @@ def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: boo
     mean = torch.zeros(keys.shape[1], device=keys.device) if cosine else sample_mean(keys)
     mean = torch.where(mean.isfinite(), mean, 0)  # a bad row in the sample must not spoil all others
     some = keys[:: max(1, len(keys) // _SCALE_ROWS)].float() - mean
+    typical = torch.linalg.vector_norm(some, dim=1).nanmedian()
     if rotated:
         origin, raw_origin = mean, None
     else:
@@ -84,7 +87,7 @@ def key_frame(keys: Tensor, rotation: Tensor, widths: Sequence[int], cosine: boo
     size = some.abs().mean(0) @ membership / membership.sum(0)
     exponent = torch.where((size > 0) & size.isfinite(), -torch.log2(size).round(), 0.0)
     scales = torch.exp2(exponent.clamp(-100, 100))
-    return KeyFrame(raw_origin, origin, scales)
+    return KeyFrame(raw_origin, origin, scales, typical)
 
 
 def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> Tensor:
@@ -93,9 +96,10 @@ def rounded_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> Tensor:
     The origin comes off inside the product, before that is rounded. fp16 that overflows is Inf, which the
     sweep saturates.
     """
-    if frame.raw_origin is None:
-        return keys @ rotation
-    return torch.addmm(-frame.origin.to(keys.dtype), keys, rotation)
+    with fp32_sums():
+        if frame.raw_origin is None:
+            return keys @ rotation
+        return torch.addmm(-frame.origin.to(keys.dtype), keys, rotation)
 
 
 def exact_keys(keys: Tensor, rotation: Tensor, frame: KeyFrame) -> tuple[Tensor, Tensor]:

@@ -281,5 +281,5 @@ def _search_part(part: _Part, state: tuple[Tensor, Tensor]) -> None:
         SLOT_COUNT=state[0].shape[2],
         MODE=mode.value,
         **shape.constants(minima.shape[2]),
-        **{"num_warps": shape.warps, **part.options(), **part.projection(), **tuning.OPTIONS},
+        **{**shape.options, **part.options(), **part.projection(), **tuning.OPTIONS},
     )

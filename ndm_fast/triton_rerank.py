@@ -77,18 +77,28 @@ def settle(
 ) -> Tensor:
     """[S, Q] the candidate to take, -1 where there is none; raw rows decide only where the copy cannot.
 
-    Rounding moves a key by ``u |x|``, and one at distance r has ``|x| <= |q| + r``: so its own distance is
-    within ``e = u (2 |q| + r)`` of r. Where no other candidate's can be below ``(r + e) / 1.01`` of the
-    nearest, that is near enough. What the rounding of the rotation does is the same for query and key.
+    Rounding moves a key by ``u |x|``, and one at distance r has ``|x| <= |q| + r``; rounding the rotation
+    moves a difference of norm D over all columns by about ``u D sqrt(p / d)`` in p of them (errors of random
+    signs; twice their size). So the distance by the copy is off from the true one by no more than ``e``, the
+    sum of ``u (2 |q| + r)`` and that. Where no other candidate's can be below ``(r + e) / 1.01`` of the
+    nearest, that is near enough.
 
     Args:
         near: [S, Q, slots] fp64 scaled distances by the copy, inf for none; candidates: [S, Q, slots].
     """
-    scales = frame.keys.scales[:, None]
-    sizes = torch.ones((), device=keys.device) if search.cosine else _sizes(frame, widths) * scales
-    sizes = sizes[..., None]
+    unit, sizes = gpu_search.rounding_of(keys.dtype), _sizes(frame, widths)
+    shares = [math.sqrt(width / sum(widths)) for width in widths]
+    whole = torch.linalg.vector_norm(sizes, dim=0)
+    if search.cosine:  # of unit vectors, both of which the rotation's rounding turns
+        turned = torch.stack([2 * share * whole for share in shares]) / sizes
+        sizes = torch.ones_like(sizes)
+    else:
+        apart = whole + torch.maximum(whole, frame.keys.typical_norm)
+        scales = frame.keys.scales[:, None]
+        turned = torch.stack([share * apart for share in shares]) * scales
+        sizes = sizes * scales
     underflow = gpu_search.underflow_errors(frame.keys.scales, widths)[:, None, None]
-    error = gpu_search.rounding_of(keys.dtype) * (2 * sizes + near) + underflow
+    error = unit * (2 * sizes[..., None] + near + turned[..., None]) + underflow
     least = near.amin(2, keepdim=True)
     first = torch.where(near == least, candidates, gpu_frame.NO_KEY).amin(2)
     farther = 1 + _TOLERANCE
@@ -105,8 +115,11 @@ def settle(
 
 def _sizes(frame: Frame, widths: Sequence[int]) -> Tensor:
     """[S, Q] norms of the centred queries."""
-    parts = frame.rotated.split(list(widths), dim=1)
-    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
+    parts = []
+    for subspaces, columns in equal_width_runs(widths):
+        run = frame.rotated[:, columns].unflatten(1, (-1, widths[subspaces.start]))
+        parts.append(torch.linalg.vector_norm(run, dim=2).T)
+    return torch.cat(parts)
 
 
 def _listed(chosen: Tensor) -> Listed:

@@ -45,6 +45,20 @@ pytestmark = [
 ]
 
 GPU = torch.device("cuda", 0)
+ROWS = ("keys", "raw_keys", "raw_queries", "rotation", "exact_rotation", "packed", "packed_rest", "minima")
+"""Arguments whose columns kernels take to be neighbours."""
+DTYPES = {
+    **dict.fromkeys(("packed", "packed_rest"), torch.float16),
+    **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), torch.float32),
+    **dict.fromkeys(
+        ("exact_rotation", "distances", "radius", "limits", "projected", "squares"), torch.float32
+    ),
+    **dict.fromkeys(("losses", "gradient", "first", "second", "inverse_variances"), torch.float32),
+    **dict.fromkeys(("exact_queries", "best"), torch.float64),
+    **dict.fromkeys(("index", "candidates", "pairs", "counts"), torch.int64),
+    "pieces": torch.int32,
+}
+"""What kernels read and write without being told."""
 MODULES = ("nearest", "resolve", "rerank", "ksg", "gradient", "lie_update")
 
 
@@ -60,12 +74,17 @@ class Kernel:
         assert all(isinstance(size, int) and size > 0 for size in grid)
         assert all(size < 65536 for size in grid[1:])
 
-        def launch(*arguments: object, num_warps: int, num_stages: int = 1, **named: object) -> None:
-            named.pop("enable_fp_fusion")
+        def launch(*arguments: object, num_warps: int, **named: object) -> None:
+            for option in ("enable_fp_fusion", "num_stages", "maxnreg"):
+                named.pop(option, None)
             given = self._signature.bind(*arguments, **named).arguments
             assert set(given) == set(self._signature.parameters)
             for name, value in given.items():
                 assert not isinstance(value, Tensor) or value.device == GPU, f"{self._name}: {name}"
+                if isinstance(value, Tensor) and value.ndim > 1 and name in ROWS:
+                    assert value.stride(-1) == 1 or value.shape[-1] == 1, f"{self._name}: {name}"
+                if isinstance(value, Tensor) and name in DTYPES:
+                    assert value.dtype == DTYPES[name], f"{self._name}: {name} is {value.dtype}"
                 constant = "constexpr" in str(self._signature.parameters[name].annotation)
                 assert not (constant and isinstance(value, Tensor)), f"{self._name}: {name}"
             self._launches.append(self._name)

@@ -218,10 +218,47 @@ def test_scale_does_not_matter(form: str, scale: float) -> None:
     check(scale * torch.randn(2, 16), scale * torch.randn(100, 16), [16], form)
 
 
-@only("rotated", "cuda-rotated")
+@only("rotated", "split", "fused", "cuda-rotated", "cuda-split")
 def test_a_query_that_fp16_cannot_hold_is_searched_exhaustively(form: str) -> None:
-    keys = torch.randn(150, 8)
-    check(torch.cat([torch.randn(1, 8), 1e6 * torch.randn(1, 8)]), keys, [8], form)
+    """Two keys that the sweep, which saturates, cannot tell apart; the wrong one lies in an earlier tile."""
+    keys = torch.randn(2500, 8)
+    keys[[10, 901]] = 0
+    keys[10, 0] = 1e5
+    keys[901, :2] = torch.tensor([1e6, 1.0])
+    query = torch.zeros(1, 8)
+    query[0, 0] = 1e6
+    found = search(form, query, keys, torch.eye(8), [8])
+    assert (found.index.item(), found.distance.item()) == (901, 1.0)
+
+
+@only("rotated")
+def test_a_wide_key_that_fp16_cannot_hold_keeps_its_direction(form: str) -> None:
+    keys = torch.randn(300, 520)
+    query = torch.zeros(1, 520)
+    query[0, :2] = torch.tensor([1.0, 0.1])
+    keys[7] = query[0]
+    keys[7, 5] = 0.45
+    keys[201] = 1e7 * query[0]
+    found = search(form, query, keys, torch.eye(520), [520], metric="cosine")
+    assert found.index.item() == 201
+
+
+@only("split-half", "fused-half")
+def test_the_nearest_tiles_come_first(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster far from the centre is in reach with many tiles, of which few may be visited."""
+    monkeypatch.setattr(triton_ops, "_MOST_TILES", 3)
+    centre = 500 * torch.nn.functional.one_hot(torch.tensor(0), 8)
+    keys = torch.randn(1500, 8)
+    keys[::100] = centre + 0.7 * torch.randn(15, 8)
+    query = centre + 0.7 * torch.randn(1, 8)
+    keys[1400] = query[0] + 0.01
+    found = search(form, query.half(), keys.half(), torch.eye(8), [8])
+    assert found.index.item() == 1400
+
+
+@only("both-rotated", "cuda-both-rotated")
+def test_one_query_that_is_a_part_of_a_wider_row(form: str) -> None:
+    check(torch.randn(3, 16)[:1, :8], torch.randn(40, 8), [5, 3], form)
 
 
 @only("rotated", "split", "split-half", "cuda-rotated", "cuda-split", "cuda-split-half")
@@ -310,6 +347,19 @@ def test_neighbours_without_distances(
 def test_neighbours_without_distances_of_heavy_tailed_data(metric: str) -> None:
     rows = heavy_tailed(210, 45).clamp(-3e4, 3e4).half()
     check_index(rows[:7], rows[7:], [40, 5], "split", metric)
+
+
+@pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_quiet_subspace_beside_a_loud_one(dtype: torch.dtype) -> None:
+    """There the rounding of the rotation decides, of which each subspace alone knows nothing."""
+    rotation, loud = rotation_of(64), torch.ones(64)
+    loud[:32] = 30 if dtype == torch.float16 else 10
+    queries, keys = (((torch.randn(n, 64) * loud) @ rotation.T).to(dtype) for n in (20, 600))
+    widths, given = [32, 16, 16], (queries, keys, rotation)
+    index = triton_ops.nearest_index(*(rows.to(DEVICE) for rows in given), widths).cpu()
+    true = reference.distance_to(*given, widths, index)
+    assert bool((true <= 1.01 * reference.nearest_neighbors(*given, widths).distance).all())
 
 
 @pytest.mark.skipif(not triton_ops.available(), reason="triton is not installed")
