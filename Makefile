@@ -21,12 +21,12 @@ lint: $(STAMP)
 # Give it an idle machine and about ten minutes: correctness first, then every ratio in one run, a table each.
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python bench/search.py
-	$(BIN)/python bench/mutual_information.py
-	$(BIN)/python bench/step_ops.py
-	$(BIN)/python bench/training_step.py
+	$(BIN)/python bench/ops/search.py
+	$(BIN)/python bench/ops/mutual_information.py
+	$(BIN)/python bench/ops/step_ops.py
+	$(BIN)/python bench/runs/training_step.py
 
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'

@@ -169,8 +169,8 @@ setup(
         *([cuda_extension(NVCC)] if NVCC else []),
         Extension(
             "ndm_fast._C",
-            sources=[f"csrc/{name}" for name in [*PLAIN_SOURCES, *KERNEL_FLAGS]],
-            depends=[str(path) for path in Path("csrc").glob("*.h")],
+            sources=[f"csrc/cpu/{name}" for name in [*PLAIN_SOURCES, *KERNEL_FLAGS]],
+            depends=[str(path) for path in Path("csrc/cpu").glob("*.h")],
             include_dirs=[pybind11.get_include()],
             extra_compile_args=COMMON_FLAGS,
             extra_link_args=["-ldl", "-pthread"] if sys.platform.startswith("linux") else [],

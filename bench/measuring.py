@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ndm_fast import cpu
+from ndm_fast.ops.cpu import extension
 from ndm_fast.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,13 +48,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def result_file(name: str) -> Path:
     """Where a benchmark's results go: one file per instruction set."""
-    return RESULTS / f"{name}-{cpu.isa()}.json"
+    return RESULTS / f"{name}-{extension.isa()}.json"
 
 
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows with hardware, versions and commit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_with = {**provenance(), "isa": cpu.isa(), "date": time.strftime("%Y-%m-%d %H:%M")}
+    made_with = {**provenance(), "isa": extension.isa(), "date": time.strftime("%Y-%m-%d %H:%M")}
     path.write_text(json.dumps({"rows": rows, "made_with": made_with}, indent=1) + "\n")
     print(f"written to {path}")
 

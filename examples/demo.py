@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 
-from ndm_fast.cli import main
+from ndm_fast.cli.main import main
 
 
 def demo(folder: str = "runs/demo", seed: str = "0") -> int:

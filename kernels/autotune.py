@@ -12,11 +12,12 @@ from collections.abc import Callable
 
 import torch
 import triton.testing
-from ndm_fast.kernels import tuning
-from ndm_fast.kernels.tuning import Sweep
 from torch import Tensor
 
-from ndm_fast import gpu_frame, triton_ops
+from . import tuning
+from .launch import capability
+from .search import nearest_neighbors
+from .tuning import Sweep
 
 
 def _median_milliseconds(run: Callable[[], object]) -> float:
@@ -41,9 +42,7 @@ def tune(
     rotation = torch.eye(sum(widths), device=device)
 
     def search() -> Tensor:
-        return triton_ops.nearest_neighbors(
-            left, right, rotation, widths, keys_rotated=True, queries_rotated=True
-        ).index
+        return nearest_neighbors(left, right, rotation, widths, keys_rotated=True, queries_rotated=True).index
 
     expected = search()
 
@@ -52,7 +51,7 @@ def tune(
             raise RuntimeError("these tiles find other neighbours")
         return milliseconds_of(search)
 
-    return tuning.autotune(gpu_frame.capability(left.device), widths[0], milliseconds)
+    return tuning.autotune(capability(left.device), widths[0], milliseconds)
 
 
 def main() -> None:

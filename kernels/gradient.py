@@ -19,8 +19,24 @@ quarter; bytes from memory, ``S Q d`` halves and two times ``d^2`` floats, would
 docs/kernels.md has the predicted times.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..geometry import objective
+from ..geometry.columns import unit_columns
+from ..geometry.objective import Objective
+from .launch import device_of
+
+if TYPE_CHECKING:
+    from .tuning import Gradient
 
 
 @triton.jit
@@ -169,3 +185,87 @@ def gradient_kernel(
     )
     if (block == 0) & (piece == first):
         tl.store(losses + s, tl.sum(distance, 0) * query_share)
+
+
+def loss_and_gradient(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    counted: Tensor | None = None,
+    *,
+    products: str = "ieee",
+    shape: Gradient | None = None,
+) -> Objective:
+    """Loss and gradient for given neighbours, as ``geometry.objective.loss_and_gradient`` has them.
+
+    Euclidean only: the cosine is left to that function's torch code. The first call for new widths copies a
+    small table to the device; make it before a CUDA graph is captured.
+
+    Args:
+        queries: [Q, d]; keys: [K, d]; each fp32, fp16 or bf16.
+        index: [S, Q] int64, the row of ``keys`` that is nearest; not checked.
+        rotation: [d, d] fp32; it may be off from orthogonal.
+        widths: S widths that sum to d.
+        counted: [S, Q] bool, the neighbours that contribute; default all. Others are not read.
+        products: ``"ieee"`` for fp32 products, ``"tf32x3"`` for products on the matrix units of numbers split
+            into two tf32 each, good to 2^-21.
+        shape: of the kernels' tiles; default by ``kernels/tuning.py``.
+
+    Returns:
+        ``Objective(by_subspace [S] fp32, gradient [d, d] fp32)``. Without any distance, no gradient; a
+        coordinate that is NaN makes its row of the gradient NaN.
+    """
+    if metric == "cosine":
+        return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
+    from . import tuning
+
+    queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
+    (count, width), subspaces = queries.shape, len(widths)
+    shape = shape or tuning.gradient_shape(widths, count)
+    pieces = _pieces(tuple(widths), shape.columns, queries.device)
+    projected = torch.empty(count, width, device=queries.device)
+    squares = torch.empty(len(pieces.table), count, device=queries.device)
+    losses = torch.empty(subspaces, device=queries.device)
+    result = torch.empty(width, width, device=queries.device)
+    mask = index if counted is None else counted
+    rows = (queries, queries.stride(0), count, keys, keys.stride(0))
+    neighbours = (index, *index.stride(), mask, *mask.stride(), pieces.table)
+    options = {"COLUMNS": shape.columns, "COUNTED": counted is not None, "DOT": products}
+    options |= {"num_warps": shape.warps, "num_stages": 2, **tuning.OPTIONS}
+    project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth, **options}
+    total = {"PARTS": pieces.parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, **options}
+    with device_of(queries):
+        project_kernel[(-(-count // shape.project_queries), len(pieces.table))](
+            *rows, *neighbours, rotation, rotation.stride(0), width, projected, squares, **project
+        )
+        gradient_kernel[(-(-width // shape.rows), len(pieces.table))](
+            *(*rows, *neighbours, projected, squares, width, losses, result),
+            *(1 / count, 1 / (subspaces * count)),
+            **total,
+        )
+    return Objective(losses, result)
+
+
+class _Pieces(NamedTuple):
+    """Subspaces cut into what one block of the gradient's kernels takes."""
+
+    table: Tensor
+    """[N, 5] int32: subspace, first column, columns, first piece of that subspace, how many it has."""
+    parts: int
+    """Power of two that no subspace has more pieces than."""
+
+
+@lru_cache(maxsize=64)
+def _pieces(widths: tuple[int, ...], columns: int, device: torch.device) -> _Pieces:
+    rows: list[tuple[int, ...]] = []
+    offset = 0
+    for subspace, width in enumerate(widths):
+        first, count = len(rows), -(-width // columns)
+        for start in range(0, width, columns):
+            rows.append((subspace, offset + start, min(columns, width - start), first, count))
+        offset += width
+    most = max(row[4] for row in rows)
+    return _Pieces(torch.tensor(rows, dtype=torch.int32, device=device), 1 << (most - 1).bit_length())

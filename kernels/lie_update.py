@@ -14,8 +14,15 @@ the 4.3 TB/s that copies reach on an H200 2.7, 11 and 25 us. The first two fit i
 beat that. The passes of torch that it replaces move four times as much.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ..errors import InputError
+from .launch import device_of
 
 
 # A CUDA graph reads its steps' factors from the rows of one tensor, aligned by turns: one kernel for all.
@@ -62,3 +69,51 @@ def lie_update_kernel(
         # Negated before it is rounded: Triton's interpreter negates the bits of bf16.
         tl.store(update + at, step.to(update.dtype.element_ty), mask=mask)
         tl.store(update + mirror, (-tl.trans(step)).to(update.dtype.element_ty), mask=beyond)
+
+
+def lie_update(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    factors: Tensor | tuple[float | Tensor, float | Tensor],
+    fast: float,
+    slow: float,
+    half: bool = False,
+) -> Tensor:
+    """Adam on the Lie algebra: moments moved on in place, and the update they ask for (design section 5).
+
+    With ``A = product - product'``: ``first <- first + (1 - fast)(A - first)``,
+    ``second <- slow second + (1 - slow) A^2``, and the update is ``-scale first / (sqrt(second) + guard)``.
+    Of the moments only the upper triangles are read; the lower ones follow, so that skewness is exact.
+
+    Args:
+        product: [d, d] fp32 or bf16 ``R'G``; None leaves the moments as they are.
+        first, second: [d, d] fp32 contiguous moments, skew and symmetric; changed in place.
+        factors: scale and guard; two numbers, or fp32 on the device, [2] or two of one element each: then a
+            CUDA graph takes what they hold at its replay.
+        fast, slow: decay of the first and of the second moment.
+        half: bf16 instead of fp32 for the update.
+
+    Returns:
+        [d, d] skew update.
+
+    Raises:
+        InputError: moments that are not contiguous fp32.
+    """
+    from . import tuning
+
+    for name, moment in (("first", first), ("second", second)):
+        if moment.dtype != torch.float32 or not moment.is_contiguous():
+            raise InputError(f"{name} is changed in place: it must be contiguous fp32")
+    width = len(first)
+    update = torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
+    tiles = -(-width // tuning.LIE_BLOCK)
+    scale, guard = factors
+    options = {"TAKE": product is not None, "ON_DEVICE": isinstance(scale, Tensor)}
+    with device_of(first):
+        lie_update_kernel[(tiles, tiles)](
+            first if product is None else product.contiguous(),
+            *(first, second, update, scale, guard, width, 1 - fast, slow, 1 - slow),
+            **{"BLOCK": tuning.LIE_BLOCK, "num_warps": 4, **options, **tuning.OPTIONS},
+        )
+    return update

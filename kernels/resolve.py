@@ -1,88 +1,14 @@
-"""The search that decides which key is nearest, after the sweep of ``nearest.py``, which has the bound."""
+"""The search that decides which key is nearest, after the sweep of ``sweep.py``, which has the bound."""
+
+from __future__ import annotations
 
 import triton
 import triton.language as tl
-from ndm_fast.kernels.nearest import FP16_MAX, NO_ROW, coordinates, inverse_norm
 
-ROTATED, RAW, SLOTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What a search does with a key in reach: nothing more, the rotated key is exact; evaluate the raw row in
-fp64; or keep the nearest few for ``rerank.py``."""
+from .tiles import NO_ROW, ROTATED, SLOTS, exact_raw, inverse_norm, load_tile
 
 UNROLL = tl.constexpr(2)
 """Pieces of a tile whose loads are under way together."""
-
-
-@triton.jit
-def _exact_raw(
-    raw_query,  # [d]
-    raw_key,  # [d]
-    rotation,  # [d, d] fp32
-    rotation_stride,
-    depth,
-    column,
-    rotated_query,  # [P] fp64
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
-    DEEP: tl.constexpr,
-    COSINE: tl.constexpr,
-):
-    """Squared distance, or 1 - cos, of two raw rows in one subspace, in fp64."""
-    columns = tl.arange(0, P)
-    inside = columns < WIDTH
-    total = tl.zeros([P], tl.float64)
-    for start in range(0, depth, DEEP):
-        deep = start + tl.arange(0, DEEP)
-        row = tl.load(raw_key + deep, mask=deep < depth, other=0.0).to(tl.float64)
-        if not COSINE:
-            row = tl.load(raw_query + deep, mask=deep < depth, other=0.0).to(tl.float64) - row
-        basis = tl.load(
-            rotation + deep[:, None] * rotation_stride + (column + columns)[None, :],
-            mask=(deep < depth)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total += tl.sum(row[:, None] * basis.to(tl.float64), 0)
-    if COSINE:
-        norms = tl.sum(total * total, 0) * tl.sum(rotated_query * rotated_query, 0)
-        return 1 - tl.sum(total * rotated_query, 0) * inverse_norm(norms)
-    return tl.sum(total * total, 0)
-
-
-@triton.jit
-def _tile(
-    keys,
-    key_stride,
-    rows,  # [N] int64
-    valid,  # [N]
-    column,
-    columns,  # [D] within the subspace
-    rotation,
-    rotation_stride,
-    depth,
-    origin,
-    scale,
-    WIDTH: tl.constexpr,
-    MODE: tl.constexpr,
-    CENTRE: tl.constexpr,
-    PROJECT: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """[N, D] coordinates that are compared: as given in fp64 (ROTATED), or centred and scaled in fp32."""
-    if MODE == ROTATED:
-        return tl.load(
-            keys + rows[:, None] * key_stride + (column + columns)[None, :],
-            mask=valid[:, None] & (columns < WIDTH)[None, :],
-            other=0.0,
-        ).to(tl.float64)
-    else:  # noqa: RET505 - triton compiles what follows a return
-        tile = coordinates(
-            keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
-            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
-        )  # fmt: skip
-        if MODE == SLOTS and not PROJECT and keys.dtype.element_ty == tl.float16:
-            # Where the copy has overflowed, it is as the sweep took it.
-            tile = tl.clamp(tile, -FP16_MAX * scale, FP16_MAX * scale, propagate_nan=tl.PropagateNan.ALL)
-        return tile
 
 
 @triton.jit
@@ -122,7 +48,7 @@ def _distances(
     inverse = tl.zeros([CHUNK], TYPE)
     if COSINE:
         for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
-            tile = _tile(
+            tile = load_tile(
                 keys, key_stride, rows, valid, column, piece + tl.arange(0, PIECE), rotation, rotation_stride,
                 depth, origin, scale, WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
             )  # fmt: skip
@@ -131,7 +57,7 @@ def _distances(
         squared = tl.zeros([CHUNK], TYPE)
     for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
         columns = piece + tl.arange(0, PIECE)
-        tile = _tile(
+        tile = load_tile(
             keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
             WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
         )  # fmt: skip
@@ -296,7 +222,7 @@ def resolve_kernel(
                 while (nearest < float("inf")) & (nearest <= reach + 1e-6 * span):
                     row = tl.min(tl.where(near == nearest, rows, NO_ROW), 0)
                     near = tl.where(rows == row, float("inf"), near)
-                    exact = _exact_raw(
+                    exact = exact_raw(
                         raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride, exact_rotation,
                         exact_rotation_stride, depth, column, exact_query, WIDTH, P, DEEP, COSINE,
                     )  # fmt: skip

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from ndm_fast.kernels import gradient, ksg, lie_update, nearest, rerank, resolve, tuning
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from . import gradient, ksg, lie_update, rerank, resolve, sweep, tiles, tuning
 
 WIDTHS = (32, 64, 72, 128, 256, 432)
 """One subspace width of each class of the tables, and those of the published runs."""
@@ -48,6 +49,8 @@ _TYPES = {
     "counted": "*i1",
     "pieces": "*i32",
 }
+
+
 _EVEN = ("key_stride", "rotation_stride", "depth", "query_slots", "query_stride", "raw_key_stride", "width")
 """Numbers that are multiples of 16 where d is."""
 
@@ -78,23 +81,29 @@ def cases(arch: int) -> Iterator[Case]:
     """Every kernel at every shape class of an architecture."""
     projection = {"CENTRE": False, "PROJECT": False, "COSINE": False, "DEPTH_BLOCK": 64, "DOT": "tf32x3"}
     for width in WIDTHS:
-        tiles = tuning.sweep(arch, width)
+        tile = tuning.sweep(arch, width)
         main, rest = tuning.pieces(width)
-        sweep = {"WIDTH": width, "P1": main, "P2": rest, "TILE": tiles.tile, "STAGES": tiles.stages}
-        sweep |= {"QUERY_BLOCK": tiles.query_block, **projection}
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        yield Case(f"sweep {width}", nearest.sweep_kernel, sweep, options, {})
+        swept: dict[str, Any] = {
+            "WIDTH": width,
+            "P1": main,
+            "P2": rest,
+            "TILE": tile.tile,
+            "STAGES": tile.stages,
+        }
+        swept |= {"QUERY_BLOCK": tile.query_block, **projection}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        yield Case(f"sweep {width}", sweep.sweep_kernel, swept, options, {})
         if width in (32, 72):
-            fused = sweep | {"PROJECT": True, "CENTRE": True}
-            yield Case(f"sweep {width} fused", nearest.sweep_kernel, fused, options, {})
-        search = {"WIDTH": width, "TILE": tiles.tile, **projection}
+            fused = swept | {"PROJECT": True, "CENTRE": True}
+            yield Case(f"sweep {width} fused", sweep.sweep_kernel, fused, options, {})
+        search = {"WIDTH": width, "TILE": tile.tile, **projection}
         if width in (32, 72, 432):
             yield from resolve_cases(arch, width, search)
     wide = tuning.WIDE
     shape = {"WIDTH": 768, "PADDED": 768, "TILE": wide.tile, "QUERY_BLOCK": wide.query_block, "PIECE": 64}
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
     shape |= {"CENTRE": False, "COSINE": False}
-    yield Case("sweep 768 wide", nearest.sweep_wide_kernel, shape, options, {})
+    yield Case("sweep 768 wide", sweep.sweep_wide_kernel, shape, options, {})
     candidates = {"P": 32, "SLOT_COUNT": 4, "QUERY_BLOCK": tuning.RERANK_ROWS // 4, "WIDTH": 72}
     candidates |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
     types = {"rotation": "*fp32", "listed": "*i32", "listed_counts": "*i32"}
@@ -118,7 +127,7 @@ def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Cas
             for fused in (False, True) if mode != "rotated" and width == 32 else (False,):
                 tile = tuning.sweep(arch, width).tile
                 shape = tuning.resolve_shape(width, tile, fused=fused, raw=mode == "raw")
-                chosen = {**search, "MODE": getattr(resolve, mode.upper()).value, "SLOT_COUNT": slots}
+                chosen = {**search, "MODE": getattr(tiles, mode.upper()).value, "SLOT_COUNT": slots}
                 chosen |= {"PROJECT": fused, "CENTRE": fused or mode == "rotated", "COSINE": cosine}
                 chosen |= {"DEPTH_BLOCK": 32 if mode == "raw" else 64, **shape.constants(KEYS // tile)}
                 words = (mode, types.get("keys", "*fp16")[1:], "cosine" * cosine, "fused" * fused)

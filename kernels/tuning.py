@@ -37,6 +37,8 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 WIDEST_IN_PLACE = 512
 """Wider subspaces go through ``sweep_wide_kernel``."""
+
+
 WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
 
 _AMPERE = {
@@ -49,6 +51,8 @@ _AMPERE = {
     256: Sweep(32, 64, 8, 2),
     512: Sweep(16, 64, 8, 1),
 }
+
+
 _SMALL_SHARED = {
     # As above with 99 KiB: fewer blocks of queries in flight, smaller blocks for wide subspaces.
     32: Sweep(128, 128, 8, 3),
@@ -57,6 +61,8 @@ _SMALL_SHARED = {
     256: Sweep(32, 32, 4, 2),
     512: Sweep(16, 32, 4, 1),
 }
+
+
 _HOPPER = {
     # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 on 8 warps
     # are 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product.
@@ -68,8 +74,12 @@ _HOPPER = {
     256: Sweep(128, 64, 8, 2),
     512: Sweep(64, 64, 8, 2),
 }
+
+
 # tcgen05 sums in tensor memory, but sums pass through registers to be reduced: 4 warps spill at 64 columns.
 _BLACKWELL = _HOPPER | {64: Sweep(128, 128, 8, 3)}
+
+
 TABLE = {
     80: _AMPERE,
     86: _SMALL_SHARED,
@@ -89,6 +99,8 @@ FP64_IS_FAST = {80, 90, 100}
 
 RERANK_ROWS = 32
 """Candidates a block of ``rerank_kernel`` projects together: 32 x 32 fp64 sums are 16 registers a thread."""
+
+
 RERANK_DEPTH = 16
 """Depth they are multiplied by at once, the least triton takes in fp64: 96 registers with matrix units for it
 (sm_80, sm_90), 240 without; 32 spills there."""
@@ -141,6 +153,8 @@ def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
 
 KSG_DISTANCES = {"QUERY_BLOCK": 32, "KEY_BLOCK": 128, "num_warps": 8}
 """Of ``ksg.distances_kernel``: 16 sums a thread, 90 registers; at 4 warps triton 3.6 spills on sm_90."""
+
+
 KSG_REDUCTIONS = {"KEY_BLOCK": 1024, "num_warps": 4}
 """Of the other two kernels of ``ksg.py``."""
 
@@ -168,8 +182,12 @@ _GRADIENT = {
     # 32 queries at once at 64 columns spill on sm_80 (triton 3.9: 255 registers, 136 bytes).
     64: Gradient(64, 32, 32, 64, 16, 4),
 }
+
+
 _COST = {16: 2.0, 32: 1.25, 64: 1.0}
 """What a column costs in pieces of that many, from the loads above: 72 columns are 3 x 32, not 2 x 64."""
+
+
 _FULL_CARD = 264
 """Blocks that are two for each multiprocessor of an H100 or H200."""
 
@@ -204,7 +222,7 @@ GRADIENT_CANDIDATES = [
     )
     for warps in (2, 4)
 ]
-"""What ``bench/gpu_check.py`` times: fewer warps do more FFMA for a load, more hide each other's loads."""
+"""What ``bench/gpu/check.py`` times: fewer warps do more FFMA for a load, more hide each other's loads."""
 
 CANDIDATES = [
     Sweep(tile, block, warps, stages)

@@ -2,25 +2,65 @@
 
     from ndm_fast import SubspacePartition, Trainer, nearest_neighbors
 
-See the README for a first run, ``ndm_fast.reference`` for the glossary.
+See the README for a first run, ``ndm_fast.geometry.reference`` for the glossary. Names are imported at their
+first use, so that a program which wants one op does not pay for models, text and figures.
 """
 
-from ndm_fast.activation_cache import ActivationCache
-from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, TrainConfig
-from ndm_fast.errors import InputError
-from ndm_fast.harvest import ActivationStream, load_model
-from ndm_fast.hooks import collect_activations, replace_activations
-from ndm_fast.mutual_information import mutual_information
-from ndm_fast.ops import ksg_counts, ksg_radius, nearest_neighbors
-from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import ActivationPool, TensorStream
-from ndm_fast.reference import Neighbors
-from ndm_fast.run import train_run
-from ndm_fast.run_folder import RunFolder
-from ndm_fast.step_ops import lie_update, loss_and_gradient, nearest_index
-from ndm_fast.text import open_documents
-from ndm_fast.trainer import Observer, Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ndm_fast.version import __version__
+
+if TYPE_CHECKING:
+    from ndm_fast.activations.cache import ActivationCache
+    from ndm_fast.activations.documents import open_documents
+    from ndm_fast.activations.hooks import collect_activations, replace_activations
+    from ndm_fast.activations.models import load_model
+    from ndm_fast.activations.pool import ActivationPool
+    from ndm_fast.activations.rows import TensorStream
+    from ndm_fast.activations.stream import ActivationStream
+    from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, TrainConfig
+    from ndm_fast.errors import InputError
+    from ndm_fast.geometry.reference import Neighbors
+    from ndm_fast.ops.gradient import loss_and_gradient
+    from ndm_fast.ops.ksg import ksg_counts, ksg_radius
+    from ndm_fast.ops.lie_update import lie_update
+    from ndm_fast.ops.nearest import nearest_index, nearest_neighbors
+    from ndm_fast.partition import SubspacePartition
+    from ndm_fast.run.folder import RunFolder
+    from ndm_fast.run.train import train_run
+    from ndm_fast.train.merge.mutual_information import mutual_information
+    from ndm_fast.train.trainer import Observer, Trainer
+
+_HOMES = {
+    "ActivationCache": "activations.cache",
+    "ActivationPool": "activations.pool",
+    "ActivationStream": "activations.stream",
+    "HarvestConfig": "config",
+    "InputError": "errors",
+    "MergeConfig": "config",
+    "Neighbors": "geometry.reference",
+    "Observer": "train.trainer",
+    "RunConfig": "config",
+    "RunFolder": "run.folder",
+    "SubspacePartition": "partition",
+    "TensorStream": "activations.rows",
+    "TrainConfig": "config",
+    "Trainer": "train.trainer",
+    "collect_activations": "activations.hooks",
+    "ksg_counts": "ops",
+    "ksg_radius": "ops",
+    "lie_update": "ops",
+    "load_model": "activations.models",
+    "loss_and_gradient": "ops",
+    "mutual_information": "train.merge.mutual_information",
+    "nearest_index": "ops",
+    "nearest_neighbors": "ops",
+    "open_documents": "activations.documents",
+    "replace_activations": "activations.hooks",
+    "train_run": "run.train",
+}
+"""Where each public name lives."""
 
 __all__ = [
     "ActivationCache",
@@ -51,3 +91,15 @@ __all__ = [
     "replace_activations",
     "train_run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"ndm_fast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

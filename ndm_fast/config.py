@@ -15,13 +15,29 @@ from typing import Any
 from ndm_fast.errors import InputError
 
 METRICS = ("euclidean", "cosine")
+
+
 ROTATIONS = ("lie", "lazy", "exp")
+
+
 STARTS = ("identity", "random", "pca")
+
+
 SCHEDULES = ("constant", "linear")
+
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+
 AUTO = "auto"
+
+
 MODES = ("grow", "split")
+
+
 PARALLEL = ("auto", "sites", "queries", "keys")
+
+
 CHANGES_NO_RESULT = ("tokenize_workers",)
 """Settings that may be others when a run or a harvest is gone on with."""
 

@@ -24,6 +24,8 @@ TIMEOUT_VARIABLE = "NDM_FAST_TIMEOUT"
 """Environment variable: seconds that a rank waits for the others before it gives up, default 60."""
 
 _FAILED = "ndm_fast/failed"
+
+
 _STORE_SECONDS = 5
 
 Method = TypeVar("Method", bound=Callable[..., Any])

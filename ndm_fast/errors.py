@@ -1,5 +1,7 @@
 """Errors a user can mend; the command line prints them as one line and exits with code 2."""
 
+from __future__ import annotations
+
 
 class InputError(ValueError):
     """Bad input. The message is one line: what is wrong, then what to do about it."""

@@ -19,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ndm_fast.checkpoint import write_atomic
 from ndm_fast.errors import InputError
+from ndm_fast.files import write_atomic
 
 ORTHOGONALITY_TOLERANCE = 1e-4
 """Largest ``|RᵀR - I|`` accepted from outside; our own rotations stay within 1e-5."""
 
 WEIGHTS_NAME = "partition.safetensors"
+
+
 CONFIG_NAME = "config.json"
 
 

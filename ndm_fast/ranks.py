@@ -17,7 +17,7 @@ from torch import Tensor
 from ndm_fast import ops
 from ndm_fast.config import TrainConfig
 from ndm_fast.errors import InputError, RanksError
-from ndm_fast.reference import Neighbors, distance_to
+from ndm_fast.geometry.reference import Neighbors, distance_to
 
 T = TypeVar("T")
 

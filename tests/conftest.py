@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-from ndm_fast import cpu_extension
+from ndm_fast.ops.cpu import extension
 
 settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("shared")
@@ -59,15 +59,15 @@ def _runnable_isas() -> list[str]:
     names = []
     for name in ("avx512bf16", "avx512", "avx2", "portable"):
         with suppress(ValueError):
-            names.append(cpu_extension.extension().isa(name))
+            names.append(extension.extension().isa(name))
     return names
 
 
 @pytest.fixture(params=_runnable_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every instruction set that this machine runs, one after the other."""
-    monkeypatch.setenv(cpu_extension.ISA_VARIABLE, request.param)
-    assert cpu_extension.isa() == request.param
+    monkeypatch.setenv(extension.ISA_VARIABLE, request.param)
+    assert extension.isa() == request.param
     return request.param
 
 
@@ -111,7 +111,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def loaded(tiny_model: Path) -> tuple[Any, Any]:
     """The tiny model and its tokenizer; not to be changed."""
-    from ndm_fast.harvest import load_model
+    from ndm_fast.activations.models import load_model
 
     return load_model(str(tiny_model))
 
@@ -202,7 +202,7 @@ def harvest_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one with every forward pass of a harvest."""
-    from ndm_fast.harvest import Harvester
+    from ndm_fast.activations.stream import Harvester
 
     made: list[int] = []
     forward = Harvester._forward
@@ -235,7 +235,7 @@ class Outcome(NamedTuple):
 @pytest.fixture
 def ndm(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run ``ndm-fast`` with these arguments in this process."""
-    from ndm_fast.cli import main
+    from ndm_fast.cli.main import main
 
     def run(*arguments: object) -> Outcome:
         capfd.readouterr()
@@ -285,7 +285,7 @@ def _changed_at(path: Path) -> int:
 
 _DRIVER = """
 import json, os, sys
-import torch, ndm_fast.run, ndm_fast.report.table, transformers.models.gpt2.modeling_gpt2
+import torch, ndm_fast.run, ndm_fast.table, transformers.models.gpt2.modeling_gpt2
 from ndm_fast.cli import main
 for line in sys.stdin:
     arguments, output, threads = json.loads(line)

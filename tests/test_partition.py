@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ndm_fast.errors import InputError
+from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition, orthogonality_error
-from ndm_fast.rotation import random_rotation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,5 +1,5 @@
 // Python binding of the CUDA kernels: addresses as integers and a stream. Knows nothing of torch;
-// ndm_fast/cuda.py checks devices, dtypes, shapes and strides before it hands out an address.
+// ndm_fast/ops/cuda.py checks devices, dtypes, shapes and strides before it hands out an address.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

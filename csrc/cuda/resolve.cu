@@ -1,5 +1,5 @@
 // The search that decides: one warp for each query and subspace visits tiles in the order of their least value,
-// until none can hold a nearer key (kernels/nearest.py has the bound). Ties go to the lowest index.
+// until none can hold a nearer key (kernels/sweep.py has the bound). Ties go to the lowest index.
 #include "common.cuh"
 
 namespace ndm_cuda {

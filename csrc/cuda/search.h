@@ -1,5 +1,5 @@
 // Nearest key of every query in every subspace on a CUDA device: the arguments of the two kernels.
-// kernels/nearest.py explains the method and its bounds; names and meanings are the same here.
+// kernels/sweep.py explains the method and its bounds; names and meanings are the same here.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // Kernels of every instruction set that this CPU runs, against naive double loops over odd shapes.
-// Built with address and undefined-behaviour sanitizers by csrc/sanitize.sh; exact-sized heap blocks make
+// Built with address and undefined-behaviour sanitizers by csrc/tests/sanitize.sh; exact-sized heap blocks make
 // any read or write past an end of an input or a result an error; scratch of all threads is one block. Exit status 0: all passed.
 #include <algorithm>
 #include <cmath>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "../driver.h"
+#include "../cpu/driver.h"
 
 namespace {
 

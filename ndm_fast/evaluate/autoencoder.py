@@ -14,10 +14,14 @@ from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.evaluate.stability import match_subspaces
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import seeded
+from ndm_fast.seeds import seeded
 
 _NAMES = ("W_dec", "decoder.weight", "decoder", "W_D")
+
+
 _ROUNDS = 50
+
+
 _CLUSTERS = 41
 """What the random numbers are for."""
 

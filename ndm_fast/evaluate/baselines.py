@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.geometry.orthogonal import principal_components, random_rotation
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import seeded
-from ndm_fast.rotation import principal_components, random_rotation
+from ndm_fast.seeds import seeded
 
 BASELINES = ("identity", "random", "pca", "pca_ascending", "pca_descending")
 """Names that are accepted; ``"pca"`` is short for ``"pca_descending"``."""

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from ndm_fast.activations.models import load_model
+from ndm_fast.activations.site_rows import site_activations
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
-from ndm_fast.evaluate.site_rows import site_activations
-from ndm_fast.harvest import load_model
-from ndm_fast.merge import merge_scores
-from ndm_fast.mutual_information import mutual_information
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.pool import seeded
+from ndm_fast.seeds import seeded
+from ndm_fast.train.merge.mutual_information import mutual_information
+from ndm_fast.train.merge.pairs import merge_scores
 
 
 def run_information(

@@ -17,16 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ndm_fast.activations.models import load_model
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
-from ndm_fast.evaluate.layers_above import LayersAbove
-from ndm_fast.evaluate.patching import patch_effects
-from ndm_fast.evaluate.prompts import pad_prompts
-from ndm_fast.harvest import load_model
+from ndm_fast.evaluate.patching.layers_above import LayersAbove
+from ndm_fast.evaluate.patching.patching import patch_effects
+from ndm_fast.evaluate.patching.prompts import pad_prompts
 from ndm_fast.partition import SubspacePartition
 
 _SYLLABLES = tuple(first + second for first in "bdfgklmnrstvz" for second in "aeiou")
+
+
 _TRIES = 2000
+
+
 RUNS = ("corrupt_param", "corrupt_context")
 
 

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.hooks import collect_activations, replace_activations
+from ndm_fast.activations.models import load_model
+from ndm_fast.activations.packing import pack
+from ndm_fast.activations.sites import number_of_blocks, resolve_site
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.patching import subspace_patch
-from ndm_fast.evaluate.prompts import Prompts
-from ndm_fast.harvest import load_model
-from ndm_fast.hooks import collect_activations, replace_activations
+from ndm_fast.evaluate.patching.patching import subspace_patch
+from ndm_fast.evaluate.patching.prompts import Prompts
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.run_folder import RunFolder
-from ndm_fast.sites import number_of_blocks, resolve_site
-from ndm_fast.text import open_documents, pack
+from ndm_fast.run.folder import RunFolder
 
 _DIRECTIONS = 8
 """Of the mean activations by position. In MiniLM, layer 3, eight hold 98 % of their variance."""

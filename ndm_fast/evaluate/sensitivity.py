@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ndm_fast.cached_runs import run_stream
+from ndm_fast.activations.rows import TensorStream, take_rows
 from ndm_fast.config import RunConfig
+from ndm_fast.drawing import draw_curves
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.effect_figure import draw_curves
-from ndm_fast.pool import TensorStream, take_rows
-from ndm_fast.run_folder import RunFolder
-from ndm_fast.trainer import Trainer
+from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.source import run_stream
+from ndm_fast.train.trainer import Trainer
 
 _BATCH = 1024
+
+
 SETTINGS = ("keys", "merge_threshold", "unit_size")
 
 

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.drawing import heat_map, new_figure, save_figure, style, write_cells
 from ndm_fast.errors import InputError
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.report.drawing import heat_map, new_figure, save_figure, style, write_cells
 
 
 class Matching(NamedTuple):

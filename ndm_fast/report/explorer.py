@@ -10,21 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_fast.activations.hooks import collect_activations
+from ndm_fast.activations.models import load_model, longest_context
+from ndm_fast.activations.packing import frame
 from ndm_fast.config import METRICS, RunConfig
 from ndm_fast.errors import InputError
-from ndm_fast.harvest import load_model, longest_context
-from ndm_fast.hooks import collect_activations
-from ndm_fast.report.index import PreimageIndex
-from ndm_fast.report.index_writer import run_index
-from ndm_fast.report.preimages import radii, random_row, view_neighbours
-from ndm_fast.report.search import nearest_rows
-from ndm_fast.report.tokens import token_pieces
-from ndm_fast.run_folder import RunFolder
-from ndm_fast.text import frame
+from ndm_fast.report.index.format import PreimageIndex
+from ndm_fast.report.index.search import nearest_rows
+from ndm_fast.report.index.tokens import token_pieces
+from ndm_fast.report.index.writer import run_index
+from ndm_fast.report.views import radii, random_row, view_neighbours
+from ndm_fast.run.folder import RunFolder
 
 TEXT_LIMIT = 4000
 """Characters of a text."""
+
+
 _TOKEN_LIMIT = 512
+
+
 _NEIGHBOUR_LIMIT, _WINDOW_LIMIT = 100, 100
 
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ndm_fast.errors import InputError
-from ndm_fast.evaluate.purity import SHARES
-from ndm_fast.report.drawing import (
+from ndm_fast.drawing import (
     BLUE,
     GREY,
     VERMILION,
@@ -24,15 +22,21 @@ from ndm_fast.report.drawing import (
     thinned,
     write_cells,
 )
+from ndm_fast.errors import InputError
+from ndm_fast.evaluate.purity.purity import SHARES
 from ndm_fast.report.merge_figures import Event, information_figure, tree_figure
-from ndm_fast.run_folder import RunFolder
+from ndm_fast.run.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LOG_SCALE_FROM = 8.0  # largest over smallest loss
+
+
 _LABEL_GAP = 0.025  # between labels on a step axis, as a share of its length
+
+
 _CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("train", "loss", "training batches", {"color": BLUE, "linewidth": 1.0, "alpha": 0.75}),
     (

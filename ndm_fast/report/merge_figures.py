@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ndm_fast.merge import merge_scores
+from ndm_fast.drawing import BLUE, GREY, VERMILION, count_steps, heat_map, new_figure, write_cells
 from ndm_fast.partition import merged_order
-from ndm_fast.report.drawing import BLUE, GREY, VERMILION, count_steps, heat_map, new_figure, write_cells
+from ndm_fast.train.merge.pairs import merge_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

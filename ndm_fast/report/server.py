@@ -22,11 +22,19 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
 _WAITING = 8
 """Requests that may wait while one is answered; more are turned away."""
+
+
 _CONNECTIONS = 64
+
+
 _REQUEST_BYTES = 1 << 17
 """Longest request line with its headers: a text at its limit, percent-encoded."""
+
+
 _HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; img-src data:; "

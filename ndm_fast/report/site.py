@@ -9,13 +9,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ndm_fast.checkpoint import unwritable, write_atomic
+from ndm_fast.files import unwritable, write_atomic
 from ndm_fast.report.circuit_results import CircuitColumn, circuit_columns
 from ndm_fast.report.figures import draw_run, purity_tables
-from ndm_fast.report.index import PreimageIndex
-from ndm_fast.report.index_writer import run_index
+from ndm_fast.report.index.format import PreimageIndex
+from ndm_fast.report.index.writer import run_index
 from ndm_fast.report.survey import SAMPLE, SubspaceSurvey, survey
-from ndm_fast.run_folder import RunFolder
+from ndm_fast.run.folder import RunFolder
 from ndm_fast.version import __version__
 
 _GALLERY_QUERIES, _GALLERY_NEIGHBOURS = 12, 12
@@ -28,6 +28,8 @@ _SHARES = (
     ("position_within_3", "position ± 3"),
     ("same_document", "document"),
 )
+
+
 _FIGURES = {
     "loss": ("Loss", "Mean distance to the nearest neighbour during training; dashed lines are merges."),
     "merge_tree": ("Merge tree", "Which of the first subspaces joined, and when."),
@@ -38,6 +40,8 @@ _FIGURES = {
     "purity": ("Neighbour purity", "The shares of the table, beside those of other rotations."),
     "circuits": ("Circuits", "What replacing one subspace by that of a counterfactual prompt changes."),
 }
+
+
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 
 

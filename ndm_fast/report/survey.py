@@ -9,32 +9,39 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
-from ndm_fast.evaluate.purity import purity_rows
-from ndm_fast.evaluate.reading import Reading, describe
-from ndm_fast.pool import seeded
-from ndm_fast.report.index import PreimageIndex
-from ndm_fast.report.preimages import (
-    NeighbourView,
-    RowView,
-    count_tokens,
-    token_ids,
-    view_neighbours,
-    view_row,
-)
-from ndm_fast.report.search import nearest_rows
+from ndm_fast.evaluate.purity.purity import purity_rows
+from ndm_fast.evaluate.purity.reading import Reading, describe
+from ndm_fast.report.index.format import PreimageIndex
+from ndm_fast.report.index.search import nearest_rows
+from ndm_fast.report.views import NeighbourView, RowView, count_tokens, token_ids, view_neighbours, view_row
+from ndm_fast.seeds import seeded
 
 SAMPLE = 1024
 """Rows whose nearest neighbours are counted."""
+
+
 _KEYS = 32768
 """Rows among which these are looked for."""
+
+
 _CLUSTERED = 4096
 """Rows clustered to choose the queries of a gallery."""
+
+
 _ROUNDS = 12
 """Rounds of Lloyd's algorithm; it need not have converged to give queries far apart."""
+
+
 _HISTOGRAM_BINS, _MAP_BINS = 32, 20
+
+
 _TOKENS = 12
+
+
 _SEED = 0
 """Of the sample and the clusters: the same index gives the same pages."""
+
+
 _WINDOW = 8
 
 

@@ -1,0 +1,210 @@
+"""Nearest key of every query in every subspace: a sweep in fp16 that proposes, and a search that decides.
+
+Let ``x`` be a key and ``q`` a query in one subspace, centred and scaled by a power of two (for cosine: made
+unit vectors), and ``x^``, ``q^`` the same rounded to fp16. The sweep forms ``|x^|^2/2 - q^ x^`` on the tensor
+cores and keeps one number for each query and tile of keys, the least. Rounding moves a point by at most
+``u |x|``, so a key nearer than the best one known, at distance r, has ``|x| <= |q| + r`` and lies less than
+
+    r + u (2 |q| + r)
+
+from ``q^``: a tile whose least value is above that holds no such key, whatever outliers it has. The search
+visits the tile with the least value, and then every other that can hold a nearer key.
+
+The tile of keys stays in place while all queries pass: keys are read, centred, rounded and normed once, any
+number of queries fills the card, and projecting raw keys (``PROJECT``) is just another way to get a tile.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Part
+from .queries import QueryPack, pack_queries
+from .tiles import FP16_MAX, UNDERFLOW, coordinates, inverse_norm, to_fp16
+
+if TYPE_CHECKING:
+    from .tuning import Sweep
+
+
+@triton.jit
+def sweep_kernel(
+    keys,  # [K, d] from the first column of these subspaces on
+    key_stride,
+    key_count,
+    rotation,
+    rotation_stride,
+    depth,
+    origin,
+    scales,  # [S] fp32
+    errors,  # [S] fp32, bound on the error of a key's coordinates, after scaling
+    packed,  # [S, query_slots, P1] fp16, zero beyond the width
+    packed_rest,  # [S, query_slots, P2] fp16
+    query_count,
+    query_slots,  # query_count rounded up to whole blocks
+    minima,  # [S, Q, tiles] fp32
+    tiles,
+    WIDTH: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    CENTRE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Grid (tiles, S). ``minima[s, q, t] = min |x^|^2/2 - q^ x^`` over the keys of tile t."""
+    tile_number, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = tile_number.to(tl.int64) * TILE + tl.arange(0, TILE)
+    valid = rows < key_count
+    scale = tl.load(scales + s)
+    main, rest = tl.arange(0, P1), P1 + tl.arange(0, P2 if P2 else 16)
+    tile = coordinates(
+        keys, key_stride, rows, valid, s * WIDTH, main, rotation, rotation_stride, depth, origin, scale,
+        WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+    )  # fmt: skip
+    squared = tl.sum(tile * tile, 1)
+    if P2:
+        tile_rest = coordinates(
+            keys, key_stride, rows, valid, s * WIDTH, rest, rotation, rotation_stride, depth, origin, scale,
+            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+        )  # fmt: skip
+        squared += tl.sum(tile_rest * tile_rest, 1)
+    usable = valid & (squared == squared)
+    if COSINE:
+        inverse = inverse_norm(squared)
+        tile *= inverse[:, None]
+        if P2:
+            tile_rest *= inverse[:, None]
+    rounded = to_fp16(tile)
+    half_norm = 0.5 * tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), 1)
+    if P2:
+        rounded_rest = to_fp16(tile_rest)
+        half_norm += 0.5 * tl.sum(rounded_rest.to(tl.float32) * rounded_rest.to(tl.float32), 1)
+    if COSINE:  # an error moves a unit vector e |x|^-1, and half a squared distance by at most twice that
+        half_norm = tl.where(inverse > 0, half_norm, 0.5) - 2 * tl.load(errors + s) * inverse
+    half_norm = tl.where(usable, half_norm, float("inf"))
+
+    queries = tl.arange(0, QUERY_BLOCK)
+    for start in tl.range(0, query_slots, QUERY_BLOCK, num_stages=STAGES):
+        slots = s * query_slots + start + queries
+        part = tl.load(packed + slots[:, None] * P1 + main[None, :])
+        product = tl.dot(part, tl.trans(rounded))
+        if P2:
+            part_rest = tl.load(packed_rest + slots[:, None] * P2 + tl.arange(0, P2)[None, :])
+            product = tl.dot(part_rest, tl.trans(rounded_rest), product)
+        least = tl.min(half_norm[None, :] - product, 1)
+        tl.store(
+            minima + (s * query_count + start + queries) * tiles + tile_number,
+            least,
+            mask=start + queries < query_count,
+        )
+
+
+@triton.jit
+def sweep_wide_kernel(
+    keys,
+    key_stride,
+    key_count,
+    origin,
+    scales,
+    errors,
+    packed,  # [S, query_slots, padded] fp16, zero beyond the width
+    query_count,
+    query_slots,
+    minima,
+    tiles,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    QUERY_BLOCK: tl.constexpr,
+    PIECE: tl.constexpr,
+    CENTRE: tl.constexpr,
+    COSINE: tl.constexpr,
+):
+    """:func:`sweep_kernel` for subspaces too wide to keep a tile in place: reads keys again for each block.
+
+    A cosine is scaled after the product: keys are rounded as they are, not as unit vectors.
+    """
+    tile_number, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    rows = tile_number.to(tl.int64) * TILE + tl.arange(0, TILE)
+    valid = rows < key_count
+    scale = tl.load(scales + s)
+    squared = tl.zeros([TILE], tl.float32)
+    clean = tl.zeros([TILE], tl.float32)
+    largest = tl.zeros([TILE], tl.float32)
+    for start in range(0, WIDTH, PIECE):
+        tile = coordinates(
+            keys, key_stride, rows, valid, s * WIDTH, start + tl.arange(0, PIECE), keys, key_stride, 0,
+            origin, scale, WIDTH, CENTRE, False, 16, "ieee",
+        )  # fmt: skip
+        clean += tl.sum(tile, 1)
+        largest = tl.maximum(largest, tl.max(tl.abs(tile), 1))
+        rounded = to_fp16(tile).to(tl.float32)
+        squared += tl.sum(rounded * rounded, 1)
+    inverse = inverse_norm(squared)
+    if COSINE:  # underflow moves a key before it is made a unit vector
+        half_norm = 0.5 - 2 * (tl.load(errors + s) + UNDERFLOW * WIDTH) * inverse
+        # A saturated key has another direction: its tile must be visited.
+        half_norm = tl.where(largest > FP16_MAX, -float("inf"), half_norm)
+    else:
+        half_norm = 0.5 * squared
+    half_norm = tl.where(valid & (clean == clean), half_norm, float("inf"))
+    queries = tl.arange(0, QUERY_BLOCK)
+    for start in range(0, query_slots, QUERY_BLOCK):
+        slots = s * query_slots + start + queries
+        product = tl.zeros([QUERY_BLOCK, TILE], tl.float32)
+        for piece in range(0, WIDTH, PIECE):
+            columns = piece + tl.arange(0, PIECE)
+            tile = coordinates(
+                keys, key_stride, rows, valid, s * WIDTH, columns, keys, key_stride, 0, origin, scale,
+                WIDTH, CENTRE, False, 16, "ieee",
+            )  # fmt: skip
+            part = tl.load(packed + slots[:, None] * PADDED + columns[None, :])
+            product = tl.dot(part, tl.trans(to_fp16(tile)), product)
+        if COSINE:
+            product *= inverse[None, :]
+        tl.store(
+            minima + (s * query_count + start + queries) * tiles + tile_number,
+            tl.min(half_norm[None, :] - product, 1),
+            mask=start + queries < query_count,
+        )
+
+
+_PIECE = 64
+"""Columns of a wide subspace that are multiplied at once."""
+
+
+def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
+    """[s, q, tiles] least value of every query over every tile of keys, and the queries as swept."""
+    from . import tuning
+
+    rotated = part.frame.rotated[part.group][:, part.columns]
+    slots = -(-len(rotated) // tiles.query_block) * tiles.query_block
+    wide = part.width > tuning.WIDEST_IN_PLACE
+    main, rest = (-(-part.width // _PIECE) * _PIECE, 0) if wide else tuning.pieces(part.width)
+    scales = part.frame.keys.scales[part.subspaces]
+    pack = pack_queries(rotated, scales, part.width, part.search.cosine, main, rest, slots)
+    tile_count = -(-len(part.chunk.rows) // tiles.tile)
+    minima = torch.empty(part.subspace_count, len(rotated), tile_count, device=rotated.device)
+    queries = (len(rotated), slots, minima, tile_count)
+    options = {"TILE": tiles.tile, "QUERY_BLOCK": tiles.query_block, **part.options()}
+    options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
+    grid = (tile_count, part.subspace_count)
+    if wide:
+        sweep_wide_kernel[grid](
+            *part.keys(), *part.scaling(), pack.main, *queries, PADDED=main, PIECE=_PIECE, **options
+        )
+    else:
+        sweep_kernel[grid](
+            *(*part.keys(), *part.turn(), *part.scaling(), pack.main, pack.rest, *queries),
+            **{"P1": main, "P2": rest, "STAGES": tiles.stages, **part.projection(), **options},
+        )
+    return minima, pack

@@ -1,0 +1,195 @@
+"""Read and replace activations of a Hugging Face model with plain PyTorch hooks.
+
+    with collect_activations(model, ["x9.mid", "m3"]) as captured:
+        model(tokens)                                      # stops after block 9's resid_mid
+    captured["x9.mid"]                                     # [B, T, d]
+
+    with replace_activations(model, {"x9.mid": patch}):    # patch: [B, T, d] -> [B, T, d]
+        logits = model(tokens).logits
+
+Both nest in either order: replacing runs before reading, so what is read at a site is what the model went on
+with. Neither changes the train/eval mode or gradient mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ndm_fast.activations.sites import Site, resolve_sites
+from ndm_fast.errors import InputError
+
+Replacement = Callable[[Tensor], Tensor]  # [B, T, d] -> [B, T, d]
+
+
+class _StopForward(Exception):  # noqa: N818 - not an error, the way out of a forward pass
+    """Raised inside the model when every wanted site has been read."""
+
+    def __init__(self, owner: dict[str, Tensor]):
+        super().__init__("all sites were read; raised inside collect_activations to end the forward pass")
+        self.owner = owner  # the dictionary of the collector that raised it
+
+
+@contextmanager
+def collect_activations(
+    model: nn.Module, sites: str | Iterable[str], *, stop_after_last: bool = True
+) -> Iterator[dict[str, Tensor]]:
+    """Read activations during one forward pass inside the `with` block.
+
+    Args:
+        model: any model whose sites resolve (`ndm_fast.activations.sites`).
+        sites: names in any accepted form; a single string counts as one name.
+        stop_after_last: end the forward pass as soon as all sites are read. The pass ends by leaving the
+            `with` block, so statements after the model call inside the block do not run; put them after it,
+            or pass False to let the call return.
+
+    Yields:
+        Dictionary, filled by the forward pass: name as given -> detached activation [B, T, d] in the model's
+        dtype. Tensors share memory with the model's own, without a copy, where the family is known not to
+        write to them afterwards. If a site is passed several times, the first time counts.
+
+    Raises:
+        InputError: a name resolves to nothing, or no forward pass in the block reached a site.
+    """
+    names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
+    wanted = dict(zip(names, resolve_sites(model, names), strict=True))
+    captured: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for name, site in wanted.items():
+
+            def keep(activation: Tensor, name: str = name, site: Site = site) -> None:
+                if name in captured:
+                    return
+                # Nothing in the known families writes in place to a named point; other modules' outputs may
+                # be written to (Falcon adds attention onto the MLP's output), so they are copied.
+                captured[name] = activation.detach() if site.is_named else activation.detach().clone()
+                if stop_after_last and len(captured) == len(wanted):
+                    raise _StopForward(captured)
+
+            hooks.callback(_register(model, site, keep).remove)
+        try:
+            yield captured
+        except _StopForward as stop:
+            if stop.owner is not captured:
+                if len(captured) < len(wanted):
+                    raise _not_reached(wanted, captured, "another collect_activations stopped it") from None
+                raise
+    if len(captured) < len(wanted):
+        raise _not_reached(wanted, captured, "the block was left")
+
+
+@contextmanager
+def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement]) -> Iterator[None]:
+    """Replace activations in every forward pass inside the `with` block.
+
+    Args:
+        model: any model whose sites resolve (`ndm_fast.activations.sites`).
+        replacements: site name -> function from the activation [B, T, d] to its replacement, of the same
+            shape. The function gets a copy and may write to it; its result is cast to the model's dtype and
+            device. Where two blocks nested in each other replace the same site, the inner one goes first.
+
+    The result is that of a hand-written forward pass with the variable itself replaced, so a residual-stream
+    site is also replaced in the skip connection. Gradients flow through the replacement.
+
+    Raises:
+        InputError: a name resolves to nothing, two names are the same site, or a function returns something
+            that is not a tensor of the activation's shape (raised from the forward pass).
+    """
+    sites = dict(zip(replacements, resolve_sites(model, replacements), strict=True))
+    if len(set(sites.values())) < len(sites):
+        raise InputError(f"two of {', '.join(sites)} are the same site: join their functions into one")
+    with ExitStack() as hooks:
+        for name, site in sites.items():
+
+            def change(activation: Tensor, name: str = name, site: Site = site) -> Tensor:
+                new = _checked(replacements[name](activation.clone()), activation, name)
+                # `resid_mid` is the input of a norm, and the block adds the same tensor object to the MLP's
+                # output. Returning a new tensor would reach the norm alone; writing into the old one reaches
+                # both, exactly. The sum that made it does not need its result for its gradient.
+                return activation.copy_(new) if site.feeds_skip else new
+
+            hooks.callback(_register(model, site, change, first=True).remove)
+        yield
+
+
+def _register(
+    model: nn.Module, site: Site, use: Callable[[Tensor], Tensor | None], *, first: bool = False
+) -> RemovableHandle:
+    """Call `use` with the activation at `site`; where it returns a tensor, the model goes on with that.
+
+    `first` puts the hook before those already there: replacements come before readers, including the hooks
+    with which transformers records `output_hidden_states`.
+    """
+    module = model.get_submodule(site.module)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        where, key = (args, 0) if args else (kwargs, "hidden_states")  # type: tuple[Any, Any]
+        new = use(_tensor(where, key, site))
+        if new is None:
+            return None
+        return (_with(args, 0, new), kwargs) if args else (args, _with(kwargs, key, new))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return use(output)
+        key = _first_tensor(output)
+        new = use(_tensor(output, key, site))
+        return None if new is None else _with(output, key, new)
+
+    if site.end == "input":
+        return module.register_forward_pre_hook(before, prepend=first, with_kwargs=True)
+    return module.register_forward_hook(after, prepend=first)
+
+
+def _first_tensor(output: Any) -> Any:
+    """Key or index of the first tensor in a tuple, list or mapping (transformers' ModelOutput); else None."""
+    if isinstance(output, Mapping):
+        return next((key for key, value in output.items() if isinstance(value, Tensor)), None)
+    if isinstance(output, tuple | list):
+        return next((i for i, value in enumerate(output) if isinstance(value, Tensor)), None)
+    return None
+
+
+def _tensor(container: Any, key: Any, site: Site) -> Tensor:
+    try:
+        value = container[key]
+    except (KeyError, IndexError, TypeError):
+        value = None
+    if not isinstance(value, Tensor):
+        raise InputError(
+            f"the {site.end} of {site.module!r} holds no activation (it is a {type(container).__name__}): "
+            "name a module that takes and returns hidden states"
+        )
+    return value
+
+
+def _with(container: Any, key: Any, value: Tensor) -> Any:
+    """A shallow copy of `container` with `value` at `key`."""
+    if isinstance(container, tuple):
+        items = (*container[:key], value, *container[key + 1 :])
+        return type(container)(*items) if hasattr(container, "_fields") else items
+    changed = copy.copy(container)
+    changed[key] = value
+    return changed
+
+
+def _checked(new: Any, old: Tensor, name: str) -> Tensor:
+    if not isinstance(new, Tensor) or new.shape != old.shape:
+        got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+        raise InputError(
+            f"the replacement for {name!r} returned {got}: return a tensor of shape {tuple(old.shape)}"
+        )
+    return new.to(device=old.device, dtype=old.dtype)
+
+
+def _not_reached(wanted: Mapping[str, Site], captured: Mapping[str, Tensor], ending: str) -> InputError:
+    missing = ", ".join(name for name in wanted if name not in captured)
+    return InputError(
+        f"no forward pass reached {missing} before {ending}: call the model once inside the `with` block, "
+        "and name all sites in one collect_activations"
+    )

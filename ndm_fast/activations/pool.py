@@ -1,0 +1,197 @@
+"""ActivationPool: shuffled activations; queries leave it, keys are views of what is left.
+
+The pool is filled once per *generation*. Generation ``g`` is a pure function of the stream's batch at
+which it starts and of the seed, so a checkpoint needs two numbers, not the rows, to restore it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ndm_fast.activations.fill_ahead import Ahead
+from ndm_fast.activations.pool_storage import Place, allocate, choose_place
+from ndm_fast.activations.rows import Stream, fitting_scale, too_short
+from ndm_fast.errors import InputError
+from ndm_fast.ranks import ALONE, Ranks
+from ndm_fast.seeds import seeded
+
+
+class ActivationPool:
+    """Rows of a stream, shuffled as a whole, in one preallocated tensor.
+
+    Rows are stored as ``activation * scale``, with a power of two that keeps half precision from
+    overflowing; distances between stored rows are ``scale`` times those between activations.
+
+    A GPU without room for them has the rows in pinned host memory; queries and keys are then copies. Where
+    there is room for two buffers on a GPU, the next generation is filled while this one is used.
+
+    Args:
+        stream: where the rows come from.
+        rows: rows held at once.
+        keys: rows that :meth:`next_keys` returns; never fewer are left.
+        dtype: storage.
+        device: where queries and keys are wanted.
+        seed: order of the rows.
+        first_batch: number of the stream's batch to start from.
+        state: a ``state_dict`` to go on from; that generation is harvested once more.
+        site: what error messages call the origin of the rows.
+        queries: how many will be taken from now on; None: no generation is filled ahead.
+        ahead: fill ahead on the CPU too; the rows are the same.
+        ranks: those that share the rows: each reads the whole stream and keeps its part of the shuffled rows.
+
+    Raises:
+        InputError: the stream ends before the pool is full; a value overflows the storage dtype; the pool
+            does not fit into memory.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        rows: int,
+        keys: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        first_batch: int = 0,
+        state: dict[str, Any] | None = None,
+        site: str = "the stream",
+        queries: int | None = None,
+        ahead: bool = False,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        if rows <= keys:
+            raise InputError(f"a pool of {rows} rows has none beside its {keys} keys: raise pool_rows")
+        self._stream, self._rows, self._keys, self._seed = stream, rows, keys, seed
+        self._site, self._ranks = site, ranks
+        # Windows of keys end with the last row and are multiples of ``ranks.size`` long. Numbers that are a
+        # multiple of it at the end put the i-th key of every window on rank ``i % size``.
+        self._before = -rows % ranks.size
+        self._dtype, self._device = dtype, torch.device(device)
+        self._place: Place | None = None
+        self._spare: Tensor | None = None
+        self._ahead: Ahead[tuple[Tensor, int]] | None = None
+        self._queries, self._fill_ahead = queries, ahead
+        self.scale: float | None = state["scale"] if state else None
+        self._generation = state["generation"] if state else 0
+        self._first_batch = state["first_batch"] if state else first_batch
+        self._live, self._next_batch = self._filled(self._generation, self._first_batch, None)
+        self._taken = state["taken"] if state else 0
+        self._searches = state["searches"] if state else 0
+        self._begin_ahead()
+
+    def take(self, count: int) -> Tensor:
+        """[count, d] queries; they leave the pool, which is filled anew when too few rows are left.
+
+        Valid until the next call of :meth:`take`; of several ranks all get the same.
+        """
+        if count > self._rows - self._keys:
+            raise InputError(
+                f"{count} queries at once do not fit a pool of {self._rows} rows, {self._keys} of them keys: "
+                "raise pool_rows"
+            )
+        if self._taken + count > self._rows - self._keys:
+            self._next_generation()
+        self._taken += count
+        if self._queries is not None:
+            self._queries -= count
+        start, stop = self._before + self._taken - count, self._before + self._taken
+        return self._ranks.gather(self._wanted(self._live[self._ranks.local(start, stop)]), start, stop)
+
+    def next_keys(self) -> Tensor:
+        """[K, d] keys: a view of rows that have not been queries; each call gives the next window.
+
+        Of several ranks each gets its part, see :class:`ndm_fast.ranks.Ranks`.
+        """
+        self._searches += 1
+        return self.peek_keys()
+
+    def peek_keys(self) -> Tensor:
+        """[K, d] the window that :meth:`next_keys` gave last."""
+        windows = (self._rows - self._taken) // self._keys
+        stop = self._before + self._rows - self._searches % windows * self._keys
+        return self._wanted(self._live[self._ranks.local(stop - self._keys, stop)])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream and in the pool, plain JSON values."""
+        return {
+            "generation": self._generation,
+            "first_batch": self._first_batch,
+            "taken": self._taken,
+            "searches": self._searches,
+            "scale": self.scale,
+        }
+
+    def close(self) -> None:
+        """End the filling of a generation that nobody will ask for."""
+        if self._ahead is not None:
+            self._ahead.cancel()
+            self._ahead = None
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """[n, d] rows as the pool holds them: scaled, in its dtype, on its device.
+
+        Raises:
+            InputError: a value overflows the dtype, or is not finite.
+        """
+        largest = float(rows.abs().max())
+        if self.scale is None:
+            self.scale = fitting_scale(largest, self._dtype)
+        if not largest * self.scale <= torch.finfo(self._dtype).max:
+            raise InputError(
+                f"an activation of {largest:.3g} at {self._site} overflows {self._dtype} (or is not finite): "
+                "set --pool-dtype bfloat16 or float32"
+            )
+        return (rows.to(self._device) * self.scale).to(self._dtype)
+
+    def _wanted(self, rows: Tensor) -> Tensor:
+        return rows.to(self._device, non_blocking=True)  # a view where they are there already
+
+    def _next_generation(self) -> None:
+        used, first_batch = self._live, self._next_batch
+        if self._ahead is None:
+            self._live, self._next_batch = self._filled(self._generation + 1, first_batch, used)
+        else:
+            self._live, self._next_batch = self._ahead.result()
+            self._spare = used
+        self._generation, self._first_batch, self._taken = self._generation + 1, first_batch, 0
+        self._begin_ahead()
+
+    def _begin_ahead(self) -> None:
+        """Begin to fill the next generation, where there will be one and room for it."""
+        self._ahead = None
+        assert self._place is not None
+        room = self._place.spare or self._fill_ahead
+        if not room or self._queries is None or self._queries <= self._rows - self._keys - self._taken:
+            return
+        generation, batch, spare = self._generation + 1, self._next_batch, self._spare
+        self._ahead = Ahead(lambda gone: self._filled(generation, batch, spare, gone), self._device)
+
+    def _filled(
+        self, generation: int, batch: int, storage: Tensor | None, gone: threading.Event | None = None
+    ) -> tuple[Tensor, int]:
+        """The rows of a generation that starts at a batch, written to the storage; the batch after them."""
+        order = torch.randperm(self._rows, generator=seeded(self._seed, 1, generation)) + self._before
+        held = -(-self._rows // self._ranks.size)
+        filled = 0
+        for activations in self._stream.batches(batch):
+            batch += 1
+            rows = activations[: self._rows - filled]
+            if len(rows) == 0:
+                continue  # all of its tokens were special ones
+            if storage is None:
+                if self._place is None:
+                    self._place = choose_place(held, rows.shape[1], self._dtype, self._device)
+                storage = allocate(held, rows.shape[1], self._dtype, self._place)
+            if filled == 0:
+                order = order.to(storage.device)
+            mine, places = self._ranks.keep(self.stored(rows), order[filled : filled + len(rows)])
+            storage[places] = mine.to(storage.device)
+            filled += len(rows)
+            if filled == self._rows or (gone is not None and gone.is_set()):
+                return storage, batch
+        raise too_short(filled, self._rows)

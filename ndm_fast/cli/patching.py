@@ -1,0 +1,130 @@
+"""The kinds of ``ndm-fast evaluate`` that patch subspaces: circuits, conflict and shift."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ndm_fast.cli.options import add_kind, print_json, save_json
+
+
+def add_circuits(kinds: Any) -> None:
+    """Add ``circuits``."""
+    about = "effects of patching each subspace on IOI and greater-than prompts"
+    circuits = add_kind(kinds, "circuits", about, _circuits)
+    circuits.add_argument(
+        "partitions", nargs="+", metavar="RUN", help="run folder, saved partition, or R-<model>-<site>.pt"
+    )
+    circuits.add_argument("--model", default="gpt2", help="Hugging Face name or folder, with its head")
+    circuits.add_argument(
+        "--tests", nargs="+", default=None, metavar="TEST", help="1 2 3 3b 4; default: those for the site"
+    )
+    circuits.add_argument("--prompts", type=int, default=1000, help="prompts of each test")
+    circuits.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    circuits.add_argument(
+        "--data", default=None, help="text for variances and PCA; default: what the run was trained on"
+    )
+    circuits.add_argument("--context-length", type=int, default=None, help="tokens in a row of that text")
+    circuits.add_argument("--rows", type=int, default=64, help="prompts in one forward pass")
+    circuits.add_argument("--out", default="runs/circuits", help="folder for circuits.json and circuits.png")
+
+
+def _circuits(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.circuits.circuits import circuit_rows, mean_ginis, run_circuits
+    from ndm_fast.evaluate.circuits.figure import draw_effects
+    from ndm_fast.run.load import load_partition
+    from ndm_fast.table import text_table
+
+    results = run_circuits(
+        {path: load_partition(path) for path in options.partitions},
+        options.model,
+        tests=options.tests,
+        prompts=options.prompts,
+        seed=options.seed,
+        data=options.data,
+        rows=options.rows,
+        device=options.device,
+        context_length=options.context_length,
+    )
+    out = save_json(results, options.out, "circuits")
+    draw_effects(results, out.with_suffix(".png"))
+    if options.json:
+        print_json(results)
+        return
+    print(text_table(circuit_rows(results)))
+    means = ", ".join(f"{kind} {value:.3f}" for kind, value in mean_ginis(results).items())
+    print(f"mean Gini over tests and normalisations: {means}\n{out}, {out.with_suffix('.png')}")
+
+
+def add_conflict(kinds: Any) -> None:
+    """Add ``conflict``."""
+    about = "which subspaces carry what the context says, and which what the model knows"
+    conflict = add_kind(kinds, "conflict", about, _conflict)
+    conflict.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
+    conflict.add_argument("--model", default=None, help="default: the one that the partition names")
+    conflict.add_argument("--entities", required=True, help="RAVEL's ravel_<kind>_entity_attributes.json")
+    conflict.add_argument("--texts", required=True, help="RAVEL's ravel_<kind>_attribute_to_prompts.json")
+    conflict.add_argument("--attribute", required=True, help="for instance Country")
+    conflict.add_argument("--prompts", type=int, default=500, help="most prompts to make")
+    conflict.add_argument("--unknown", action="store_true", help="keep entities that the model does not know")
+    conflict.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    conflict.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
+    conflict.add_argument("--out", default="runs/conflict", help="folder for conflict.json")
+
+
+def _conflict(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.knowledge_conflict import conflict_table, read_ravel, run_conflict
+    from ndm_fast.run.load import load_partition
+    from ndm_fast.table import text_table
+
+    found = run_conflict(
+        load_partition(options.partition),
+        read_ravel(options.entities, options.texts),
+        options.attribute,
+        model_name=options.model,
+        count=options.prompts,
+        known_only=not options.unknown,
+        seed=options.seed,
+        rows=options.rows,
+        device=options.device,
+    )
+    path = save_json(found, options.out, "conflict")
+    if options.json:
+        print_json(found)
+        return
+    for kind, result in found.items():
+        print(f"\n{kind}: separation {result['separation']:.3f}, {result['conflicts']} prompts")
+        print(text_table(conflict_table(result)))
+    print(path)
+
+
+def add_shift(kinds: Any) -> None:
+    """Add ``shift``."""
+    about = "patch each subspace from the text moved by some tokens; does the model's position follow?"
+    shift = add_kind(kinds, "shift", about, _shift)
+    shift.add_argument("folder", metavar="RUN", help="folder of a finished run")
+    shift.add_argument("--tokens", type=int, default=5, help="tokens to move the text by")
+    shift.add_argument(
+        "--later", default=None, help="site to read positions at; default: the last block's output"
+    )
+    shift.add_argument("--rows", type=int, default=48, help="rows of text to patch")
+    shift.add_argument("--references", type=int, default=512, help="rows of text to read positions from")
+
+
+def _shift(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.position_shift import run_position_shift
+    from ndm_fast.table import text_table
+
+    found = run_position_shift(
+        options.folder,
+        options.tokens,
+        later=options.later,
+        references=options.references,
+        rows=options.rows,
+        device=options.device,
+    )
+    if options.json:
+        print_json(found)
+        return
+    print(f"text moved by {options.tokens} tokens; position read minus true position, mean over tokens")
+    print(text_table(found))

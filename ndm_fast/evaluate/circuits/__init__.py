@@ -1,0 +1,1 @@
+"""Known circuits of language models as tests of a partition."""

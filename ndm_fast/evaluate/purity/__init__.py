@@ -1,0 +1,1 @@
+"""What the nearest neighbors inside each subspace have in common."""

@@ -1,0 +1,1 @@
+"""Models and data whose true subspaces are known."""

@@ -1,0 +1,1 @@
+"""The mathematics of the method in plain torch: no backend, no file."""

@@ -1,0 +1,100 @@
+"""The loss of NDM and its gradient in closed form, without an autograd graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ndm_fast.geometry.columns import equal_width_runs
+
+_CACHED_ELEMENTS = 1 << 19
+"""Elements of the differences to neighbours that are made at once on a CPU: 2 MB, or they leave the cache."""
+
+
+class Objective(NamedTuple):
+    """Loss of one batch of queries, per subspace, and its gradient."""
+
+    by_subspace: Tensor
+    """[S] mean distance (euclidean) or mean ``1 - cos`` (cosine) to the neighbours."""
+    gradient: Tensor
+    """[d, d] gradient of the loss with respect to the rotation."""
+
+
+def loss_weights(widths: Sequence[int], metric: str, device: torch.device | str = "cpu") -> Tensor:
+    """[S] fp64 weights that turn means per subspace into the loss: equal, or by width for ``cosine``."""
+    shares = torch.tensor(widths, dtype=torch.float64, device=device)
+    return shares / shares.sum() if metric == "cosine" else torch.full_like(shares, 1 / len(widths))
+
+
+def loss_and_gradient(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    counted: Tensor | None = None,
+) -> Objective:
+    """Loss and gradient for given neighbours.
+
+    Euclidean, with ``delta = q - n_s(q)`` and ``r = delta R_s``: ``dL/dR_s = 1/(S Q) sum_q delta' r / |r|``
+    (design section 3). Cosine, with unit vectors ``u = q R_s / |q R_s|`` and ``v = n R_s / |n R_s|``:
+    ``dL/dR_s = -p_s/(d Q) sum_q q' (v - cos u) / |q R_s| + n' (u - cos v) / |n R_s|``. A zero distance, or a
+    zero vector, contributes nothing.
+
+    Args:
+        queries: [Q, d]; keys: [K, d]; index: [S, Q] int64, the row of ``keys`` that is nearest.
+        rotation: [d, d], in whose dtype all is computed.
+        counted: [S, Q] bool, the neighbours that contribute; default all. The means are over Q anyhow, so
+            that parts of them, each from the rank that has the rows, add up.
+    """
+    queries = queries.to(rotation.dtype)
+    gradient = torch.empty_like(rotation)
+    losses = []
+    together = max(1, _CACHED_ELEMENTS // queries.numel()) if rotation.device.type == "cpu" else len(widths)
+    for subspaces, columns in equal_width_runs(widths, together):
+        count, width = subspaces.stop - subspaces.start, widths[subspaces.start]
+        weight = width / sum(widths) if metric == "cosine" else 1 / len(widths)
+        neighbours = keys[index[subspaces]].to(rotation.dtype)
+        basis = rotation[:, columns].unflatten(1, (count, width)).transpose(0, 1)
+        part = _cosine if metric == "cosine" else _euclidean
+        here = None if counted is None else counted[subspaces].to(rotation.dtype)
+        distance, raw = part(queries, neighbours, basis, here)
+        losses.append(distance.mean(1))
+        into = gradient[:, columns].unflatten(1, (count, width))
+        torch.mul(raw.transpose(0, 1), weight / queries.shape[0], out=into)
+    return Objective(torch.cat(losses), gradient)
+
+
+def _euclidean(
+    queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[s, Q] distances and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
+    delta = queries - neighbours
+    projected = delta @ basis
+    distance = torch.linalg.vector_norm(projected, dim=2)
+    if here is not None:
+        distance = distance * here  # and a distance of zero contributes no gradient
+    return distance, delta.transpose(1, 2) @ _over_norm(projected, distance)
+
+
+def _cosine(queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[s, Q] ``1 - cos`` and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
+    query_part, key_part = queries @ basis, neighbours @ basis
+    query_norm = torch.linalg.vector_norm(query_part, dim=2)
+    key_norm = torch.linalg.vector_norm(key_part, dim=2)
+    if here is not None:
+        query_norm, key_norm = query_norm * here, key_norm * here
+    u, v = _over_norm(query_part, query_norm), _over_norm(key_part, key_norm)
+    cosine = (u * v).sum(2)
+    by_query = _over_norm(v - cosine[..., None] * u, query_norm)
+    by_key = _over_norm(u - cosine[..., None] * v, key_norm)
+    distance = (1 if here is None else here) - cosine
+    return distance, -(queries.T @ by_query + neighbours.transpose(1, 2) @ by_key)
+
+
+def _over_norm(rows: Tensor, norm: Tensor) -> Tensor:
+    return torch.where(norm[..., None] > 0, rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)[..., None], 0)

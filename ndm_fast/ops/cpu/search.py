@@ -1,0 +1,176 @@
+"""Compiled CPU ops of the search and the MI estimate: rotates through BLAS, and calls ``ndm_fast._C``.
+
+Shapes and names as in ``ndm_fast.geometry.reference``, which says what each op means;
+``docs/kernels.md`` says how they are made fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ndm_fast.geometry.centring import rotate_centred, sample_mean
+from ndm_fast.geometry.reference import Neighbors
+from ndm_fast.ops.cpu.extension import check_rows, extension, isa, rows_of, unit_columns
+
+_UNIT = 2.0**-24
+"""Unit roundoff of fp32."""
+
+
+_EXACT_ELEMENTS = 1 << 20
+"""Elements of the rotation that are in fp64 at once: 8 MB."""
+
+
+_QUERY_ELEMENTS = 5 << 19
+"""Elements of a block of queries searched at once; 20 MB in fp64, 10 MB packed in fp32."""
+
+
+_NO_ROWS = (0, 0, 0)
+
+
+def nearest_neighbors(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    *,
+    metric: str = "euclidean",
+    precision: str = "fp32",
+    keys_rotated: bool = False,
+    queries_rotated: bool = False,
+) -> Neighbors:
+    """Nearest key of every query inside every subspace, exact (see ``docs/kernels.md`` for the bounds).
+
+    Args:
+        queries: [Q, d] fp32, fp16 or bf16, on the CPU.
+        keys: [K, d] likewise, or ``keys @ rotation`` where ``keys_rotated``. Rows may be strided.
+        rotation: [d, d] fp32, orthogonal.
+        widths: S widths that sum to d.
+        metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
+        precision: ``"fp32"``, or ``"bf16"``: neighbours up to 1 % farther than the nearest will do, which the
+            ``avx512bf16`` instruction set finds faster. Other sets, and the cosine, stay in fp32 and exact.
+        keys_rotated, queries_rotated: they are rotated already; the queries only where the keys are.
+
+    Returns:
+        ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a row
+        gives NaN distances.
+
+    Raises:
+        ValueError: one line that names the argument.
+    """
+    offsets = check_rows(queries, keys, rotation, widths)
+    if metric not in ("euclidean", "cosine"):
+        raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}: take fp32 or bf16")
+    if queries_rotated and not keys_rotated:
+        raise ValueError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
+    if len(queries) == 0:
+        return _empty_neighbors(len(widths), 0)
+    queries, keys, rotation = unit_columns(queries), unit_columns(keys), rotation.detach().contiguous()
+    call = _Search(extension(), offsets, metric == "cosine", precision == "bf16")
+    origin = None if call.cosine else sample_mean(keys)
+    if keys_rotated:
+        blocks = [
+            _search_rotated(
+                call, rows.double() if queries_rotated else _rotate_exactly(rows, rotation), keys, origin
+            )
+            for rows in _query_blocks(queries)
+        ]
+    else:
+        prepared = _PreparedKeys(origin, *_rotate_with_bound(keys, rotation, origin))
+        blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
+    if len(blocks) == 1:
+        return blocks[0]
+    return Neighbors(torch.cat([b.distance for b in blocks], 1), torch.cat([b.index for b in blocks], 1))
+
+
+class _Search(NamedTuple):
+    """What the calls for several blocks of queries have in common."""
+
+    extension: ModuleType
+    offsets: list[int]
+    cosine: bool
+    bf16: bool
+
+
+class _PreparedKeys(NamedTuple):
+    origin: Tensor | None
+    """[d] fp32."""
+    rotated: Tensor
+    """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
+    error: Tensor
+    """[K] fp32 bound on the norm of the rotation's rounding error."""
+
+
+def _query_blocks(queries: Tensor) -> Iterator[Tensor]:
+    """Even blocks of queries, few enough that their copies stay small."""
+    blocks = max(1, math.ceil(queries.numel() / _QUERY_ELEMENTS))
+    return iter(queries.split(max(1, math.ceil(len(queries) / blocks))))
+
+
+def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
+    """[N, d] float64 product, with only blocks of the rotation's columns in float64 at a time."""
+    rows = rows.double()
+    exact = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    width = max(64, _EXACT_ELEMENTS // rotation.shape[0])
+    for start in range(0, rotation.shape[1], width):
+        exact[:, start : start + width] = rows @ rotation[:, start : start + width].double()
+    return exact
+
+
+def _rotate_with_bound(rows: Tensor, rotation: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N, d] fp32 ``(rows - origin) @ rotation``, and [N] a bound on the norm of its error in any subspace.
+
+    Each of d additions is off by 2^-24 of a partial sum whose norm is at most that of the row; the errors
+    have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. A bound in
+    probability, then, not for every input.
+    """
+    norms = torch.empty(len(rows))
+    rotated = rotate_centred(rows, rotation, origin, norms=norms)
+    return rotated, norms.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
+
+
+def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
+    return Neighbors(torch.empty(subspaces, queries), torch.empty(subspaces, queries, dtype=torch.int64))
+
+
+def _search_raw(
+    call: _Search, queries: Tensor, keys: Tensor, rotation: Tensor, prepared: _PreparedKeys
+) -> Neighbors:
+    found = _empty_neighbors(len(call.offsets) - 1, len(queries))
+    rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin)
+    call.extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), call.offsets, call.cosine, call.bf16),
+        *(rows_of(prepared.rotated), 0, rotated.data_ptr(), 0),
+        *(rows_of(queries), rows_of(keys), rotation.data_ptr()),
+        *(query_error.data_ptr(), prepared.error.data_ptr()),
+        *(found.distance.data_ptr(), found.index.data_ptr()),
+    )
+    return found
+
+
+def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: Tensor | None) -> Neighbors:
+    """``exact_queries`` is [Q, d] float64, rotated; ``origin`` [d] fp32 is subtracted from the keys."""
+    exact_queries = exact_queries.contiguous()
+    found = _empty_neighbors(len(call.offsets) - 1, len(exact_queries))
+    call.extension.nearest_neighbors(
+        *(
+            isa(),
+            torch.get_num_threads(),
+            len(exact_queries),
+            len(keys),
+            call.offsets,
+            call.cosine,
+            call.bf16,
+        ),
+        *(rows_of(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
+        *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
+        *(found.distance.data_ptr(), found.index.data_ptr()),
+    )
+    return found

@@ -1,0 +1,1 @@
+"""Activations with their tokens on disk, and the search over them."""

@@ -1,0 +1,170 @@
+"""The way from settings to a result in a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from ndm_fast.activations.cache import ActivationCache
+from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.models import load_model, prepare_model
+from ndm_fast.activations.rows import SiteStream
+from ndm_fast.activations.stream import ActivationStream
+from ndm_fast.config import RunConfig
+from ndm_fast.errors import InputError
+from ndm_fast.ranks import Group, Launch, launched
+from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.progress import Progress
+from ndm_fast.run.site import ACTIVATIONS, SiteRun, standing, train_one
+from ndm_fast.run.source import share_harvest, with_cache
+
+
+def train_run(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str = "cpu",
+    show_progress: bool = True,
+    keep_activations: bool = False,
+) -> list[RunFolder]:
+    """Train every site of ``config`` and save the results; under torchrun, together with the other ranks.
+
+    Several sites are harvested together, into ``out/activations``, and trained one after the other.
+
+    Args:
+        out: the run's folder; with several sites, the folder of one run folder per site.
+        resume: go on with what is there; start where there is nothing.
+        keep_activations: leave ``out/activations``, to train from it again.
+
+    Returns:
+        The folders that this process wrote.
+
+    Raises:
+        InputError: something about the input is wrong; nothing was overwritten.
+        StoppedError: Ctrl-C or SIGTERM; the state is saved.
+        RanksError: another rank is gone.
+    """
+    launch = launched()
+    if config.train.acts:
+        cache = ActivationCache(config.train.acts)
+        config = with_cache(config, cache)
+        cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
+        return _train_streams(config, cached, out, launch, resume, device, show_progress)
+    if not config.harvest.site:
+        raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
+    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
+    prepare_model(model, config.harvest)
+    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
+    streams: list[SiteStream] = [
+        ActivationStream(model, tokenizer, site, documents, config.harvest) for site in config.harvest.site
+    ]
+    if launch.size > 1:  # each rank runs the model: to run it once, harvest first, and train --acts
+        return _train_streams(config, streams, out, launch, resume, device, show_progress)
+    runs = site_runs(config, streams, out, resume=resume)
+    folder = Path(out) / ACTIVATIONS
+    open_runs = sum(not run.folder.result_file.exists() for run in runs)
+    shared = None
+    if open_runs > 1 or (open_runs and len(runs) > 1 and folder.exists()):
+        shared = share_harvest(config, model, tokenizer, folder, show_progress=show_progress)
+    if shared is not None:
+        runs = [dataclasses.replace(run, stream=shared.stream(run.stream.site)) for run in runs]
+    folders = train_sites(runs, device=device, show_progress=show_progress)
+    if shared is not None and not keep_activations:
+        shutil.rmtree(folder)
+    return folders
+
+
+def _train_streams(
+    config: RunConfig,
+    streams: Sequence[SiteStream],
+    out: str | Path,
+    launch: Launch,
+    resume: bool,
+    device: str,
+    show_progress: bool,
+) -> list[RunFolder]:
+    """Train this process's share of the sites, alone or with the other ranks."""
+    shared = launch.shared(config.train.parallel, len(streams))
+    share = slice(launch.rank, None, launch.size) if shared == "sites" else slice(None)
+    with _group(shared, launch, device) as group:
+        runs = site_runs(config, streams, out, resume=resume, share=share, group=group)
+        return train_sites(runs, device=device, show_progress=show_progress and launch.rank == 0, group=group)
+
+
+def _group(shared: str, launch: Launch, device: str) -> AbstractContextManager[Group]:
+    """The ranks that train each site together."""
+    if shared == "sites" or launch.size == 1:
+        return nullcontext(Group())
+    from ndm_fast.distributed import together  # one process has no use for torch.distributed
+
+    return together(shared, device)
+
+
+def site_runs(
+    config: RunConfig,
+    streams: Sequence[SiteStream],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    share: slice = slice(None),
+    group: Group | None = None,
+) -> list[SiteRun]:
+    """A run per stream; their folders are claimed, or taken up.
+
+    Args:
+        config: ``harvest.site`` names the streams' sites in their order.
+        out, resume: see :func:`train_run`.
+        share: which of the streams are this process's.
+        group: the ranks that train each of them together.
+
+    Raises:
+        InputError: the settings do not fit an activation's width, or a folder holds something else.
+    """
+    ranks = (group or Group()).all
+    for stream in streams:
+        config.train.widths(stream.width)
+    runs = []
+    for asked, stream in list(zip(config.harvest.site, streams, strict=True))[share]:
+        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
+        folder = RunFolder(out if len(streams) == 1 else Path(out) / stream.site)
+        ranks.first(partial(folder.begin, one, resume=resume))
+        runs.append(SiteRun(one, folder, stream))
+    return runs
+
+
+def train_sites(
+    runs: Sequence[SiteRun],
+    *,
+    device: str = "cpu",
+    show_progress: bool = True,
+    group: Group | None = None,
+) -> list[RunFolder]:
+    """Train what is not finished, one after the other, with one progress bar.
+
+    Args:
+        runs: of this process; may be none.
+        group: the ranks that train each of them together.
+
+    Returns:
+        The folders that this process wrote.
+
+    Raises:
+        InputError, StoppedError, RanksError: see :func:`train_run`.
+    """
+    if not runs:
+        return []
+    group = group or Group()
+    progress = Progress(len(runs), runs[0].config.train.max_steps, show_progress)
+    try:
+        for number, run in enumerate(runs):
+            done, state = group.all.first(partial(standing, run.folder))
+            if not done:
+                train_one(run, state, number, progress, device, group, several=len(runs) > 1)
+    finally:
+        progress.close()
+    return [run.folder for run in runs if group.all.rank == 0]

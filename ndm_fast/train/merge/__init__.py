@@ -1,0 +1,1 @@
+"""Which subspaces share information, and which of them become one."""

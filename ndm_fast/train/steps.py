@@ -1,0 +1,84 @@
+"""What happens between two searches: neighbours, then a gradient and a turn for every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ndm_fast import ops
+from ndm_fast.config import TrainConfig
+from ndm_fast.geometry.objective import Objective, loss_weights
+from ndm_fast.geometry.reference import Neighbors
+from ndm_fast.ranks import Group
+from ndm_fast.train.rotation.base import Rotation, Turn
+
+
+class Steps:
+    """Takes optimiser steps on a rotation, for one partition; a merge makes another one.
+
+    Args:
+        config: queries of a step, metric, precision, clip.
+        group: the ranks that train together.
+        widths: of the S subspaces.
+        rotation: what the steps move.
+        scale: stored activations over true ones.
+    """
+
+    def __init__(
+        self, config: TrainConfig, group: Group, widths: Sequence[int], rotation: Rotation, scale: float
+    ) -> None:
+        self._config = config
+        self._group = group
+        self._widths = tuple(widths)
+        self._rotation = rotation
+        self._largest = config.grad_clip * scale
+        self.weights = loss_weights(widths, config.metric, rotation.working.device).float()
+        """[S] what a mean over a subspace counts in the loss."""
+
+    @property
+    def batch_size(self) -> int:
+        """Queries of this rank in a step."""
+        return self._config.queries // self._group.queries.size
+
+    def neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
+        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation."""
+        if self._group.keys.size > 1:
+            return self.search(queries, keys, rotation).index
+        config = self._config
+        return ops.nearest_index(queries, keys, rotation, self._widths, config.metric, config.precision)
+
+    def search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
+        """Neighbours of this rank's queries among the keys of all ranks, with exact distances."""
+        config = self._config
+        return self._group.keys.nearest_neighbors(
+            queries, keys, rotation, self._widths, config.metric, config.precision
+        )
+
+    def objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
+        """Loss and gradient over the queries and neighbours of all ranks."""
+        places, here = self._group.keys.owned(index)
+        part = ops.loss_and_gradient(queries, keys, places, rotation, self._widths, self._config.metric, here)
+        return Objective(*(self._group.combine(each) for each in part))
+
+    def take(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
+        """[m] losses of m steps, which is device work alone.
+
+        Args:
+            queries: [m Q, d] of this rank; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
+            turns: what the rotation's ``next_turn`` gave for each of them.
+        """
+        losses = []
+        for batch, turn in enumerate(turns):
+            rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
+            objective = self.objective(queries[rows], keys, index[:, rows], self._rotation.working)
+            self._rotation.turn(clipped(objective.gradient, self._largest), turn)
+            losses.append(self.weights @ objective.by_subspace)
+        return torch.stack(losses)
+
+
+def clipped(gradient: Tensor, largest: float) -> Tensor:
+    """The gradient, scaled down where its norm is above ``largest``; no host sync."""
+    norm = torch.linalg.vector_norm(gradient)
+    return gradient * (largest / norm.clamp_min(largest))

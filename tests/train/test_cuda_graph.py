@@ -1,0 +1,67 @@
+"""Blocks of steps from static memory: on the CPU the work itself is what a replay does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ndm_fast.activations.rows import TensorStream
+from ndm_fast.config import TrainConfig
+from ndm_fast.errors import InputError
+from ndm_fast.train import cuda_graph
+from ndm_fast.train.trainer import Observer, Trainer
+
+SETTINGS = {
+    "unit_size": 8,
+    "keys": 500,
+    "queries": 16,
+    "search_every": 4,
+    "max_steps": 64,
+    "pool_rows": 3000,
+    "heldout_queries": 100,
+    "heldout_keys": 500,
+    "lr": 1e-2,
+}
+
+
+def _losses(rows: torch.Tensor, device: str, **changes: object) -> list[float]:
+    """Training losses of every block of a run, each held-out loss last."""
+    config = TrainConfig(**{**SETTINGS, "log_every": 4, **changes})
+    trainer = Trainer(TensorStream([rows[:600], rows[600:3600], rows[3600:]]), config, device=device)
+
+    found: list[float] = []
+
+    class Losses(Observer):
+        def event(self, record: dict[str, object]) -> None:
+            if record["event"] == "train":
+                found.append(float(str(record["loss"])))
+
+    trainer.run(Losses())
+    return [*found, trainer.heldout_loss]
+
+
+@pytest.mark.parametrize("rotation", ["lie", "lazy"])
+@pytest.mark.parametrize("lr", [1e-4, 1e-2])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_replayed_blocks_train_as_eager_ones(
+    monkeypatch: pytest.MonkeyPatch, rotation: str, lr: float, device: str
+) -> None:
+    """Rates fall from block to block, keys move through the pool, and the pool is refilled."""
+    monkeypatch.setenv("NDM_FAST_BACKEND", "reference")  # the torch code that a graph captures
+    captures = []
+    captured = cuda_graph._captured
+    monkeypatch.setattr(cuda_graph, "_captured", lambda *work: captures.append(work) or captured(*work))
+    rows = torch.randn(6700, 24, generator=torch.Generator().manual_seed(0))
+    changes = {"rotation": rotation, "lr": lr}
+    eager = _losses(rows, device, **changes)
+    assert not captures
+    replayed = _losses(rows, device, cuda_graph=True, **changes)
+    assert captures
+    assert len(captures) <= 6  # of sixteen blocks
+    assert replayed == pytest.approx(eager, rel=1e-4)
+    assert min(eager) < eager[0]
+
+
+def test_an_exponential_is_not_captured() -> None:
+    with pytest.raises(InputError, match="take lie or lazy"):
+        TrainConfig(rotation="exp", cuda_graph=True)
