@@ -48,7 +48,7 @@ def tune(
 
     def milliseconds() -> float:
         if not torch.equal(search(), expected):
-            raise RuntimeError("these tiles find other neighbours")
+            raise RuntimeError("these tiles find other neighbors")
         return milliseconds_of(search)
 
     return tuning.autotune(capability(left.device), widths[0], milliseconds)

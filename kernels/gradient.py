@@ -1,4 +1,4 @@
-"""Loss and gradient for given neighbours, euclidean (design section 3), in two kernels.
+"""Loss and gradient for given neighbors, euclidean (docs/method.md), in two kernels.
 
 With ``delta = q - n_s(q)`` and ``r = delta R_s``:
 
@@ -6,7 +6,7 @@ With ``delta = q - n_s(q)`` and ``r = delta R_s``:
 
 :func:`project_kernel` writes r, [Q, d], and for each piece of a subspace its part of ``|r|^2``;
 :func:`gradient_kernel` makes tiles of the gradient, each summed over all queries by one block, in order: no
-atomics, so that two runs agree bit for bit. Neighbours are gathered by both, never stored: the second time
+atomics, so that two runs agree bit for bit. Neighbors are gathered by both, never stored: the second time
 they come from the L2 cache (GPT-2 5 MB, Gemma 19 MB in half precision). Differences, sums and products are in
 fp32: tf32 keeps 10 bits of a difference, and one coordinate of 1e3 would round off all that the others say.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _neighbours(
+def _neighbors(
     index,
     index_stride,
     index_step,
@@ -61,7 +61,7 @@ def _neighbours(
 
 @triton.jit
 def _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth):
-    """[N, D] fp32 queries minus their neighbours; 0 where there is none."""
+    """[N, D] fp32 queries minus their neighbors; 0 where there is none."""
     mask = real[:, None] & (deep < depth)[None, :]
     query = tl.load(queries + q[:, None] * query_stride + deep[None, :], mask=mask, other=0.0)
     key = tl.load(keys + row[:, None] * key_stride + deep[None, :], mask=mask, other=0.0)
@@ -99,7 +99,7 @@ def project_kernel(
     s = tl.load(pieces + 5 * piece).to(tl.int64)
     columns = tl.load(pieces + 5 * piece + 1) + tl.arange(0, COLUMNS)
     inside = tl.arange(0, COLUMNS) < tl.load(pieces + 5 * piece + 2)
-    row, real = _neighbours(
+    row, real = _neighbors(
         index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
     )
     total = tl.zeros([QUERY_BLOCK, COLUMNS], tl.float32)
@@ -173,7 +173,7 @@ def gradient_kernel(
         )
         positive = norm > 0  # a distance of zero has no gradient; that of NaN comes with the difference
         unit = tl.where(positive[:, None], unit * (1 / tl.where(positive, norm, 1.0))[:, None], 0.0)
-        row, real = _neighbours(
+        row, real = _neighbors(
             index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
         )
         delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
@@ -199,7 +199,7 @@ def loss_and_gradient(
     products: str = "ieee",
     shape: Gradient | None = None,
 ) -> Objective:
-    """Loss and gradient for given neighbours, as ``geometry.objective.loss_and_gradient`` has them.
+    """Loss and gradient for given neighbors, as ``geometry.objective.loss_and_gradient`` has them.
 
     Euclidean only: the cosine is left to that function's torch code. The first call for new widths copies a
     small table to the device; make it before a CUDA graph is captured.
@@ -209,7 +209,7 @@ def loss_and_gradient(
         index: [S, Q] int64, the row of ``keys`` that is nearest; not checked.
         rotation: [d, d] fp32; it may be off from orthogonal.
         widths: S widths that sum to d.
-        counted: [S, Q] bool, the neighbours that contribute; default all. Others are not read.
+        counted: [S, Q] bool, the neighbors that contribute; default all. Others are not read.
         products: ``"ieee"`` for fp32 products, ``"tf32x3"`` for products on the matrix units of numbers split
             into two tf32 each, good to 2^-21.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
@@ -232,17 +232,17 @@ def loss_and_gradient(
     result = torch.empty(width, width, device=queries.device)
     mask = index if counted is None else counted
     rows = (queries, queries.stride(0), count, keys, keys.stride(0))
-    neighbours = (index, *index.stride(), mask, *mask.stride(), pieces.table)
+    neighbors = (index, *index.stride(), mask, *mask.stride(), pieces.table)
     options = {"COLUMNS": shape.columns, "COUNTED": counted is not None, "DOT": products}
     options |= {"num_warps": shape.warps, "num_stages": 2, **tuning.OPTIONS}
     project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth, **options}
     total = {"PARTS": pieces.parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, **options}
     with device_of(queries):
         project_kernel[(-(-count // shape.project_queries), len(pieces.table))](
-            *rows, *neighbours, rotation, rotation.stride(0), width, projected, squares, **project
+            *rows, *neighbors, rotation, rotation.stride(0), width, projected, squares, **project
         )
         gradient_kernel[(-(-width // shape.rows), len(pieces.table))](
-            *(*rows, *neighbours, projected, squares, width, losses, result),
+            *(*rows, *neighbors, projected, squares, width, losses, result),
             *(1 / count, 1 / (subspaces * count)),
             **total,
         )

@@ -60,7 +60,7 @@ def radius_kernel(
     radius,  # [P, Q] fp32
     KEY_BLOCK: tl.constexpr,
 ):
-    """Grid (P, Q): neighbouring blocks share a query, whose distances stay in the caches. NaN stays NaN."""
+    """Grid (P, Q): neighboring blocks share a query, whose distances stay in the caches. NaN stays NaN."""
     pair, q = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     a = distances + (tl.load(pairs + 2 * pair) * query_count + q) * key_count
     b = distances + (tl.load(pairs + 2 * pair + 1) * query_count + q) * key_count

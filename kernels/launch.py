@@ -88,7 +88,7 @@ def portions(
 
 
 def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:
-    """Neighbours from [S, Q] fp64 squared distances, or 1 - cos; inf, where no key was found, becomes NaN."""
+    """Neighbors from [S, Q] fp64 squared distances, or 1 - cos; inf, where no key was found, becomes NaN."""
     found = best.isfinite()
     distance = torch.where(found, best if cosine else best.sqrt(), torch.nan)
     return Neighbors(distance.float(), torch.where(found, index, 0))

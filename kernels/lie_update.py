@@ -1,4 +1,4 @@
-"""Adam on the Lie algebra in one pass (design section 5): the elementwise part of a step on SO(d).
+"""Adam on the Lie algebra in one pass (docs/method.md): the elementwise part of a step on SO(d).
 
 With ``P = R'G``, of which the tangent ``A = P - P'`` is skew:
 
@@ -80,7 +80,7 @@ def lie_update(
     slow: float,
     half: bool = False,
 ) -> Tensor:
-    """Adam on the Lie algebra: moments moved on in place, and the update they ask for (design section 5).
+    """Adam on the Lie algebra: moments moved on in place, and the update they ask for (docs/method.md).
 
     With ``A = product - product'``: ``first <- first + (1 - fast)(A - first)``,
     ``second <- slow second + (1 - slow) A^2``, and the update is ``-scale first / (sqrt(second) + guard)``.

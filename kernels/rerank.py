@@ -152,7 +152,7 @@ def rerank_kernel(
 
 
 _TOLERANCE = 1e-2
-"""How much farther than the nearest a neighbour may be (design section 3)."""
+"""How much farther than the nearest a neighbor may be (docs/method.md)."""
 
 
 class Listed(NamedTuple):

@@ -85,7 +85,7 @@ def _distances(
 
 @triton.jit
 def _keep_nearest(found, rows, first_key, held, held_index):
-    """The held neighbour, or the nearest of these: of equal ones that with the lowest index."""
+    """The held neighbor, or the nearest of these: of equal ones that with the lowest index."""
     nearest = tl.min(found, 0)
     row = tl.min(tl.where(found == nearest, rows + first_key, NO_ROW), 0)
     better = (nearest < held) | ((nearest == held) & (row < held_index))

@@ -53,7 +53,7 @@ def nearest_neighbors(
 
     Returns:
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a query
-        gives NaN distances; a key with NaN is nobody's neighbour.
+        gives NaN distances; a key with NaN is nobody's neighbor.
     """
     with device_of(queries):
         rotated = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
@@ -93,7 +93,7 @@ class _Found(NamedTuple):
     frame: Frame
     search: Search
     keys: Tensor
-    """[K, d] as given, neighbouring columns next to each other."""
+    """[K, d] as given, neighboring columns next to each other."""
     near: Tensor
     """[S, Q, slots] fp64 squared distance, 1 - cos, or (half precision) scaled distance by the copy."""
     candidates: Tensor

@@ -164,7 +164,7 @@ class Group:
         return self.keys if self.keys.size > 1 else self.queries
 
     def combine(self, part: Tensor) -> Tensor:
-        """A mean over the queries of all ranks, from each rank's mean over its queries and neighbours."""
+        """A mean over the queries of all ranks, from each rank's mean over its queries and neighbors."""
         return self.keys.sum(self.queries.mean(part))
 
     def check(self, train: TrainConfig) -> None:

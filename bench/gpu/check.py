@@ -5,7 +5,7 @@
     python bench/gpu/check.py --tune --out tiles.json         # times every tile of the sweep, nothing else
 
 Builds ``ndm_fast._cuda`` where nvcc is, checks each path against the fp64 oracle on fresh random data (the
-seed is recorded), and times only what passed, at the shapes of design section 4. Needs torch and triton.
+seed is recorded), and times only what passed, at the shapes of the published runs. Needs torch and triton.
 """
 
 from __future__ import annotations

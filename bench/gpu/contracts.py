@@ -41,7 +41,7 @@ def check_cases(small: bool) -> dict[str, tuple[torch.Tensor, torch.Tensor, list
 
 
 def check(search: Callable, name: str, case: tuple, dtype: torch.dtype, device: str) -> str | None:
-    """What is wrong with a search on a case, or None: the contract of design section 3."""
+    """What is wrong with a search on a case, or None: the contract of docs/method.md."""
     from ndm_fast.geometry import reference
 
     queries, keys, widths, metric = case
@@ -67,10 +67,10 @@ def check(search: Callable, name: str, case: tuple, dtype: torch.dtype, device: 
 
 
 def too_far(true: torch.Tensor, best: torch.Tensor, floor: float, exact: bool) -> str | None:
-    """What is wrong with neighbours at [S, Q] true distances where the nearest are at ``best``, or None."""
+    """What is wrong with neighbors at [S, Q] true distances where the nearest are at ``best``, or None."""
     excess = ((true - best) / (best + floor)).clamp_min(0)
     if exact and float(excess.max()) > 2e-6:
-        return f"a neighbour is {float(excess.max()):.1e} farther than the nearest"
+        return f"a neighbor is {float(excess.max()):.1e} farther than the nearest"
     if float((excess > 1e-2).double().mean()) > 1e-3 or float(excess.mean()) > 1e-3:
         return (
             f"mean excess {float(excess.mean()):.1e}, {float((excess > 1e-2).double().mean()):.2%} over 1 %"

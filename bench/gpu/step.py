@@ -35,7 +35,7 @@ class Work(NamedTuple):
     widths: list[int]
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and neighbours of one step."""
+        """Queries, keys and neighbors of one step."""
         size = len(self.queries) // STEPS
         part = slice(step * size, (step + 1) * size)
         return self.queries[part], self.keys, self.index[:, part]

@@ -1,4 +1,4 @@
-"""Nearest-neighbour search on the CPU: ours against sgemm, faiss, scikit-learn and torch, in the same run.
+"""Nearest-neighbor search on the CPU: ours against sgemm, faiss, scikit-learn and torch, in the same run.
 
     python bench/ops/search.py [--quick] [--repeats N] [--out FILE]
 

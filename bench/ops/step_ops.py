@@ -2,7 +2,7 @@
 
     python bench/ops/step_ops.py [--repeats N] [--out FILE]
 
-128 queries, 16,384 keys, random neighbours. Checked against fp64 before they are timed. FLOP/s of the
+128 queries, 16,384 keys, random neighbors. Checked against fp64 before they are timed. FLOP/s of the
 gradient as a share of a product's in the same round; bytes/s of Adam for the seven matrices met.
 """
 

@@ -3,7 +3,7 @@
     python bench/runs/distributed.py --steps 160 --heldout-keys 8192 --out bench/results/distributed.json
 
 Held-out loss of ``--parallel queries`` and ``keys`` beside one process, before merging and at the end; and
-the neighbours among keys dealt out over two ranks, beside those among all keys, on the demo's activations.
+the neighbors among keys dealt out over two ranks, beside those among all keys, on the demo's activations.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def search(rank: int, port: int, file: Path) -> None:
         torch.save(found, file.with_suffix(".found"))
 
 
-def neighbours(run: Path, scratch: Path) -> list[dict[str, Any]]:
-    """How many neighbours among dealt-out keys differ from those among all keys, in a trained rotation."""
+def neighbors(run: Path, scratch: Path) -> list[dict[str, Any]]:
+    """How many neighbors among dealt-out keys differ from those among all keys, in a trained rotation."""
     partition, rows = RunFolder(run).partition(), activations()
     file = scratch / "rows.pt"
     torch.save((rows, partition.rotation, list(partition.widths)), file)
@@ -108,7 +108,7 @@ def neighbours(run: Path, scratch: Path) -> list[dict[str, Any]]:
         compared.append(
             {
                 "precision": precision,
-                "neighbours": index.numel(),
+                "neighbors": index.numel(),
                 "different": int((index != alone.index).sum()),
                 "largest_relative_difference": float(
                     (distance / alone.distance - 1).nan_to_num().abs().max()
@@ -119,7 +119,7 @@ def neighbours(run: Path, scratch: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run, print and write; fails where a loss is 0.5 % off or an fp32 neighbour differs."""
+    """Run, print and write; fails where a loss is 0.5 % off or an fp32 neighbor differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,18 +133,18 @@ def main() -> None:
         for ranks, parallel in ((1, "auto"), (RANKS, "queries"), (RANKS, "keys")):
             runs.append(train(ranks, parallel, changes, Path(scratch) / parallel))
             print(runs[-1], flush=True)
-        compared = neighbours(Path(scratch) / "auto", Path(scratch))
+        compared = neighbors(Path(scratch) / "auto", Path(scratch))
     for run in runs:
         for name in ("before_merging", "at_the_end"):
             run[f"{name}_relative"] = run[name] / runs[0][name] - 1
-    result = {"preset": "demo", **changes, "runs": runs, "neighbours": compared, "made_with": provenance()}
+    result = {"preset": "demo", **changes, "runs": runs, "neighbors": compared, "made_with": provenance()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(text_table(runs), text_table(compared), sep="\n")
     off = max(abs(run[f"{name}_relative"]) for run in runs for name in ("before_merging", "at_the_end"))
     different = compared[0]["different"]
     if off > ALLOWED or different:
-        raise SystemExit(f"losses up to {100 * off:.2f} % apart, allowed 0.5 %; {different} other neighbours")
+        raise SystemExit(f"losses up to {100 * off:.2f} % apart, allowed 0.5 %; {different} other neighbors")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from ndm_fast.report.index.writer import build_index
 from ndm_fast.report.index.search import nearest_rows
 
 _NOISE = 0.05
-"""Of the rows' standard deviation: as near as neighbours are in real text."""
-_NEIGHBOURS = 20
+"""Of the rows' standard deviation: as near as neighbors are in real text."""
+_NEIGHBORS = 20
 
 
 def repeated(source: PreimageIndex, rows: int) -> Iterator[TextBatch]:
@@ -53,8 +53,8 @@ def peak_memory() -> float:
 
 
 def check(index: PreimageIndex, query: torch.Tensor, metric: str) -> None:
-    """Fail where a query's neighbours are not those of brute force in fp64."""
-    found = nearest_rows(query, index.rows, _NEIGHBOURS, metric=metric)
+    """Fail where a query's neighbors are not those of brute force in fp64."""
+    found = nearest_rows(query, index.rows, _NEIGHBORS, metric=metric)
     for s, columns in enumerate(index.rows.columns):
         origin = index.rows.origin[columns].double()
         distances = []
@@ -64,7 +64,7 @@ def check(index: PreimageIndex, query: torch.Tensor, metric: str) -> None:
                 distances.append((part - one).norm(dim=1))
             else:
                 distances.append(1 - torch.cosine_similarity(part + origin, (one + origin)[None]))
-        expected = torch.cat(distances).topk(_NEIGHBOURS, largest=False).values
+        expected = torch.cat(distances).topk(_NEIGHBORS, largest=False).values
         torch.testing.assert_close(found.distance[s, 0], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -75,7 +75,7 @@ def time_queries(index: PreimageIndex, metric: str, count: int) -> dict[str, flo
     for row in rows:
         query = index.stored(row[None])
         start, cpu_start = time.perf_counter(), time.process_time()
-        nearest_rows(query, index.rows, _NEIGHBOURS, metric=metric, exclude=row[None])
+        nearest_rows(query, index.rows, _NEIGHBORS, metric=metric, exclude=row[None])
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     return {
@@ -111,7 +111,7 @@ def main() -> None:
         "width": partition.width,
         "widths": list(partition.widths),
         "dtype": options.dtype,
-        "neighbours": _NEIGHBOURS,
+        "neighbors": _NEIGHBORS,
         "build_s": time.perf_counter() - start,
         "build_peak_gb": peak_memory(),
     }

@@ -1,6 +1,6 @@
 """The published training scheme in eager torch, as a baseline: nothing of ours in it.
 
-Per step: rotate all keys, distances to blocks of 16,384 keys, nearest neighbour per subspace, mean distance,
+Per step: rotate all keys, distances to blocks of 16,384 keys, nearest neighbor per subspace, mean distance,
 backward through ``torch.nn.utils.parametrizations.orthogonal`` (matrix exponential), Adam.
 """
 

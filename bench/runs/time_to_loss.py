@@ -140,7 +140,7 @@ def draw(rows: list[dict[str, Any]], target: float, path: Path) -> None:
         points = one["curve"][1:]
         axes.plot([p["seconds"] for p in points], [p["loss"] for p in points], marker=".", label=one["mode"])
     axes.axhline(target, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out distance to the nearest neighbour")
+    axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out distance to the nearest neighbor")
     figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

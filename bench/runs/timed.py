@@ -45,8 +45,8 @@ class TimedTrainer(Trainer):
 
     def _reset_rotation(self, matrix: Tensor) -> None:
         super()._reset_rotation(matrix)
-        neighbours = self.steps.neighbours
-        self.steps.neighbours = lambda *rows: self._timed("search", neighbours, *rows)  # type: ignore[method-assign]
+        neighbors = self.steps.neighbors
+        self.steps.neighbors = lambda *rows: self._timed("search", neighbors, *rows)  # type: ignore[method-assign]
 
     def heldout_distance(self) -> Tensor:
         return self._timed("evaluate", super().heldout_distance)

@@ -3,7 +3,7 @@
     python bench/runs/train.py [--only 384 768] [--rotations lazy] [--no-sweeps] [--out FILE]
 
 Activations are made up (``synthetic.py``), harvest is that of two blocks of a random GPT-2 of the width. The
-slope of log time over log d, K or Q is compared with that of the cost model (design section 4) as
+slope of log time over log d, K or Q is compared with that of the cost model (docs/method.md) as
 ``ndm-fast plan`` has it: rotation of the keys once a search and of the queries, ``2 Q K d`` for the search;
 ``4 Q d^2`` for the gradient, products of d^3, passes over [d, d].
 """

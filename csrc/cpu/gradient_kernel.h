@@ -1,6 +1,6 @@
-// Gradient of the mean distance to given neighbours.
+// Gradient of the mean distance to given neighbors.
 //
-// Formula   delta = q - n_s(q), r = delta R_s, dL/dR_s = 1/(S Q) sum_q delta' r / |r| (design section 3).
+// Formula   delta = q - n_s(q), r = delta R_s, dL/dR_s = 1/(S Q) sum_q delta' r / |r| (docs/method.md).
 // Layout    the differences [Q, d] of one subspace at a time are gathered into scratch that stays in the second or
 //           third-level cache, and read from there by both products; rows of the subspace are padded to whole
 //           vectors. The [S, Q, d] differences are never in memory.

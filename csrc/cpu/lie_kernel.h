@@ -1,7 +1,7 @@
 // Adam on the Lie algebra: the update of a rotation from R'G, one pass over all that it reads and writes.
 //
 // Formula   A = M - M' with M = R'G; m <- m + (1 - fast)(A - m); v <- slow v + (1 - slow) A^2;
-//           U = -scale m / (sqrt(v) + guard) (design section 5; scale and guard hold Adam's bias corrections).
+//           U = -scale m / (sqrt(v) + guard) (docs/method.md; scale and guard hold Adam's bias corrections).
 // Layout    64 x 64 tiles; a tile of M' is transposed into scratch. Both halves of the skew matrices are computed,
 //           from the same operations, so that U' = -U holds to the bit.
 // Mapping   an item is 64 rows.

@@ -9,7 +9,7 @@
 //   2 every group that can hold a key within U is read again; normally none is;
 //   3 rotated form: the fp64 distance decides. Raw form: keys within U of the rotated copy are measured
 //     from the raw rows (search_waiting.h, search_raw.h).
-// A bf16 sweep (Search::bf16) knows rows only to 2^-8. There a neighbour within kLoosened of the least distance
+// A bf16 sweep (Search::bf16) knows rows only to 2^-8. There a neighbor within kLoosened of the least distance
 // will do, so step 2 asks for groups that hold a key within U (1 - kLoosened); where more than kCrowded are, the
 // query is left to the driver, which decides whether to read them or to sweep that subspace again in fp32.
 // Limit: fp32 product of Q x d x p per subspace in raw form (in fp64, as it was, it took 1.2 times as long as the

@@ -41,7 +41,7 @@ struct Fp32 {
 };
 
 // Where a key goes. A pack of `size` keys from row `first` on is cut into 8 runs of consecutive rows, one per
-// lane group, so that the exact pass reads neighbouring rows: row first + g * size / 8 + r is in group g.
+// lane group, so that the exact pass reads neighboring rows: row first + g * size / 8 + r is in group g.
 struct Pack {
   int64_t first;
   int size;

@@ -116,7 +116,7 @@ struct Gradient {
   Rows raw_queries, raw_keys;
   const int64_t* index = nullptr;       // [S, Q] the key that is near
   int64_t index_stride = 0;             // from one subspace to the next
-  const uint8_t* counted = nullptr;     // [S, Q] 0 where a neighbour contributes nothing; null: all do
+  const uint8_t* counted = nullptr;     // [S, Q] 0 where a neighbor contributes nothing; null: all do
   int64_t counted_stride = 0;
   const float* rotation = nullptr;      // [d, d]
   float* mean = nullptr;                // [S] distance

@@ -18,7 +18,7 @@ __device__ inline float to_float(float value) { return value; }
 __device__ inline float to_float(__half value) { return __half2float(value); }
 __device__ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-// Two neighbours, loaded at once.
+// Two neighbors, loaded at once.
 template <class T>
 struct TypeOfPair;
 template <>

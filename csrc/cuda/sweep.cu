@@ -11,7 +11,7 @@ namespace {
 constexpr int kWarps = 4;
 constexpr float kHalfMax = 65504.0f;
 
-// Two neighbouring coordinates of a key, centred and scaled; 0 outside of the subspace and for rows that are not there.
+// Two neighboring coordinates of a key, centred and scaled; 0 outside of the subspace and for rows that are not there.
 template <class T>
 __device__ inline float2 coordinates(const Sweep& a, int64_t row, int64_t column, int within, float scale) {
   float2 pair = {0.0f, 0.0f};

@@ -38,9 +38,9 @@ class HarvestedRows(NamedTuple):
 
 def token_columns(rows: PackedRows) -> tuple[Tensor, ...]:
     """[B * L] each, for every token of packed rows: the columns of ``TokenRows`` beside the activations."""
-    neighbours = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
+    neighbors = torch.nn.functional.pad(rows.tokens, (1, 1), value=-1)
     positions = torch.arange(rows.tokens.shape[1]).expand_as(rows.tokens)
-    columns = (rows.tokens, neighbours[:, :-2], neighbours[:, 2:], positions, rows.documents)
+    columns = (rows.tokens, neighbors[:, :-2], neighbors[:, 2:], positions, rows.documents)
     return tuple(column.flatten() for column in columns)
 
 

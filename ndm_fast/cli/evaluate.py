@@ -29,13 +29,13 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _add_purity(kinds: Any) -> None:
-    about = "what a query shares with its nearest neighbour in each subspace"
+    about = "what a query shares with its nearest neighbor in each subspace"
     purity = add_kind(kinds, "purity", about, _purity)
     purity.add_argument("folder", metavar="RUN", help="folder of a finished run")
     purity.add_argument(
         "--baseline", nargs="*", default=[], metavar="KIND", help="identity, random, pca, pca_ascending"
     )
-    purity.add_argument("--top", type=int, default=1, help="nearest neighbours that count")
+    purity.add_argument("--top", type=int, default=1, help="nearest neighbors that count")
     purity.add_argument(
         "--labels", default=None, metavar="FILE", help="JSON {token: label}; adds the share of the same label"
     )
@@ -52,7 +52,7 @@ def _purity(options: argparse.Namespace) -> None:
         print_json(tables)
         return
     for name, rows in tables.items():
-        nearest = "whose nearest neighbour has" if options.top == 1 else f"and {options.top} neighbours with"
+        nearest = "whose nearest neighbor has" if options.top == 1 else f"and {options.top} neighbors with"
         print(f"\n{name}: share of queries {nearest} the same ...")
         print(text_table([{k: v for k, v in row.items() if k != "intervals"} for row in rows]))
 

@@ -84,7 +84,7 @@ def _index(options: argparse.Namespace) -> None:
 
 def _add_explore(commands: Any) -> None:
     explore = commands.add_parser(
-        "explore", help="serve a live page: type a text, see each token's neighbours"
+        "explore", help="serve a live page: type a text, see each token's neighbors"
     )
     explore.add_argument("folder", metavar="RUN", help="folder of a finished run, or of one run per site")
     explore.add_argument("--host", default="127.0.0.1", help="address to listen on")

@@ -14,7 +14,7 @@ NORMALISATIONS = ("unnormed", "dimension", "variance")
 
 
 def gini(values: Tensor | Sequence[float]) -> float:
-    """``sum_ij |x_i - x_j| / (2 S sum_i x_i)`` of [S] values from 0 up (design section 9).
+    """``sum_ij |x_i - x_j| / (2 S sum_i x_i)`` of [S] values from 0 up (docs/method.md).
 
     0 where all are equal, ``1 - 1/S`` where one holds everything; NaN where all are 0, as nothing is shared.
 

@@ -1,7 +1,7 @@
 """Rotation of many rows about a common origin, block by block.
 
 A common offset leaves euclidean distances alone; one near the mean makes the numbers small, and with them the
-rounding errors (design section 3).
+rounding errors (docs/method.md).
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def unit_columns(rows: Tensor) -> Tensor:
-    """The same rows with neighbouring columns next to each other; rows may stay strided."""
+    """The same rows with neighboring columns next to each other; rows may stay strided."""
     rows = rows.detach()
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
 def equal_width_runs(widths: Sequence[int], longest: int = sys.maxsize) -> Iterator[tuple[slice, slice]]:
-    """Runs of up to ``longest`` neighbouring subspaces of one width: their numbers, and their columns."""
+    """Runs of up to ``longest`` neighboring subspaces of one width: their numbers, and their columns."""
     start = column = 0
     while start < len(widths):
         stop = start

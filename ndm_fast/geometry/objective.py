@@ -11,14 +11,14 @@ from torch import Tensor
 from ndm_fast.geometry.columns import equal_width_runs
 
 _CACHED_ELEMENTS = 1 << 19
-"""Elements of the differences to neighbours that are made at once on a CPU: 2 MB, or they leave the cache."""
+"""Elements of the differences to neighbors that are made at once on a CPU: 2 MB, or they leave the cache."""
 
 
 class Objective(NamedTuple):
     """Loss of one batch of queries, per subspace, and its gradient."""
 
     by_subspace: Tensor
-    """[S] mean distance (euclidean) or mean ``1 - cos`` (cosine) to the neighbours."""
+    """[S] mean distance (euclidean) or mean ``1 - cos`` (cosine) to the neighbors."""
     gradient: Tensor
     """[d, d] gradient of the loss with respect to the rotation."""
 
@@ -38,17 +38,17 @@ def loss_and_gradient(
     metric: str,
     counted: Tensor | None = None,
 ) -> Objective:
-    """Loss and gradient for given neighbours.
+    """Loss and gradient for given neighbors.
 
     Euclidean, with ``delta = q - n_s(q)`` and ``r = delta R_s``: ``dL/dR_s = 1/(S Q) sum_q delta' r / |r|``
-    (design section 3). Cosine, with unit vectors ``u = q R_s / |q R_s|`` and ``v = n R_s / |n R_s|``:
+    (docs/method.md). Cosine, with unit vectors ``u = q R_s / |q R_s|`` and ``v = n R_s / |n R_s|``:
     ``dL/dR_s = -p_s/(d Q) sum_q q' (v - cos u) / |q R_s| + n' (u - cos v) / |n R_s|``. A zero distance, or a
     zero vector, contributes nothing.
 
     Args:
         queries: [Q, d]; keys: [K, d]; index: [S, Q] int64, the row of ``keys`` that is nearest.
         rotation: [d, d], in whose dtype all is computed.
-        counted: [S, Q] bool, the neighbours that contribute; default all. The means are over Q anyhow, so
+        counted: [S, Q] bool, the neighbors that contribute; default all. The means are over Q anyhow, so
             that parts of them, each from the rank that has the rows, add up.
     """
     queries = queries.to(rotation.dtype)
@@ -58,11 +58,11 @@ def loss_and_gradient(
     for subspaces, columns in equal_width_runs(widths, together):
         count, width = subspaces.stop - subspaces.start, widths[subspaces.start]
         weight = width / sum(widths) if metric == "cosine" else 1 / len(widths)
-        neighbours = keys[index[subspaces]].to(rotation.dtype)
+        neighbors = keys[index[subspaces]].to(rotation.dtype)
         basis = rotation[:, columns].unflatten(1, (count, width)).transpose(0, 1)
         part = _cosine if metric == "cosine" else _euclidean
         here = None if counted is None else counted[subspaces].to(rotation.dtype)
-        distance, raw = part(queries, neighbours, basis, here)
+        distance, raw = part(queries, neighbors, basis, here)
         losses.append(distance.mean(1))
         into = gradient[:, columns].unflatten(1, (count, width))
         torch.mul(raw.transpose(0, 1), weight / queries.shape[0], out=into)
@@ -70,10 +70,10 @@ def loss_and_gradient(
 
 
 def _euclidean(
-    queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None
+    queries: Tensor, neighbors: Tensor, basis: Tensor, here: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """[s, Q] distances and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
-    delta = queries - neighbours
+    delta = queries - neighbors
     projected = delta @ basis
     distance = torch.linalg.vector_norm(projected, dim=2)
     if here is not None:
@@ -81,9 +81,9 @@ def _euclidean(
     return distance, delta.transpose(1, 2) @ _over_norm(projected, distance)
 
 
-def _cosine(queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
+def _cosine(queries: Tensor, neighbors: Tensor, basis: Tensor, here: Tensor | None) -> tuple[Tensor, Tensor]:
     """[s, Q] ``1 - cos`` and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
-    query_part, key_part = queries @ basis, neighbours @ basis
+    query_part, key_part = queries @ basis, neighbors @ basis
     query_norm = torch.linalg.vector_norm(query_part, dim=2)
     key_norm = torch.linalg.vector_norm(key_part, dim=2)
     if here is not None:
@@ -93,7 +93,7 @@ def _cosine(queries: Tensor, neighbours: Tensor, basis: Tensor, here: Tensor | N
     by_query = _over_norm(v - cosine[..., None] * u, query_norm)
     by_key = _over_norm(u - cosine[..., None] * v, key_norm)
     distance = (1 if here is None else here) - cosine
-    return distance, -(queries.T @ by_query + neighbours.transpose(1, 2) @ by_key)
+    return distance, -(queries.T @ by_query + neighbors.transpose(1, 2) @ by_key)
 
 
 def _over_norm(rows: Tensor, norm: Tensor) -> Tensor:

@@ -103,13 +103,13 @@ def distance_to(
     rotation = rotation.double()
     distances = []
     for columns, rows in zip(_columns(widths), index, strict=True):
-        basis, query, neighbour = rotation[:, columns], queries.double(), keys[rows].double()
+        basis, query, neighbor = rotation[:, columns], queries.double(), keys[rows].double()
         if metric == "euclidean" and not keys_rotated:
-            difference = (query - neighbour) @ basis  # subtracted first: nothing cancels
+            difference = (query - neighbor) @ basis  # subtracted first: nothing cancels
             distances.append(torch.linalg.vector_norm(difference, dim=1))
             continue
         query_part = query[:, columns] if queries_rotated else query @ basis
-        key_part = neighbour[:, columns] if keys_rotated else neighbour @ basis
+        key_part = neighbor[:, columns] if keys_rotated else neighbor @ basis
         if metric == "cosine":
             distances.append(1 - (_unit(query_part) * _unit(key_part)).sum(1))
         else:
@@ -119,23 +119,23 @@ def distance_to(
 
 def mean_distance(
     queries: Tensor,
-    neighbours: Tensor,
+    neighbors: Tensor,
     rotation: Tensor,
     widths: Sequence[int],
     *,
     metric: str = "euclidean",
 ) -> Tensor:
-    """The loss of NDM for given neighbours, differentiable in ``rotation`` (Huang & Hahn 2025, section 3).
+    """The loss of NDM for given neighbors, differentiable in ``rotation`` (Huang & Hahn 2025, section 3).
 
     Args:
-        queries: [Q, d]; neighbours: [S, Q, d], the activation nearest to each query in each subspace.
+        queries: [Q, d]; neighbors: [S, Q, d], the activation nearest to each query in each subspace.
 
     Returns:
         Scalar: for ``euclidean`` the mean over subspaces and queries of the distance; for ``cosine`` minus
         the mean cosine, subspaces weighted by width.
     """
     total = rotation.new_zeros(())
-    for columns, rows in zip(_columns(widths), neighbours, strict=True):
+    for columns, rows in zip(_columns(widths), neighbors, strict=True):
         basis = rotation[:, columns]
         if metric == "cosine":
             cosine = (_unit(queries @ basis) * _unit(rows @ basis)).sum(1)
@@ -184,7 +184,7 @@ def ksg_radius(
     """[P, Q] distance to the nearest key in the joint space of each pair, in the maximum norm.
 
     ``radius = min_k max(D_a(q, k), D_b(q, k))`` with ``D`` as in :func:`scaled_distances`; ``pairs`` is
-    [P, 2] int64. Kraskov, Stögbauer & Grassberger 2004, algorithm 1 with one neighbour.
+    [P, 2] int64. Kraskov, Stögbauer & Grassberger 2004, algorithm 1 with one neighbor.
     """
     scaled = scaled_distances(queries, keys, rotation, widths, variances, rotated=rotated)
     return torch.stack([torch.maximum(scaled[a], scaled[b]).min(1).values for a, b in pairs.tolist()])
@@ -243,7 +243,7 @@ def lie_update(
     betas: tuple[float, float],
     half: bool = False,
 ) -> Tensor:
-    """[d, d] Adam's update on the Lie algebra, ``U = -scale m / (sqrt(v) + guard)`` (design section 5).
+    """[d, d] Adam's update on the Lie algebra, ``U = -scale m / (sqrt(v) + guard)`` (docs/method.md).
 
     Args:
         product: [d, d] ``R'G`` of a rotation and its gradient, in any dtype; the tangent is ``R'G - G'R``.

@@ -1,4 +1,4 @@
-"""CUDA C++ ops (``csrc/cuda``): the nearest-neighbour search for sm_80 and up, never picked by ``auto``.
+"""CUDA C++ ops (``csrc/cuda``): the nearest-neighbor search for sm_80 and up, never picked by ``auto``.
 
 No GPU record shows them faster than Triton yet. The extension takes raw addresses and a stream and knows
 nothing of torch; ``kernels/sweep.py`` explains the method. There are no KSG kernels here: use ``triton``.

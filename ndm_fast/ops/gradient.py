@@ -27,7 +27,7 @@ def loss_and_gradient(
     *,
     backend: str | None = None,
 ) -> Objective:
-    """Loss and gradient for given neighbours, as ``ndm_fast.geometry.objective.loss_and_gradient`` has them.
+    """Loss and gradient for given neighbors, as ``ndm_fast.geometry.objective.loss_and_gradient`` has them.
 
     Args:
         queries: [Q, d] and keys: [K, d], fp32, fp16 or bf16.
@@ -35,7 +35,7 @@ def loss_and_gradient(
         rotation: [d, d] fp32.
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"`` or ``"cosine"``.
-        counted: [S, Q] bool, the neighbours that contribute to the means over Q; default all.
+        counted: [S, Q] bool, the neighbors that contribute to the means over Q; default all.
         backend: see ``ndm_fast.ops.backends``.
 
     Returns:

@@ -44,8 +44,8 @@ def nearest_neighbors(
         rotation: [d, d] orthogonal, fp32.
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: least precision of the pass that proposes neighbours, ``"fp32"`` or ``"bf16"``. With bf16 a
-            neighbour may be 1 % farther than the nearest (fp32: 1e-6). The distance returned is always
+        precision: least precision of the pass that proposes neighbors, ``"fp32"`` or ``"bf16"``. With bf16 a
+            neighbor may be 1 % farther than the nearest (fp32: 1e-6). The distance returned is always
             computed anew, from the difference of the two rows.
         keys_rotated, queries_rotated: what is rotated already; the queries only where the keys are.
         backend: see ``ndm_fast.ops.backends``.

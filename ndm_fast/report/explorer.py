@@ -1,4 +1,4 @@
-"""What the live page can ask: a text or a row of an index, and its neighbours in every subspace."""
+"""What the live page can ask: a text or a row of an index, and its neighbors in every subspace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.search import nearest_rows
 from ndm_fast.report.index.tokens import token_pieces
 from ndm_fast.report.index.writer import run_index
-from ndm_fast.report.views import radii, random_row, view_neighbours
+from ndm_fast.report.views import radii, random_row, view_neighbors
 from ndm_fast.run.folder import RunFolder
 
 TEXT_LIMIT = 4000
@@ -29,7 +29,7 @@ TEXT_LIMIT = 4000
 _TOKEN_LIMIT = 512
 
 
-_NEIGHBOUR_LIMIT, _WINDOW_LIMIT = 100, 100
+_NEIGHBOR_LIMIT, _WINDOW_LIMIT = 100, 100
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Query:
     Attributes:
         site: one of the explorer's; text: what was typed, None where a row of the index is the query.
         place: number of the token in the text, or of the row in the index.
-        k: neighbours in each subspace; within: largest relative distance, None for any.
+        k: neighbors in each subspace; within: largest relative distance, None for any.
         window: tokens before and after; subspaces: those to show.
     """
 
@@ -104,7 +104,7 @@ class Explorer:
         Returns:
             ``tokens`` of the text or of the row's own text (``name``, ``text``, ``special``, and ``place``,
             None where it cannot be a query), ``place`` of the query among them, and ``subspaces``: for each
-            one its number, width, rows ``within`` the distance, and ``neighbours``.
+            one its number, width, rows ``within`` the distance, and ``neighbors``.
 
         Raises:
             InputError: a parameter is missing, wrong or over its limit.
@@ -137,7 +137,7 @@ class Explorer:
                 "subspace": s,
                 "width": index.rows.widths[s],
                 "within": None if query.within is None else int(found.within[place, 0]),
-                "neighbours": view_neighbours(
+                "neighbors": view_neighbors(
                     index, found, place, 0, s, metric=query.metric, window=query.window
                 ),
             }
@@ -169,7 +169,7 @@ class Explorer:
             site=site,
             text=text,
             place=place,
-            k=_whole(asked, "k", 1, _NEIGHBOUR_LIMIT, 10),
+            k=_whole(asked, "k", 1, _NEIGHBOR_LIMIT, 10),
             within=_within(asked.get("within")),
             metric=metric,
             window=_whole(asked, "window", 0, _WINDOW_LIMIT, 6),

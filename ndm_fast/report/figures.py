@@ -89,7 +89,7 @@ def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
 
 
 def purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
-    """``purity.json``: rows of ``neighbour_purity`` by method."""
+    """``purity.json``: rows of ``neighbor_purity`` by method."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -123,9 +123,9 @@ def loss_figure(events: Sequence[Event], metric: str = "euclidean") -> Figure:
     _mark_merges(axes, merges, _first_count(kinds))
     count_steps(axes)
     unit = "−cosine, weighted by width" if metric == "cosine" else "units of the activations"
-    axes.set_ylabel(f"mean distance to the nearest neighbour\n({unit})")
+    axes.set_ylabel(f"mean distance to the nearest neighbor\n({unit})")
     axes.legend(loc="best")
-    figure.suptitle("Loss: how near the nearest neighbour is, averaged over subspaces")
+    figure.suptitle("Loss: how near the nearest neighbor is, averaged over subspaces")
     return figure
 
 
@@ -197,10 +197,10 @@ def _mark_escapes(axes: Axes, escapes: Sequence[Event]) -> None:
 
 
 def purity_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """What nearest neighbours share with their queries, subspaces x shares; one panel per method.
+    """What nearest neighbors share with their queries, subspaces x shares; one panel per method.
 
     Args:
-        tables: rows of ``neighbour_purity`` by method, as in ``purity.json``.
+        tables: rows of ``neighbor_purity`` by method, as in ``purity.json``.
     """
     tallest = max(map(len, tables.values()))
     figure = new_figure(4.2 * len(tables) + 2.0, max(3.2, 0.27 * tallest + 1.8))
@@ -219,7 +219,7 @@ def purity_figure(tables: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     bar.set_label("share of queries, %")
     bar.outline.set_visible(False)
     end = "\n" if len(tables) == 1 else " "  # one panel is too narrow for the whole line
-    figure.suptitle(f"Neighbour purity: how often the nearest neighbour{end}in a subspace has the same …")
+    figure.suptitle(f"Neighbor purity: how often the nearest neighbor{end}in a subspace has the same …")
     return figure
 
 

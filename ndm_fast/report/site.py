@@ -18,7 +18,7 @@ from ndm_fast.report.survey import SAMPLE, SubspaceSurvey, survey
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.version import __version__
 
-_GALLERY_QUERIES, _GALLERY_NEIGHBOURS = 12, 12
+_GALLERY_QUERIES, _GALLERY_NEIGHBORS = 12, 12
 
 _SHARES = (
     ("same_token", "token"),
@@ -31,13 +31,13 @@ _SHARES = (
 
 
 _FIGURES = {
-    "loss": ("Loss", "Mean distance to the nearest neighbour during training; dashed lines are merges."),
+    "loss": ("Loss", "Mean distance to the nearest neighbor during training; dashed lines are merges."),
     "merge_tree": ("Merge tree", "Which of the first subspaces joined, and when."),
     "mutual_information": (
         "Mutual information",
         "Between all pairs of subspaces at every round of merging, over the sum of both widths.",
     ),
-    "purity": ("Neighbour purity", "The shares of the table, beside those of other rotations."),
+    "purity": ("Neighbor purity", "The shares of the table, beside those of other rotations."),
     "circuits": ("Circuits", "What replacing one subspace by that of a counterfactual prompt changes."),
 }
 
@@ -64,7 +64,7 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
         index,
         metric=metric,
         queries=_GALLERY_QUERIES,
-        neighbours=_GALLERY_NEIGHBOURS,
+        neighbors=_GALLERY_NEIGHBORS,
         purity=_saved_purity(folder, index),
     )
     result = folder.result()

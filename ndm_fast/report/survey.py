@@ -1,4 +1,4 @@
-"""What a report says about each subspace: nearest neighbours of a sample, diverse queries, counts."""
+"""What a report says about each subspace: nearest neighbors of a sample, diverse queries, counts."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ndm_fast.evaluate.purity.purity import purity_rows
 from ndm_fast.evaluate.purity.reading import Reading, describe
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.search import nearest_rows
-from ndm_fast.report.views import NeighbourView, RowView, count_tokens, token_ids, view_neighbours, view_row
+from ndm_fast.report.views import NeighborView, RowView, count_tokens, token_ids, view_neighbors, view_row
 from ndm_fast.seeds import seeded
 
 SAMPLE = 1024
-"""Rows whose nearest neighbours are counted."""
+"""Rows whose nearest neighbors are counted."""
 
 
 _KEYS = 32768
@@ -47,16 +47,16 @@ _WINDOW = 8
 
 @dataclass(frozen=True)
 class Gallery:
-    """A query with its neighbours in one subspace."""
+    """A query with its neighbors in one subspace."""
 
     query: RowView
     share: float
     """Share of the rows in the query's cluster."""
-    neighbours: list[NeighbourView]
+    neighbors: list[NeighborView]
     tokens: list[tuple[str, int]]
-    """Most frequent tokens of the neighbours."""
+    """Most frequent tokens of the neighbors."""
     positions: tuple[int, int, int]
-    """Least, median and greatest position of the neighbours."""
+    """Least, median and greatest position of the neighbors."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class SubspaceSurvey:
     reading: Reading
     bin_width: float
     near: list[float]
-    """Share of the sample whose nearest neighbour is in each bin of distance; the last one is open."""
+    """Share of the sample whose nearest neighbor is in each bin of distance; the last one is open."""
     random: list[float]
     """The same for a row drawn at random instead."""
     position_map: list[list[float]]
-    """Share of nearest neighbours by bins of the query's position and (inner) the neighbour's."""
+    """Share of nearest neighbors by bins of the query's position and (inner) the neighbor's."""
     tokens: list[tuple[str, float, float]]
-    """Most frequent tokens of all galleries' neighbours: name, their share there, share in the index."""
+    """Most frequent tokens of all galleries' neighbors: name, their share there, share in the index."""
     galleries: list[Gallery]
 
 
@@ -84,13 +84,13 @@ def survey(
     *,
     metric: str,
     queries: int,
-    neighbours: int,
+    neighbors: int,
     purity: list[dict[str, Any]] | None = None,
 ) -> list[SubspaceSurvey]:
     """Survey every subspace of an index.
 
     Args:
-        queries: of each gallery, one for each cluster; neighbours: shown for each.
+        queries: of each gallery, one for each cluster; neighbors: shown for each.
         purity: of the subspaces, where it was measured before; else that of the sample.
     """
     order = torch.randperm(len(index), generator=seeded(_SEED, 20))
@@ -115,7 +115,7 @@ def survey(
         columns = index.rows.columns[s]
         drawn = _distances(rows.activations, keys.activations[: len(sample)], origin, columns, metric)
         bin_width, near, far = _histograms(found.distance[s], drawn)
-        galleries, shown = _galleries(index, order[:_CLUSTERED], s, metric, queries, neighbours)
+        galleries, shown = _galleries(index, order[:_CLUSTERED], s, metric, queries, neighbors)
         surveys.append(
             SubspaceSurvey(
                 subspace=s,
@@ -154,9 +154,9 @@ def _shares(values: Tensor, bin_width: float) -> list[float]:
     return (torch.bincount(bins, minlength=_HISTOGRAM_BINS) / len(values)).tolist()
 
 
-def _position_map(query: Tensor, neighbour: Tensor, length: int) -> list[list[float]]:
+def _position_map(query: Tensor, neighbor: Tensor, length: int) -> list[list[float]]:
     bins = min(_MAP_BINS, length)
-    cells = (query * bins // length) * bins + neighbour * bins // length
+    cells = (query * bins // length) * bins + neighbor * bins // length
     counts = torch.bincount(cells, minlength=bins * bins).view(bins, bins).float()
     return (counts / counts.sum(1, keepdim=True).clamp_min(1)).tolist()
 
@@ -170,16 +170,16 @@ def _frequent(index: PreimageIndex, shown: Tensor) -> list[tuple[str, float, flo
 
 
 def _galleries(
-    index: PreimageIndex, rows: Tensor, s: int, metric: str, queries: int, neighbours: int
+    index: PreimageIndex, rows: Tensor, s: int, metric: str, queries: int, neighbors: int
 ) -> tuple[list[Gallery], Tensor]:
-    """Galleries of a subspace, the largest cluster first, and the numbers of all neighbours in them."""
+    """Galleries of a subspace, the largest cluster first, and the numbers of all neighbors in them."""
     points = index.rows.gather(rows, index.rows.columns[s]).float()
     if metric == "cosine":
         points = torch.nn.functional.normalize(points + index.rows.origin[index.rows.columns[s]], dim=1)
     middles, shares = diverse_points(points, queries, _SEED)
     chosen = rows[middles]
     found = nearest_rows(
-        index.stored(chosen), index.rows, neighbours, metric=metric, subspaces=[s], exclude=chosen
+        index.stored(chosen), index.rows, neighbors, metric=metric, subspaces=[s], exclude=chosen
     )
     galleries = []
     for q, (row, share) in enumerate(zip(chosen.tolist(), shares.tolist(), strict=True)):
@@ -189,7 +189,7 @@ def _galleries(
             Gallery(
                 query=view_row(index, row, _WINDOW),
                 share=share,
-                neighbours=view_neighbours(index, found, 0, q, s, metric=metric, window=_WINDOW),
+                neighbors=view_neighbors(index, found, 0, q, s, metric=metric, window=_WINDOW),
                 tokens=[(index.pieces[token].name, n) for token, n in count_tokens(index, numbers)[:6]],
                 positions=(int(positions[0]), int(positions[len(positions) // 2]), int(positions[-1])),
             )

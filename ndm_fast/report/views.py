@@ -1,4 +1,4 @@
-"""Neighbours as people read them: tokens in their context, with distances, norms and positions."""
+"""Neighbors as people read them: tokens in their context, with distances, norms and positions."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class RowView(TypedDict):
     after: list[Stretch]
 
 
-class NeighbourView(RowView):
-    """A row as the neighbour of a query in one subspace."""
+class NeighborView(RowView):
+    """A row as the neighbor of a query in one subspace."""
 
     distance: float
     relative: float
@@ -72,10 +72,10 @@ def stretches(index: PreimageIndex, tokens: list[int]) -> list[Stretch]:
     return joined
 
 
-def view_neighbours(
+def view_neighbors(
     index: PreimageIndex, found: Nearby, place: int, query: int, subspace: int, *, metric: str, window: int
-) -> list[NeighbourView]:
-    """The neighbours of one query in one subspace.
+) -> list[NeighborView]:
+    """The neighbors of one query in one subspace.
 
     Args:
         found: of ``search.nearest_rows`` on ``index.rows``.
@@ -84,7 +84,7 @@ def view_neighbours(
     numbers = found.index[place, query]
     numbers = numbers[numbers >= 0]
     norms = index.norm(numbers, subspace).tolist()
-    views: list[NeighbourView] = []
+    views: list[NeighborView] = []
     for row, distance, norm in zip(
         numbers.tolist(), found.distance[place, query].tolist(), norms, strict=False
     ):
@@ -98,7 +98,7 @@ def view_neighbours(
 def radii(
     index: PreimageIndex, relative: float | None, metric: str, subspaces: list[int]
 ) -> list[float] | None:
-    """A relative distance as the radius in each subspace, see ``NeighbourView.relative``."""
+    """A relative distance as the radius in each subspace, see ``NeighborView.relative``."""
     if relative is None:
         return None
     return [relative if metric == "cosine" else relative * index.spread[s] for s in subspaces]

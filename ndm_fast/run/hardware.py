@@ -64,7 +64,7 @@ class Efficiencies:
     exact: float
     """Distances measured from raw rows, in evaluations."""
     gradient: float
-    """Gathering neighbours and the gradient's products, fp32."""
+    """Gathering neighbors and the gradient's products, fp32."""
     product: float
     """Products of d^3 in the update."""
     elementwise: float

@@ -1,4 +1,4 @@
-"""What a run will cost, before it is started: FLOPs, time, memory, disk (cost model of design section 4)."""
+"""What a run will cost, before it is started: FLOPs, time, memory, disk (cost model of docs/method.md)."""
 
 from __future__ import annotations
 

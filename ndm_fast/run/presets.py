@@ -1,6 +1,6 @@
 """Settings by name: the published ones for parity, and fast ones for small models.
 
-The published values are those of the authors' released logs (Huang & Hahn 2025; design section 1).
+The published values are those of the authors' released logs (Huang & Hahn 2025; docs/method.md).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class _Static(NamedTuple):
     """Memory that a graph reads, and where it leaves its results."""
 
     queries: Tensor
-    neighbours: Tensor
+    neighbors: Tensor
     """[S, m Q] rows of the pool."""
     factors: Tensor
     """[m, 2] scale and guard of every step."""
@@ -64,7 +64,7 @@ class GraphedSteps:
         graph = self._graphs.get(kind)
         static = graph.static if graph else self._memory(queries, index, len(turns))
         static.queries.copy_(queries)
-        torch.add(index, first, out=static.neighbours)
+        torch.add(index, first, out=static.neighbors)
         static.factors.copy_(_on_host(turns, keys.device), non_blocking=True)
         static.matrix.copy_(self._rotation.working)
         if graph is None:  # a graph must find compiled and allocated what it needs
@@ -95,7 +95,7 @@ class GraphedSteps:
             turn._replace(scale=scale, guard=guard)
             for turn, (scale, guard) in zip(turns, static.factors, strict=True)
         ]
-        static.losses.copy_(self._steps(static.queries, held, static.neighbours, moved))
+        static.losses.copy_(self._steps(static.queries, held, static.neighbors, moved))
         static.matrix.copy_(self._rotation.working)
 
 

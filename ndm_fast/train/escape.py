@@ -15,7 +15,7 @@ _PURPOSE = 2
 
 
 class Escape:
-    """Proposals and verdicts (design section 5); the trainer does the steps in between.
+    """Proposals and verdicts (docs/method.md); the trainer does the steps in between.
 
     Args:
         seed: which pairs and which rotations are tried.

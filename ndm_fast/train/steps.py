@@ -1,4 +1,4 @@
-"""What happens between two searches: neighbours, then a gradient and a turn for every batch."""
+"""What happens between two searches: neighbors, then a gradient and a turn for every batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Steps:
         """Queries of this rank in a step."""
         return self._config.queries // self._group.queries.size
 
-    def neighbours(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
+    def neighbors(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
         """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation."""
         if self._group.keys.size > 1:
             return self.search(queries, keys, rotation).index
@@ -50,14 +50,14 @@ class Steps:
         return ops.nearest_index(queries, keys, rotation, self._widths, config.metric, config.precision)
 
     def search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
-        """Neighbours of this rank's queries among the keys of all ranks, with exact distances."""
+        """Neighbors of this rank's queries among the keys of all ranks, with exact distances."""
         config = self._config
         return self._group.keys.nearest_neighbors(
             queries, keys, rotation, self._widths, config.metric, config.precision
         )
 
     def objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
-        """Loss and gradient over the queries and neighbours of all ranks."""
+        """Loss and gradient over the queries and neighbors of all ranks."""
         places, here = self._group.keys.owned(index)
         part = ops.loss_and_gradient(queries, keys, places, rotation, self._widths, self._config.metric, here)
         return Objective(*(self._group.combine(each) for each in part))

@@ -151,13 +151,13 @@ class Trainer:
         return not self.finished
 
     def train_block(self, steps: int, observer: Observer) -> None:
-        """One search, then ``steps`` optimiser steps on its neighbours: :meth:`run` calls it.
+        """One search, then ``steps`` optimiser steps on its neighbors: :meth:`run` calls it.
 
-        Neighbours up to ``steps`` old can only be farther than the true ones: the loss is majorised.
+        Neighbors up to ``steps`` old can only be farther than the true ones: the loss is majorised.
         """
         queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
         keys = self.pool.next_keys()
-        index = self.steps.neighbours(queries, keys, self._rotation_ahead(steps))
+        index = self.steps.neighbors(queries, keys, self._rotation_ahead(steps))
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = float(loss) / self._unit
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
@@ -186,7 +186,7 @@ class Trainer:
         return logged
 
     def _rotation_ahead(self, steps: int) -> Tensor:
-        """[d, d] where to search for the next steps: neighbours found where they begin hold them back."""
+        """[d, d] where to search for the next steps: neighbors found where they begin hold them back."""
         rate = self.schedule.learning_rate(self.step)
         return self.rotation.ahead(self.config.search_ahead * (steps - 1), rate)
 
@@ -204,12 +204,12 @@ class Trainer:
             "orthogonality_error": orthogonality_error(self.rotation.matrix),
         }
         if stale_gap:
-            record["stale_neighbour_gap"] = self._stale_gap()
+            record["stale_neighbor_gap"] = self._stale_gap()
         observer.event(record)
         return distance
 
     def heldout_distance(self) -> Tensor:
-        """[S] mean distance of the held-out queries to their neighbours among the held-out keys."""
+        """[S] mean distance of the held-out queries to their neighbors among the held-out keys."""
         cut = self.config.heldout_queries
         queries = self.group.queries.share(self._heldout[:cut])
         keys = self.group.keys.share(self._heldout[cut:])
@@ -221,7 +221,7 @@ class Trainer:
         return subspace_variances(self._heldout, self.rotation.matrix, self.widths) / self.scale**2
 
     def _stale_gap(self) -> float:
-        """How much farther than the true neighbours the last batch's are, relative to the loss."""
+        """How much farther than the true neighbors the last batch's are, relative to the loss."""
         queries, keys, index = self._last
         stale = self.steps.objective(queries, keys, index, self.rotation.matrix).by_subspace
         total = self.group.queries.sum(self.steps.search(queries, keys, self.rotation.matrix).distance.sum(1))

@@ -97,7 +97,7 @@ def test_special_tokens_are_dropped(stream_of, loaded):
     assert not (found.token == eos).any()
     assert not (found.position == 0).any()
     assert (found.previous_token[found.position == 1] == eos).all()
-    assert (found.previous_token[found.position != 1] == eos).any()  # neighbours may be special
+    assert (found.previous_token[found.position != 1] == eos).any()  # neighbors may be special
 
 
 @pytest.mark.parametrize("start", [0, 1, 5])

@@ -30,7 +30,7 @@ def test_clear_evidence_is_named(shares, reading):
 
 
 def test_what_all_subspaces_share_tells_of_none():
-    """In short rows of text, every neighbour is near."""
+    """In short rows of text, every neighbor is near."""
     assert read_subspaces([row(position_within_3=0.9)] * 4) == ["unclear"] * 4
     assert read_subspaces([row(same_token=0.9)] * 3) == ["unclear"] * 3
 
@@ -45,8 +45,8 @@ def test_every_subspace_is_read_by_itself():
     [
         ("unclear", "mixed", "mixed, in part current token (42 %)"),
         ("position", "position", "position (10 % within 3)"),
-        ("next token", "next token", "next token (10 % of neighbours)"),
-        ("label", "label", "label (77 % of neighbours)"),
+        ("next token", "next token", "next token (10 % of neighbors)"),
+        ("label", "label", "label (77 % of neighbors)"),
     ],
 )
 def test_a_line_gives_the_share_behind_the_reading(reading, variable, line):

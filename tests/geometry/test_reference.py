@@ -87,9 +87,9 @@ def test_mean_distance_passes_gradcheck():
     generator = torch.Generator().manual_seed(3)
     rotation = random_rotation(6, generator).double().requires_grad_()
     queries = torch.randn(4, 6, generator=generator, dtype=torch.float64)
-    neighbours = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
+    neighbors = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64)
     for metric in ("euclidean", "cosine"):
         assert torch.autograd.gradcheck(
-            lambda r, metric=metric: reference.mean_distance(queries, neighbours, r, [4, 2], metric=metric),
+            lambda r, metric=metric: reference.mean_distance(queries, neighbors, r, [4, 2], metric=metric),
             (rotation,),
         )

@@ -85,7 +85,7 @@ def test_autotune_says_why_nothing_runs(cache: Path) -> None:
     assert not cache.exists()
 
 
-def test_every_choice_of_tiles_finds_the_same_neighbours(cache: Path) -> None:
+def test_every_choice_of_tiles_finds_the_same_neighbors(cache: Path) -> None:
     """What runs on a card is timed there; here it is only run."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():

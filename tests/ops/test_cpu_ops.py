@@ -162,7 +162,7 @@ def test_copies_that_wait_in_different_groups_go_to_the_lowest_index(isa: str) -
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf])
-def test_an_infinite_key_is_nobodys_neighbour(isa: str, bad: float) -> None:
+def test_an_infinite_key_is_nobodys_neighbor(isa: str, bad: float) -> None:
     keys = torch.randn(50, 4)
     keys[0, 0] = bad
     found = search.nearest_neighbors(torch.randn(3, 4), keys, torch.eye(4), [4], keys_rotated=True)

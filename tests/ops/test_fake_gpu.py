@@ -40,7 +40,7 @@ pytestmark = [
 
 GPU = torch.device("cuda", 0)
 ROWS = ("keys", "raw_keys", "raw_queries", "rotation", "exact_rotation", "packed", "packed_rest", "minima")
-"""Arguments whose columns kernels take to be neighbours."""
+"""Arguments whose columns kernels take to be neighbors."""
 DTYPES = {
     **dict.fromkeys(("packed", "packed_rest"), torch.float16),
     **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), torch.float32),
@@ -168,7 +168,7 @@ def test_searches(launches: list[str], search: str, metric: str, precision: str,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_neighbours_without_distances(launches: list[str], metric: str, dtype: torch.dtype) -> None:
+def test_neighbors_without_distances(launches: list[str], metric: str, dtype: torch.dtype) -> None:
     widths = [32, 32, 7]
     queries, keys, rotation = rows(70, 71, dtype), rows(5000, 71, dtype), rows(71, 71)
     index = twice(lambda: search.nearest_index(queries, keys, rotation, widths, metric=metric))

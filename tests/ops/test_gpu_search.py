@@ -105,7 +105,7 @@ def search(
 def check(
     queries: Tensor, keys: Tensor, widths: list[int], form: str, metric: str = "euclidean"
 ) -> Neighbors:
-    """The contract of design section 3; in half precision too, a query farther than 1 % fails."""
+    """The contract of docs/method.md; in half precision too, a query farther than 1 % fails."""
     rotation, options = rotation_of(sum(widths)), FORMS[form]
     if "precision" in options and keys.dtype == torch.float32:
         half = torch.float16 if max(keys.abs().max(), queries.abs().max()) < 2**15 else torch.bfloat16
@@ -307,7 +307,7 @@ def test_does_not_depend_on_which_warp_goes_first(form: str) -> None:
 def check_index(
     queries: Tensor, keys: Tensor, widths: list[int], form: str, metric: str = "euclidean"
 ) -> tuple[Tensor, Tensor]:
-    """Neighbours without distances, at most 1 % too far; true distances, and which raw rows decided."""
+    """Neighbors without distances, at most 1 % too far; true distances, and which raw rows decided."""
     rotation, asked = rotation_of(sum(widths)), []
     module = importlib.import_module("ndm_fast.kernels.rerank")
     rerank = module.rerank
@@ -332,7 +332,7 @@ def check_index(
 @pytest.mark.parametrize("form", ["split", "fused"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_neighbours_without_distances(
+def test_neighbors_without_distances(
     form: str, metric: str, dtype: torch.dtype, poisoned_outputs: None
 ) -> None:
     """Of the queries some are settled by the copy, others, near to two keys, by raw rows."""
@@ -349,7 +349,7 @@ def test_neighbours_without_distances(
 
 @pytest.mark.skipif(not backends.has_triton_installed(), reason="triton is not installed")
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_neighbours_without_distances_of_heavy_tailed_data(metric: str) -> None:
+def test_neighbors_without_distances_of_heavy_tailed_data(metric: str) -> None:
     rows = heavy_tailed(210, 45).clamp(-3e4, 3e4).half()
     check_index(rows[:7], rows[7:], [40, 5], "split", metric)
 
@@ -368,7 +368,7 @@ def test_a_quiet_subspace_beside_a_loud_one(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not backends.has_triton_installed(), reason="triton is not installed")
-def test_of_equal_keys_the_first_is_the_neighbour_and_nan_has_none() -> None:
+def test_of_equal_keys_the_first_is_the_neighbor_and_nan_has_none() -> None:
     keys = torch.randn(20, 24).half().repeat(10, 1)
     queries = torch.randn(3, 24).half()
     queries[1, 2] = torch.nan

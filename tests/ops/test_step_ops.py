@@ -171,7 +171,7 @@ def test_without_a_compiled_backend_the_torch_code_runs() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("backend", ["reference", "triton", pytest.param("cpu", marks=compiled)])
-def test_neighbours_without_distances(backend: str, metric: str, precision: str) -> None:
+def test_neighbors_without_distances(backend: str, metric: str, precision: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")
     generator = torch.Generator().manual_seed(7)
@@ -193,7 +193,7 @@ def test_neighbours_without_distances(backend: str, metric: str, precision: str)
     ],
     ids=str,
 )
-def test_neighbours_refuse_by_name(change: dict[str, object], message: str) -> None:
+def test_neighbors_refuse_by_name(change: dict[str, object], message: str) -> None:
     given = {
         "queries": torch.ones(2, 8),
         "keys": torch.ones(3, 8),

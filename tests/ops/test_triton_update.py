@@ -75,7 +75,7 @@ def check(
 def case(
     rows, widths: list[int], queries: int = 7, keys: int = 40
 ) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Queries, keys and neighbours drawn at random."""
+    """Queries, keys and neighbors drawn at random."""
     index = torch.randint(keys, (len(widths), queries))
     return rows(queries, sum(widths)), rows(keys, sum(widths)), index, widths
 
@@ -122,7 +122,7 @@ def test_shape_does_not_matter() -> None:
         check(*data, shape=shape)
 
 
-def test_only_neighbours_that_count_contribute() -> None:
+def test_only_neighbors_that_count_contribute() -> None:
     rows, keys, index, widths = case(heavy_tailed, [33, 16, 16])
     counted = torch.rand(index.shape) < 0.5
     counted[1] = False
@@ -136,7 +136,7 @@ def test_only_neighbours_that_count_contribute() -> None:
     assert torch.equal(again.gradient.cpu(), found.gradient)
 
 
-def test_a_query_equal_to_its_neighbour_has_no_gradient() -> None:
+def test_a_query_equal_to_its_neighbor_has_no_gradient() -> None:
     _, keys, index, widths = case(heavy_tailed, [33, 16])
     index[:] = torch.arange(7)
     found = check(keys[:7].clone(), keys, index, widths)

@@ -283,7 +283,7 @@ CARDS = (
 )
 
 
-def test_typed_text_leads_to_neighbours_and_a_deep_link(
+def test_typed_text_leads_to_neighbors_and_a_deep_link(
     browser: Browser, site: str, index: PreimageIndex, hostile_run: Path
 ) -> None:
     from ndm_fast import RunFolder, collect_activations, load_model
@@ -317,7 +317,7 @@ def test_typed_text_leads_to_neighbours_and_a_deep_link(
     assert browser.complaints() == []
 
 
-def test_neighbours_can_be_followed_and_left_again(browser: Browser, site: str, index: PreimageIndex) -> None:
+def test_neighbors_can_be_followed_and_left_again(browser: Browser, site: str, index: PreimageIndex) -> None:
     state = {"row": 40, "k": 4, "subspaces": "1", "window": 2}
     browser.open(f"{site}?{urlencode(state)}")
     browser.until("document.querySelectorAll('.card li').length")

@@ -87,10 +87,10 @@ def test_row_and_its_text_are_the_same_query(explorer: Explorer, name: str) -> N
     by_text = explorer.query({"site": name, "text": text, "token": str(places.index(100)), "k": "4"})
     assert [token["text"] for token in by_text["tokens"]] == [token["text"] for token in by_row["tokens"]]
     for one, other in zip(by_row["subspaces"], by_text["subspaces"], strict=True):
-        near, *rest = other["neighbours"]
+        near, *rest = other["neighbors"]
         assert near["row"] == 100
         assert near["relative"] < 0.02  # stored in half precision
-        assert {n["row"] for n in rest} & {n["row"] for n in one["neighbours"]}
+        assert {n["row"] for n in rest} & {n["row"] for n in one["neighbors"]}
 
 
 def test_distance_window_and_choice_of_subspaces(explorer: Explorer) -> None:
@@ -98,11 +98,11 @@ def test_distance_window_and_choice_of_subspaces(explorer: Explorer) -> None:
     parts = explorer.query(asked)["subspaces"]
     assert [part["subspace"] for part in parts] == [1, 3]
     for part in parts:
-        assert len(part["neighbours"]) == min(100, part["within"])
-        assert all(n["relative"] <= 0.7 for n in part["neighbours"])
+        assert len(part["neighbors"]) == min(100, part["within"])
+        assert all(n["relative"] <= 0.7 for n in part["neighbors"])
     everything = explorer.query({**asked, "within": ""})["subspaces"][0]
     assert everything["within"] is None
-    assert len(everything["neighbours"]) == 100
+    assert len(everything["neighbors"]) == 100
 
 
 @pytest.mark.parametrize(

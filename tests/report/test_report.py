@@ -130,7 +130,7 @@ def test_index_of_another_partition_is_refused(copy: Path, ndm: Callable[..., An
 
 def test_survey_counts_what_is_there(run: Path) -> None:
     index = PreimageIndex(run / "preimages")
-    for s in survey(index, metric="euclidean", queries=5, neighbours=4):
+    for s in survey(index, metric="euclidean", queries=5, neighbors=4):
         assert sum(s.near) == pytest.approx(1)
         assert sum(s.random) == pytest.approx(1)
         assert all(sum(row) == pytest.approx(1) or sum(row) == 0 for row in s.position_map)
@@ -139,16 +139,16 @@ def test_survey_counts_what_is_there(run: Path) -> None:
         assert shares == sorted(shares, reverse=True)
         assert all(here > 0 and everywhere > 0 for _, here, everywhere in s.tokens)
         for gallery in s.galleries:
-            assert gallery.query["row"] not in [neighbour["row"] for neighbour in gallery.neighbours]
-            assert sum(count for _, count in gallery.tokens) <= len(gallery.neighbours) == 4
+            assert gallery.query["row"] not in [neighbor["row"] for neighbor in gallery.neighbors]
+            assert sum(count for _, count in gallery.tokens) <= len(gallery.neighbors) == 4
 
 
 def test_survey_with_cosine_distances(run: Path) -> None:
     index = PreimageIndex(run / "preimages")
-    first = survey(index, metric="cosine", queries=3, neighbours=4)[0]
-    distances = [n["distance"] for gallery in first.galleries for n in gallery.neighbours]
+    first = survey(index, metric="cosine", queries=3, neighbors=4)[0]
+    distances = [n["distance"] for gallery in first.galleries for n in gallery.neighbors]
     assert all(0 <= distance <= 2 for distance in distances)
-    assert first.galleries[0].neighbours[0]["relative"] == first.galleries[0].neighbours[0]["distance"]
+    assert first.galleries[0].neighbors[0]["relative"] == first.galleries[0].neighbors[0]["distance"]
 
 
 def test_diverse_points_come_one_from_each_cluster() -> None:

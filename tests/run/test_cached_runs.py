@@ -59,7 +59,7 @@ def test_purity_is_read_from_the_cache(ndm, cached, passes):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_purity_of_rows_in_half_precision(ndm, train_flags, harvest_flags, tmp_path, dtype):
-    """Rounding the rows changes few neighbours."""
+    """Rounding the rows changes few neighbors."""
     assert ndm(*harvest_flags(tmp_path / "acts", store_dtype=dtype)).code == 0
     flags = {"acts": tmp_path / "acts", "model": None, "data": None, "site": "m1", "max_steps": 4}
     assert ndm(*train_flags(tmp_path / "run", **flags, heldout_queries=256)).code == 0

@@ -1,4 +1,4 @@
-"""Presets carry the published settings (design section 1)."""
+"""Presets carry the published settings (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def rows_of(count: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_neighbours_of_shards_are_those_of_all_keys(in_ranks, size, metric):
+def test_neighbors_of_shards_are_those_of_all_keys(in_ranks, size, metric):
     rotation = random_rotation(sum(WIDTHS), seeded(3))
     queries, keys = rows_of(40, 1), rows_of(301, 2)
     keys[150:] = keys[:151].clone()  # every key twice: the lowest number wins, whichever rank has it
@@ -184,7 +184,7 @@ def train(group: Group) -> tuple[torch.Tensor, list[dict[str, Any]]]:
 
 @pytest.mark.parametrize(("size", "shared"), [(2, "queries"), (4, "keys")])
 def test_training_together_is_training_alone(in_ranks, size, shared):
-    """To rounding at first; where neighbours are near ties the ways part, and the losses stay together."""
+    """To rounding at first; where neighbors are near ties the ways part, and the losses stay together."""
     _, expected = train(Group())
     found = in_ranks(size, shared, train)
     assert {"train", "evaluate", "escape", "merge", "merge_tree"} <= {e["event"] for e in expected}

@@ -128,11 +128,11 @@ def test_cosine_descends_towards_the_planted_subspaces():
     assert after > max(0.7, before + 0.1)
 
 
-def test_stale_neighbours_never_underestimate():
+def test_stale_neighbors_never_underestimate():
     rows, _ = planted(30000)
     recorder = Recorder()
     Trainer(stream_of(rows.repeat(2, 1)), TrainConfig(**SETTINGS)).run(recorder)
-    gaps = [r["stale_neighbour_gap"] for r in recorder.of("evaluate") if r["step"]]
+    gaps = [r["stale_neighbor_gap"] for r in recorder.of("evaluate") if r["step"]]
     assert gaps
     assert min(gaps) > -1e-5
 
@@ -154,7 +154,7 @@ def _block(device="cpu", **changes):
     trainer = Trainer(stream_of(rows), config, device=device)
     trainer.train_block(config.search_every, Observer())
     queries, keys = trainer.pool.take(config.search_every * config.queries), trainer.pool.next_keys()
-    return trainer, (queries, keys, trainer.steps.neighbours(queries, keys, trainer.rotation.matrix))
+    return trainer, (queries, keys, trainer.steps.neighbors(queries, keys, trainer.rotation.matrix))
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -180,7 +180,7 @@ def test_no_host_sync_between_steps(rotation):
     assert trainer.step == 16
 
 
-def test_neighbours_of_the_loop_are_the_nearest():
+def test_neighbors_of_the_loop_are_the_nearest():
     trainer, (queries, keys, index) = _block(pool_dtype="float16")
     exact = reference.nearest_neighbors(queries, keys, trainer.rotation.matrix, trainer.widths)
     found = torch.stack(

@@ -1,4 +1,4 @@
-"""Prompts of the circuit tests (design section 9): indirect objects, and years that come later.
+"""Prompts of the circuit tests (docs/method.md): indirect objects, and years that come later.
 
 Positions are those of the tokens that cover a word, so any tokenizer serves that keeps the words whole.
 """

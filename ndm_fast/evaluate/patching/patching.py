@@ -1,6 +1,6 @@
 """Subspace patching: put one subspace of a counterfactual run's activation into a run, and see what changes.
 
-    h <- h + (h' - h) R_s R_s'        at given positions (design section 9)
+    h <- h + (h' - h) R_s R_s'        at given positions (docs/method.md)
 
 ``subspace_patch`` is a replacement for ``ndm_fast.replace_activations``, for any model and any use;
 ``patch_effects`` measures the effects of many subspaces over many prompts in one call.

@@ -1,4 +1,4 @@
-"""Neighbour purity for any label: the k nearest neighbours, and confidence intervals."""
+"""Neighbor purity for any label: the k nearest neighbors, and confidence intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Neighbour purity: what does a query share with its nearest neighbour, subspace by subspace?"""
+"""Neighbor purity: what does a query share with its nearest neighbor, subspace by subspace?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _BOOTSTRAP = 40
 """What the random numbers are for."""
 
 
-def neighbour_purity(
+def neighbor_purity(
     queries: TokenRows,
     keys: TokenRows,
     partition: SubspacePartition,
@@ -77,7 +77,7 @@ def purity_rows(
     labels: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """:func:`neighbour_purity` for neighbours already found.
+    """:func:`neighbor_purity` for neighbors already found.
 
     Args:
         index: [S, Q, top] int64 numbers of keys. widths, variances: of the S subspaces.
@@ -157,7 +157,7 @@ def run_purity(
         labels: JSON file ``{token: label}``, see :func:`read_labels`.
 
     Returns:
-        Rows of :func:`neighbour_purity` by method: ``"ndm"`` and each baseline.
+        Rows of :func:`neighbor_purity` by method: ``"ndm"`` and each baseline.
     """
     check_baselines(baselines)
     folder = RunFolder(path)
@@ -168,9 +168,9 @@ def run_purity(
     if labels is not None:
         of_token = read_labels(labels, load_tokenizer(folder.config().harvest.model))
         options["labels"] = {"label": (of_token[queries.token], of_token[keys.token])}
-    tables = {"ndm": neighbour_purity(queries, keys, partition, **options)}
+    tables = {"ndm": neighbor_purity(queries, keys, partition, **options)}
     for kind in baselines:
         other = baseline_partition(kind, partition.widths, keys.activations).to(device)
-        tables[kind] = neighbour_purity(queries, keys, other, **options)
+        tables[kind] = neighbor_purity(queries, keys, other, **options)
     write_json(folder.purity_file, tables)
     return tables

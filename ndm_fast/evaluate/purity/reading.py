@@ -1,4 +1,4 @@
-"""What a subspace seems to hold, in words, from its neighbour purity: the one place that decides it."""
+"""What a subspace seems to hold, in words, from its neighbor purity: the one place that decides it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CLEAR, _CONTRAST = 0.5, 1.25
 
 
 _PARTLY = 0.3
-"""Share of neighbours from which on an unclear subspace is said to hold something in part."""
+"""Share of neighbors from which on an unclear subspace is said to hold something in part."""
 
 
 def read_subspaces(rows: Sequence[Mapping[str, Any]], names: Mapping[str, str] = READINGS) -> list[str]:
@@ -55,14 +55,14 @@ def describe(row: Mapping[str, Any]) -> Reading:
     """A row's ``reading`` in one line, with the share behind it.
 
     Args:
-        row: of ``purity.neighbour_purity``.
+        row: of ``purity.neighbor_purity``.
     """
     variable = row["reading"]
     if variable == "position":
         return Reading(variable, f"position ({100 * row['position_within_3']:.0f} % within 3)")
     if variable != "unclear":
         name = next((name for name, words in READINGS.items() if words == variable), f"same_{variable}")
-        return Reading(variable, f"{variable} ({100 * row[name]:.0f} % of neighbours)")
+        return Reading(variable, f"{variable} ({100 * row[name]:.0f} % of neighbors)")
     share, words = max((row[name], words) for name, words in READINGS.items() if words != "position")
     amount = "in part" if share >= _PARTLY else "at most"
     return Reading("mixed", f"mixed, {amount} {words} ({100 * share:.0f} %)")

@@ -5,7 +5,7 @@ A sequence is BOS, one cue per variable in random order, and then tokens drawn a
     BOS  b3 a7 c1   a7 c1 a7 b3 ...
 
 To predict what may come, every position after the cues must hold the values of all variables at once
-(design section 9). Token ``1 + variable * values + value``; 0 is BOS.
+(docs/method.md). Token ``1 + variable * values + value``; 0 is BOS.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def planted_activations(
 ) -> Tensor:
     """[rows, d] activations at random positions after the cues, one of each sequence.
 
-    Two positions of one sequence share all variables: each would be the other's nearest neighbour in any
+    Two positions of one sequence share all variables: each would be the other's nearest neighbor in any
     rotation.
     """
     generator = seeded(seed, _TEXT, 1)

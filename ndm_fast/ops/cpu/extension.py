@@ -88,7 +88,7 @@ def check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence
 
 
 def unit_columns(rows: Tensor) -> Tensor:
-    """The same rows with neighbouring columns next to each other; rows may stay strided."""
+    """The same rows with neighboring columns next to each other; rows may stay strided."""
     rows = rows.detach()
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 

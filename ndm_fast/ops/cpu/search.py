@@ -52,7 +52,7 @@ def nearest_neighbors(
         rotation: [d, d] fp32, orthogonal.
         widths: S widths that sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
-        precision: ``"fp32"``, or ``"bf16"``: neighbours up to 1 % farther than the nearest will do, which the
+        precision: ``"fp32"``, or ``"bf16"``: neighbors up to 1 % farther than the nearest will do, which the
             ``avx512bf16`` instruction set finds faster. Other sets, and the cosine, stay in fp32 and exact.
         keys_rotated, queries_rotated: they are rotated already; the queries only where the keys are.
 

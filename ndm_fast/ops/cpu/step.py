@@ -29,7 +29,7 @@ def mean_distance_gradient(
         index: [S, Q] int64 rows of the keys.
         rotation: [d, d] fp32.
         widths: S widths that sum to d.
-        counted: [S, Q] bool, the neighbours that contribute; default all.
+        counted: [S, Q] bool, the neighbors that contribute; default all.
 
     Raises:
         ValueError: one line that names the argument.

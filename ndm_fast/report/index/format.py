@@ -107,12 +107,12 @@ class PreimageIndex:
     def token_rows(self, index: Tensor) -> TokenRows:
         """The rows of these numbers with their tokens; activations rotated, less the origin, in fp32."""
         sequence, position = self.place[index] // self.context_length, self.position(index)
-        neighbours = torch.nn.functional.pad(self.tokens, (1, 1), value=-1)
+        neighbors = torch.nn.functional.pad(self.tokens, (1, 1), value=-1)
         return TokenRows(
             self.stored(index),
             self.tokens[sequence, position],
-            neighbours[sequence, position],
-            neighbours[sequence, position + 2],
+            neighbors[sequence, position],
+            neighbors[sequence, position + 2],
             position,
             self.documents[sequence, position],
         )

@@ -61,12 +61,12 @@ def nearest_rows(
 
     Args:
         queries: [Q, d] rotated, less the origin, as the rows are stored; taken as fp32.
-        k: neighbours wanted; no more than there are rows are returned.
+        k: neighbors wanted; no more than there are rows are returned.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos`` (with the origin added
             back; a part of norm 0 has cosine 0 with everything).
         radius: largest distance that counts, in each of the S' subspaces searched.
         subspaces: S' numbers of those to search; default: all.
-        exclude: [Q] int64, a row that is none of the query's neighbours (itself).
+        exclude: [Q] int64, a row that is none of the query's neighbors (itself).
 
     Raises:
         InputError: k is below 1, no such subspace or metric, or the shapes do not fit.
@@ -100,7 +100,7 @@ def _check(
     if not torch.isfinite(queries).all():
         raise InputError("queries hold NaN or Inf: drop these rows")
     if k < 1:
-        raise InputError(f"k is {k}: give the number of neighbours wanted, at least 1")
+        raise InputError(f"k is {k}: give the number of neighbors wanted, at least 1")
     if metric not in ("euclidean", "cosine"):
         raise InputError(f"metric is {metric!r}: take euclidean or cosine")
     if not searched or not all(0 <= s < subspaces for s in searched):

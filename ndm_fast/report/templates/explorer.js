@@ -78,7 +78,7 @@ function stretches(parts) {
   return parts.map((part) => element("span", part.special ? { class: "special" } : {}, part.text));
 }
 
-function neighbour(view) {
+function neighbor(view) {
   const numbers = `distance ${view.distance.toPrecision(4)}, norm ${view.norm.toPrecision(4)}`;
   const target = element(
     "button",
@@ -98,8 +98,8 @@ function neighbour(view) {
 function card(part) {
   const count = part.within === null ? "" : ` · ${part.within.toLocaleString("en")} within`;
   const heading = element("h3", {}, `s${part.subspace} · width ${part.width}${count}`);
-  const list = part.neighbours.length
-    ? element("ol", {}, ...part.neighbours.map(neighbour))
+  const list = part.neighbors.length
+    ? element("ol", {}, ...part.neighbors.map(neighbor))
     : element("p", { class: "soft small" }, "No activation is that near.");
   return element("section", { class: "card", "data-subspace": part.subspace }, heading, list);
 }

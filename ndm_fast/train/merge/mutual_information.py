@@ -1,4 +1,4 @@
-"""Mutual information between subspaces: the nearest-neighbour estimate of Kraskov et al. with k = 1."""
+"""Mutual information between subspaces: the nearest-neighbor estimate of Kraskov et al. with k = 1."""
 
 from __future__ import annotations
 

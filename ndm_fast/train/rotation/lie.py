@@ -34,7 +34,7 @@ over all entries.
 
 
 class LieRotation:
-    """Adam on the Lie algebra with a local retraction (design section 5).
+    """Adam on the Lie algebra with a local retraction (docs/method.md).
 
     With ``A = R'G - G'R`` (skew): Adam moments on A, ``U = -lr m/(sqrt(v) + eps)`` (skew),
     ``R <- R (I + U + U^2/2)``, then one Newton-Schulz step ``R <- R (3I - R'R)/2``: five products of d^3,

@@ -1,4 +1,4 @@
-"""Purity with more neighbours, any labels and intervals."""
+"""Purity with more neighbors, any labels and intervals."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from ndm_fast.activations.rows import TokenRows
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.labels import agreement, bootstrap_intervals, nearest_keys, read_labels
-from ndm_fast.evaluate.purity.purity import SHARES, neighbour_purity
+from ndm_fast.evaluate.purity.purity import SHARES, neighbor_purity
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
 
@@ -54,7 +54,7 @@ def test_top_out_of_range_is_refused():
 
 
 def test_subspaces_are_read_by_what_they_hold():
-    table = neighbour_purity(rows(300, 1), rows(3000, 2), PARTITION, top=3)
+    table = neighbor_purity(rows(300, 1), rows(3000, 2), PARTITION, top=3)
     assert [row["reading"] for row in table] == ["current token", "position"]
     for row in table:
         for name in SHARES:
@@ -66,7 +66,7 @@ def test_subspaces_are_read_by_what_they_hold():
 def test_own_labels_count_like_the_others():
     queries, keys = rows(300, 1), rows(3000, 2)
     labels = {"parity": (queries.position % 2, keys.position % 2)}
-    table = neighbour_purity(queries, keys, PARTITION, labels=labels)
+    table = neighbor_purity(queries, keys, PARTITION, labels=labels)
     assert table[1]["same_parity"] > 0.95
     assert 0.35 < table[0]["same_parity"] < 0.65
     assert "same_parity" in table[0]["intervals"]
@@ -75,10 +75,10 @@ def test_own_labels_count_like_the_others():
 def test_random_coordinates_are_unclear():
     noise = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(3))
     queries, keys = rows(500, 1)._replace(activations=noise[0]), rows(500, 2)._replace(activations=noise[1])
-    assert {row["reading"] for row in neighbour_purity(queries, keys, PARTITION)} == {"unclear"}
+    assert {row["reading"] for row in neighbor_purity(queries, keys, PARTITION)} == {"unclear"}
 
 
-def test_agreement_is_a_share_of_neighbours():
+def test_agreement_is_a_share_of_neighbors():
     index = torch.tensor([[[0, 1], [2, 3]]])
     assert agreement(index, torch.tensor([5, 6]), torch.tensor([5, 5, 6, 0])).tolist() == [[1.0, 0.5]]
 
