@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..geometry.centring import sample_mean
+from ..geometry.centring import inverse_variances, sample_mean
 from ..geometry.columns import equal_width_runs
 from ..geometry.precision import full_fp32
 from .launch import device_of
@@ -122,18 +122,9 @@ def ksg_radius(
         variances: [S] total variance of each subspace; where it is 0, so are the distances.
         pairs: [P, 2] int64 numbers of subspaces.
     """
-    from . import tuning
-
     radius = torch.empty(len(pairs), len(queries), device=queries.device)
-    pairs = pairs.contiguous()
     for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
-        part = torch.empty(len(pairs), distances.shape[1], device=queries.device)
-        with device_of(queries):
-            radius_kernel[part.shape](
-                *(distances, distances.shape[1], len(keys), pairs, part),
-                **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
-            )  # fmt: skip
-        radius[:, group] = part
+        radius[:, group] = _radius(distances, pairs)
     return radius
 
 
@@ -153,19 +144,55 @@ def ksg_counts(
     Arguments as for :func:`ksg_radius`, whose result is the radius: both read distances made by one kernel,
     so the key that sets a radius is never below it.
     """
+    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64, device=queries.device)
+    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
+        counts[:, :, group] = _counts(distances, pairs, radius[:, group])
+    return counts
+
+
+def ksg_radius_and_counts(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    variances: Tensor,
+    pairs: Tensor,
+    *,
+    rotated: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The results of :func:`ksg_radius` and :func:`ksg_counts`, bit for bit, from distances made once."""
+    radius = torch.empty(len(pairs), len(queries), device=queries.device)
+    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64, device=queries.device)
+    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
+        part = radius[:, group] = _radius(distances, pairs)
+        counts[:, :, group] = _counts(distances, pairs, part)
+    return radius, counts
+
+
+def _radius(distances: Tensor, pairs: Tensor) -> Tensor:
+    """[P, q] fp32 of a group of queries."""
     from . import tuning
 
-    counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64, device=queries.device)
-    pairs = pairs.contiguous()
-    for group, distances in _scaled_distances(queries, keys, rotation, widths, variances, rotated):
-        limits = radius[:, group].float().contiguous()
-        part = torch.empty(len(pairs), 2, distances.shape[1], dtype=torch.int64, device=queries.device)
-        with device_of(queries):
-            counts_kernel[limits.shape](
-                *(distances, distances.shape[1], len(keys), pairs, limits, part),
-                **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
-            )  # fmt: skip
-        counts[:, :, group] = part
+    radius = torch.empty(len(pairs), distances.shape[1], device=distances.device)
+    with device_of(distances):
+        radius_kernel[radius.shape](
+            *(distances, distances.shape[1], distances.shape[2], pairs.contiguous(), radius),
+            **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
+        )  # fmt: skip
+    return radius
+
+
+def _counts(distances: Tensor, pairs: Tensor, radius: Tensor) -> Tensor:
+    """[P, 2, q] int64 of a group of queries."""
+    from . import tuning
+
+    limits = radius.float().contiguous()
+    counts = torch.empty(len(pairs), 2, distances.shape[1], dtype=torch.int64, device=distances.device)
+    with device_of(distances):
+        counts_kernel[limits.shape](
+            *(distances, distances.shape[1], distances.shape[2], pairs.contiguous(), limits, counts),
+            **tuning.KSG_REDUCTIONS, **tuning.OPTIONS,
+        )  # fmt: skip
     return counts
 
 
@@ -179,8 +206,7 @@ def _scaled_distances(
     centred = (rows.detach().float() - origin for rows in (queries, keys))
     with full_fp32():
         query_columns, key_columns = ((rows if rotated else rows @ turn).T.contiguous() for rows in centred)
-    positive = variances.detach().double().clamp_min(0)
-    inverse = torch.where(positive > 0, 1 / positive, 0).float()
+    inverse = inverse_variances(variances)
     shape = tuning.KSG_DISTANCES
     size = max(1, _DISTANCE_BYTES // (4 * len(widths) * len(keys)))
     for start in range(0, len(queries), size):

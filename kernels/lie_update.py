@@ -16,12 +16,13 @@ beat that. The passes of torch that it replaces move four times as much.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..errors import InputError
 from .launch import device_of
 
 
@@ -75,9 +76,9 @@ def lie_update(
     product: Tensor | None,
     first: Tensor,
     second: Tensor,
-    factors: Tensor | tuple[float | Tensor, float | Tensor],
-    fast: float,
-    slow: float,
+    scale: float | Tensor,
+    guard: float | Tensor,
+    betas: Sequence[float],
     half: bool = False,
 ) -> Tensor:
     """Adam on the Lie algebra: moments moved on in place, and the update they ask for (docs/method.md).
@@ -89,26 +90,20 @@ def lie_update(
     Args:
         product: [d, d] fp32 or bf16 ``R'G``; None leaves the moments as they are.
         first, second: [d, d] fp32 contiguous moments, skew and symmetric; changed in place.
-        factors: scale and guard; two numbers, or fp32 on the device, [2] or two of one element each: then a
-            CUDA graph takes what they hold at its replay.
-        fast, slow: decay of the first and of the second moment.
+        scale, guard: two numbers, or two tensors of one fp32 element on the device: then a CUDA graph takes
+            what they hold at its replay.
+        betas: decay of the first and of the second moment.
         half: bf16 instead of fp32 for the update.
 
     Returns:
         [d, d] skew update.
-
-    Raises:
-        InputError: moments that are not contiguous fp32.
     """
     from . import tuning
 
-    for name, moment in (("first", first), ("second", second)):
-        if moment.dtype != torch.float32 or not moment.is_contiguous():
-            raise InputError(f"{name} is changed in place: it must be contiguous fp32")
+    fast, slow = betas
     width = len(first)
     update = torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
     tiles = -(-width // tuning.LIE_BLOCK)
-    scale, guard = factors
     options = {"TAKE": product is not None, "ON_DEVICE": isinstance(scale, Tensor)}
     with device_of(first):
         lie_update_kernel[(tiles, tiles)](

@@ -72,13 +72,16 @@ def nearest_index(
     widths: Sequence[int],
     *,
     metric: str = "euclidean",
+    precision: str = "bf16",
     form: str | None = None,
 ) -> Tensor:
-    """[S, Q] int64 rows of the keys that ``nearest_neighbors`` finds in half precision, without distances.
+    """[S, Q] int64 rows of the keys that ``nearest_neighbors`` finds, without distances.
 
-    Arguments as there. Raw rows are read only for queries whose nearest the copy cannot tell to 1 %. Where no
-    key is near (NaN), the row is 0.
+    Arguments as there. In half precision raw rows are read only for queries whose nearest the copy cannot
+    tell to 1 %. Where no key is near (NaN), the row is 0.
     """
+    if precision == "fp32":  # which decides by distances anyhow
+        return nearest_neighbors(queries, keys, rotation, widths, metric=metric, form=form).index
     with device_of(queries):
         found = _search(queries, keys, rotation, widths, metric, "bf16", form)
         if not found.search.in_half:  # fp32 keys

@@ -122,7 +122,7 @@ class Ranks:
         number = (found.index * self.size + self.rank).masked_fill_(farther, torch.iinfo(torch.int64).max)
         return Neighbors(least.float(), self.least(number))
 
-    def ksg_counts(
+    def ksg_radius_and_counts(
         self,
         queries: Tensor,
         keys: Tensor,
@@ -131,13 +131,13 @@ class Ranks:
         variances: Tensor,
         pairs: Tensor,
         backend: str | None,
-    ) -> Tensor:
-        """Counts of ``ops.ksg_radius_and_counts`` over the keys of all ranks; all rows are rotated."""
+    ) -> tuple[Tensor, Tensor]:
+        """As ``ops.ksg_radius_and_counts`` over the keys of all ranks; all rows are rotated."""
         rows = (queries, keys, rotation, widths, variances, pairs)
         if self.size == 1:
-            return ops.ksg_radius_and_counts(*rows, rotated=True, backend=backend)[1]
+            return ops.ksg_radius_and_counts(*rows, rotated=True, backend=backend)
         radius = self.least(ops.ksg_radius(*rows, rotated=True, backend=backend))
-        return self.sum(ops.ksg_counts(*rows, radius, rotated=True, backend=backend))
+        return radius, self.sum(ops.ksg_counts(*rows, radius, rotated=True, backend=backend))
 
     def owned(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
         """Places of rows on their own ranks, and which of them are here; None: all."""

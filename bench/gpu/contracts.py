@@ -213,7 +213,7 @@ def check_update(device: str, small: bool) -> str | None:
             tangent = (product - product.T).double()
             moment = 0.9 * first.double() + 0.1 * tangent
             square = 0.999 * second.double() + 0.001 * tangent**2
-            update = lie_update.lie_update(product, first, second, factors, 0.9, 0.999, half)
+            update = lie_update.lie_update(product, first, second, *factors, (0.9, 0.999), half)
             scale, guard = factors.double()
             expected = -scale * first.double() / (second.double().sqrt() + guard)
             if not (torch.equal(update, -update.T) and torch.equal(first, -first.T)):
@@ -228,6 +228,6 @@ def check_update(device: str, small: bool) -> str | None:
             ):
                 if not bool(((got - true).abs() <= relative * true.abs() + absolute).all()):
                     return f"d {d}: {name} is off"
-            if lie_update.lie_update(None, first, second, factors, 0.9, 0.999, half).ne(update).any():
+            if lie_update.lie_update(None, first, second, *factors, (0.9, 0.999), half).ne(update).any():
                 return f"d {d}: the update of the moments as they are differs"
     return None

@@ -41,14 +41,6 @@ class Work(NamedTuple):
         return self.queries[part], self.keys, self.index[:, part]
 
 
-def adam(product: torch.Tensor, first: torch.Tensor, second: torch.Tensor, factors: torch.Tensor, fast: float,
-         slow: float, half: bool) -> torch.Tensor:  # fmt: skip
-    """``triton_update.lie_update`` in torch."""
-    from ndm_fast.geometry import reference
-
-    return reference.lie_update(product.float(), first, second, *factors, (fast, slow), half)
-
-
 class Steps:
     """A rotation that moves without ``U^2/2``, and is made orthogonal after each search's steps."""
 
@@ -65,7 +57,7 @@ class Steps:
         _, gradient = self.gradient(*given)
         half = self.rotation.bfloat16()
         product = half.T @ gradient.bfloat16()
-        update = self.update(product, self.first, self.second, self.factors, *BETAS, True)
+        update = self.update(product, self.first, self.second, *self.factors, BETAS, True)
         self.rotation.add_(half @ update)
 
     def block(self) -> None:
@@ -153,8 +145,9 @@ def check_graph(device: str, small: bool) -> str | None:
 
 def torch_steps(work: Work) -> Steps:
     from ndm_fast.geometry.objective import loss_and_gradient
+    from ndm_fast.geometry.reference import lie_update
 
-    return Steps(work, loss_and_gradient, adam)
+    return Steps(work, loss_and_gradient, lie_update)
 
 
 def kernel_steps(work: Work) -> Steps:
@@ -188,6 +181,7 @@ def graphed(run: Run, times: int = 1) -> Run:
 def time_parts(work: Work, limits: dict[str, float], device: str, broken: set[str]) -> list[dict]:
     """Gradient and update alone, called from Python, and 20 at a time in a CUDA graph."""
     from ndm_fast.geometry import objective
+    from ndm_fast.geometry.reference import lie_update as plain_update
     from ndm_fast.kernels.gradient import loss_and_gradient
     from ndm_fast.kernels.lie_update import lie_update
     from ndm_fast.train.rotation.make import make_rotation
@@ -198,13 +192,13 @@ def time_parts(work: Work, limits: dict[str, float], device: str, broken: set[st
     steps = torch_steps(work)
     steps.step(0)
     product = torch.randn_like(steps.rotation)
-    moving = (product, steps.first, steps.second, steps.factors, *BETAS)
+    moving = (product, steps.first, steps.second, *steps.factors, BETAS)
     published = make_rotation("exp", work.rotation, BETAS)
     gradient = 4.0 * len(queries) * d * d, 2.0 * index.numel() * d + 8.0 * d * d
     whole, half = (0.0, 20.0 * d * d), (0.0, 18.0 * d * d)
     parts: dict[str, tuple[Run, tuple[float, float]]] = {
         "gradient, torch": (partial(objective.loss_and_gradient, *given), gradient),
-        "update, torch": (partial(adam, *moving, False), whole),
+        "update, torch": (partial(plain_update, *moving, False), whole),
     }
     if "lie update" not in broken:
         parts["update, triton"] = partial(lie_update, *moving, False), whole

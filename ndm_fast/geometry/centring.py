@@ -24,6 +24,12 @@ def sample_mean(rows: Tensor) -> Tensor:
     return rows[:: max(1, len(rows) // _ORIGIN_ROWS)].mean(0, dtype=torch.float32)
 
 
+def inverse_variances(variances: Tensor) -> Tensor:
+    """[S] finite fp32 factors of squared distances, 0 for a subspace without variance."""
+    variances = variances.detach().double()
+    return torch.where(variances > 0, 1 / variances, 0).clamp_max(torch.finfo(torch.float32).max).float()
+
+
 @torch.no_grad()
 def rotate_centred(
     rows: Tensor, rotation: Tensor, origin: Tensor | None = None, *, norms: Tensor | None = None

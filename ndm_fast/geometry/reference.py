@@ -166,8 +166,9 @@ def scaled_distances(
     )
     scaled = []
     for query_part, key_part, variance in zip(query_parts, key_parts, variances.double(), strict=True):
-        squared, _ = _squared_distances(query_part, key_part, "euclidean")
-        scaled.append((squared / variance).sqrt() if variance > 0 else torch.zeros_like(squared))
+        # From differences, so that equal rows have distance 0 and not what an expansion rounds off.
+        distance = torch.cdist(query_part, key_part, compute_mode="donot_use_mm_for_euclid_dist")
+        scaled.append(distance / variance.sqrt() if variance > 0 else torch.zeros_like(distance))
     return torch.stack(scaled)
 
 

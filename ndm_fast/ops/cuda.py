@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ndm_fast.errors import InputError
 from ndm_fast.geometry.columns import unit_columns
+from ndm_fast.geometry.objective import Objective
 from ndm_fast.geometry.reference import Neighbors
 from ndm_fast.kernels.keys import KeyChunk, rounding_of, underflow_of
 from ndm_fast.kernels.launch import NO_KEY, chunks, device_of, portions, result
 from ndm_fast.kernels.queries import Frame, Search, make_frame, make_search, pack_queries
+from ndm_fast.ops import backends
 
 _cuda: ModuleType | None
 
@@ -87,16 +89,45 @@ def nearest_neighbors(
         return result(best, index, search.cosine)
 
 
-def ksg_radius(*arguments: object, **options: object) -> Tensor:
-    """There is no such kernel.
-
-    Raises:
-        InputError: always.
-    """
-    raise InputError("backend 'cuda' has no KSG kernels: use backend 'triton'")
+def nearest_index(
+    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], metric: str, precision: str
+) -> Tensor:
+    """The index of :func:`nearest_neighbors`: here a search knows the distances anyway."""
+    return nearest_neighbors(queries, keys, rotation, widths, metric=metric, precision=precision).index
 
 
-ksg_counts = ksg_radius
+def loss_and_gradient(
+    queries: Tensor,
+    keys: Tensor,
+    index: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    metric: str,
+    counted: Tensor | None = None,
+) -> Objective:
+    """Triton's kernels where triton can run, else torch code: there is no CUDA C++ for it."""
+    run = _beside("kernels.gradient", "ops.plain", queries).loss_and_gradient
+    found: Objective = run(queries, keys, index, rotation, widths, metric, counted)
+    return found
+
+
+def lie_update(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float | Tensor,
+    guard: float | Tensor,
+    betas: Sequence[float],
+    half: bool = False,
+) -> Tensor:
+    """As :func:`loss_and_gradient`."""
+    run = _beside("kernels.lie_update", "ops.plain", first).lie_update
+    update: Tensor = run(product, first, second, scale, guard, betas, half)
+    return update
+
+
+def _beside(triton: str, plain: str, tensor: Tensor) -> ModuleType:
+    return backends.load(triton if backends.why_no_triton(tensor.device) is None else plain)
 
 
 def _padded(width: int) -> int:

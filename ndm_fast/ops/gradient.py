@@ -1,7 +1,4 @@
-"""Loss and gradient for given neighbors: choose a backend, run it as a ``torch.library`` op.
-
-``cpu`` has it in C++, ``triton`` and ``cuda`` as Triton kernels; the cosine's is torch code everywhere.
-"""
+"""Loss and gradient for given neighbors."""
 
 from __future__ import annotations
 
@@ -10,10 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast.geometry import objective
 from ndm_fast.geometry.objective import Objective
-from ndm_fast.ops import backends
-from ndm_fast.ops.cpu import step
+from ndm_fast.ops import backends, checks, library
 
 
 def loss_and_gradient(
@@ -26,31 +21,39 @@ def loss_and_gradient(
     counted: Tensor | None = None,
     *,
     backend: str | None = None,
+    check_index: bool = True,
 ) -> Objective:
     """Loss and gradient for given neighbors, as ``ndm_fast.geometry.objective.loss_and_gradient`` has them.
 
     Args:
         queries: [Q, d] and keys: [K, d], fp32, fp16 or bf16.
-        index: [S, Q] int64, the row of ``keys`` that is nearest.
+        index: [S, Q] int64, the row of ``keys`` that is nearest; from 0 to K - 1, also where not counted.
         rotation: [d, d] fp32.
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"`` or ``"cosine"``.
         counted: [S, Q] bool, the neighbors that contribute to the means over Q; default all.
         backend: see ``ndm_fast.ops.backends``.
+        check_index: look at the values of ``index``. On a GPU this waits for the device, and it breaks the
+            graph of ``torch.compile``. Switch it off only where the index comes from a search among these
+            keys: a row that is not there reads foreign memory.
 
     Returns:
-        ``Objective(by_subspace [S], gradient [d, d])``, fp32.
+        ``Objective(by_subspace [S], gradient [d, d])``, fp32. A row that is NaN gives NaN.
 
     Raises:
-        InputError (a ValueError): the backend cannot run. ValueError: an argument of a wrong shape or dtype.
+        InputError (a ValueError): naming the argument, for a wrong shape, dtype, device or row, or a backend
+            that cannot run.
     """
+    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False)
+    checks.check_metric(metric)
+    checks.check_neighbors(index, counted, len(widths), queries, keys, check_index=check_index)
     chosen = backends.choose(queries.device, backend).name
-    return Objective(
-        *_loss_and_gradient(queries, keys, index, rotation, list(widths), metric, counted, chosen)
-    )
+    return Objective(*_loss_and_gradient(queries, keys, index, rotation, widths, metric, counted, chosen))
 
 
-@torch.library.custom_op("ndm_fast::loss_and_gradient", mutates_args=())
+@library.op(
+    {"reference": "ops.plain", "cpu": "ops.cpu.step", "triton": "kernels.gradient", "cuda": "ops.cuda"}
+)
 def _loss_and_gradient(
     queries: Tensor,
     keys: Tensor,
@@ -61,23 +64,4 @@ def _loss_and_gradient(
     counted: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if backend == "cpu" and metric == "euclidean":
-        return step.mean_distance_gradient(queries, keys, index, rotation, widths, counted)
-    if backends.has_triton(backend, queries.device):
-        triton = backends.load("kernels.gradient")
-        return triton.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
-    return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
-
-
-@_loss_and_gradient.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    index: Tensor,
-    rotation: Tensor,
-    widths: list[int],
-    metric: str,
-    counted: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return rotation.new_empty(len(widths)), torch.empty_like(rotation)
+    return rotation.new_empty(len(widths)), torch.empty_like(rotation, memory_format=torch.contiguous_format)

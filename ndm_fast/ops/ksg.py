@@ -1,28 +1,25 @@
-"""Radius and counts of the KSG estimator: check, choose a backend, run it as a ``torch.library`` op."""
+"""Radius and counts of the KSG estimator."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ndm_fast.errors import InputError
-from ndm_fast.geometry import reference
-from ndm_fast.ops import backends
-from ndm_fast.ops.checks import check_pairs, check_rows
+from ndm_fast.ops import backends, checks, library
 
-_MODULES = {"cpu": "ops.cpu.ksg", "triton": "kernels.ksg", "cuda": "ops.cuda"}
-"""Where each compiled backend has them."""
+_MODULES = {"reference": "ops.plain", "cpu": "ops.cpu.ksg", "triton": "kernels.ksg"}
 
-_QUERIES_AT_ONCE = 16
-"""Queries for which the reference backend materialises all distances to the keys."""
+_ROWS, _VARIANCES = 2.0**40, 2.0**80
+"""Largest values, and their inverses the least, whose squared distances surely fit into fp32."""
 
 
 def ksg_radius(
     queries: Tensor,
     keys: Tensor,
-    rotation: Tensor,
+    rotation: Tensor | None,
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
@@ -32,24 +29,31 @@ def ksg_radius(
 ) -> Tensor:
     """[P, Q] fp32 ``min_k max(D_a, D_b)`` for every pair of subspaces and query.
 
-    ``D_s`` is the distance in subspace s over the square root of that subspace's total variance.
+    ``D_s`` is the distance in subspace s over the square root of that subspace's total variance. Rows that
+    are equal have distance 0 for certain only where they were rotated to the same numbers before.
 
     Args:
-        queries, keys, rotation, widths: as for :func:`nearest_neighbors`.
-        variances: [S] total variance of each subspace.
-        pairs: [P, 2] int64, two different subspaces each.
+        queries: [Q, d] and keys: [K, d], fp32, fp16 or bf16, finite.
+        rotation: [d, d] fp32; may be None where ``rotated``.
+        widths: widths of the S subspaces; they sum to d.
+        variances: [S] fp32 or fp64, total variance of each subspace; where it is 0, so are the distances.
+        pairs: [P, 2] int64 numbers of subspaces.
         rotated: queries and keys are rotated already.
+        backend: see ``ndm_fast.ops.backends``.
+
+    Raises:
+        InputError (a ValueError): naming the argument, for NaN or Inf, wrong shape, dtype or device, or a
+            backend that cannot run.
     """
-    check_rows(queries, keys, rotation, widths, True)
-    check_pairs(variances, pairs, widths)
-    chosen = backends.choose(queries.device, backend).name
-    return _ksg_radius(queries, keys, rotation, list(widths), variances, pairs, rotated, chosen)
+    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
+    radius = _ksg_radius(*given, bool(rotated), backends.choose(queries.device, backend).name)
+    return radius if unit == 1 else radius * unit
 
 
 def ksg_counts(
     queries: Tensor,
     keys: Tensor,
-    rotation: Tensor,
+    rotation: Tensor | None,
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
@@ -58,22 +62,20 @@ def ksg_counts(
     rotated: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q], in each subspace of each pair.
+    """[P, 2, Q] int64: keys strictly closer than ``radius`` [P, Q] fp32, in each subspace of each pair.
 
-    Arguments as for :func:`ksg_radius`; use the same backend for both.
+    Arguments and errors as for :func:`ksg_radius`; use the same backend for both.
     """
-    check_rows(queries, keys, rotation, widths, False)
-    check_pairs(variances, pairs, widths)
-    if radius.shape != (len(pairs), len(queries)):
-        raise InputError(f"radius has shape {list(radius.shape)}: give [P, Q] = {[len(pairs), len(queries)]}")
+    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
+    checks.check_tensor("radius", radius, (pairs.shape[0], queries.shape[0]), (torch.float32,), queries)
     chosen = backends.choose(queries.device, backend).name
-    return _ksg_counts(queries, keys, rotation, list(widths), variances, pairs, radius, rotated, chosen)
+    return _ksg_counts(*given, radius if unit == 1 else radius / unit, bool(rotated), chosen)
 
 
 def ksg_radius_and_counts(
     queries: Tensor,
     keys: Tensor,
-    rotation: Tensor,
+    rotation: Tensor | None,
     widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
@@ -83,41 +85,50 @@ def ksg_radius_and_counts(
 ) -> tuple[Tensor, Tensor]:
     """``radius`` [P, Q] of :func:`ksg_radius` and, for it, ``counts`` [P, 2, Q] of :func:`ksg_counts`.
 
-    Arguments as there; faster than both one after the other where a backend has it in one op.
+    Arguments and errors as there; faster than both one after the other.
     """
-    check_rows(queries, keys, rotation, widths, True)
-    check_pairs(variances, pairs, widths)
+    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
     chosen = backends.choose(queries.device, backend).name
-    return _ksg_radius_and_counts(queries, keys, rotation, list(widths), variances, pairs, rotated, chosen)
+    radius, counts = _ksg_radius_and_counts(*given, bool(rotated), chosen)
+    return radius if unit == 1 else radius * unit, counts
 
 
-@torch.library.custom_op("ndm_fast::ksg_radius", mutates_args=())
-def _ksg_radius(
+_Given = tuple[Tensor, Tensor, Tensor, list[int], Tensor, Tensor]
+
+
+def _prepared(
     queries: Tensor,
     keys: Tensor,
-    rotation: Tensor,
-    widths: list[int],
+    rotation: Tensor | None,
+    widths: Sequence[int],
     variances: Tensor,
     pairs: Tensor,
     rotated: bool,
-    backend: str,
-) -> Tensor:
-    if backend != "reference":
-        return backends.load(_MODULES[backend]).ksg_radius(
-            queries, keys, rotation, widths, variances, pairs, rotated=rotated
-        )
-    parts = queries.split(_QUERIES_AT_ONCE)
-    return torch.cat(
-        [
-            reference.ksg_radius(part, keys, rotation, widths, variances, pairs, rotated=rotated)
-            for part in parts
-        ],
-        dim=1,
-    ).float()
+) -> tuple[_Given, float]:
+    """The arguments after all checks, and the unit in which they give a radius.
+
+    Backends square distances in fp32, which 1e19 overflows and 1e-23 underflows. Such rows, and variances,
+    are scaled here, by powers of two, which round nothing.
+    """
+    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False, rotated=rotated)
+    checks.check_pairs(variances, pairs, len(widths), queries)
+    checks.check_largest("rotation", rotation)
+    largest = max(checks.check_largest("queries", queries), checks.check_largest("keys", keys))
+    unit = 1.0
+    if largest and not 1 / _ROWS <= largest <= _ROWS:
+        power = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
+        queries, keys = queries.float() / power, keys.float() / power
+        unit = power
+    spread = checks.check_largest("variances", variances)
+    if spread and not 1 / _VARIANCES <= spread <= _VARIANCES:
+        root = 2.0 ** (math.frexp(spread)[1] // 2)
+        variances = variances.double() / root / root
+        unit /= root
+    return (queries, keys, rotation, widths, variances, pairs), unit
 
 
-@_ksg_radius.register_fake
-def _(
+@library.op(_MODULES)
+def _ksg_radius(
     queries: Tensor,
     keys: Tensor,
     rotation: Tensor,
@@ -130,34 +141,8 @@ def _(
     return queries.new_empty((pairs.shape[0], queries.shape[0]), dtype=torch.float32)
 
 
-@torch.library.custom_op("ndm_fast::ksg_counts", mutates_args=())
+@library.op(_MODULES)
 def _ksg_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: list[int],
-    variances: Tensor,
-    pairs: Tensor,
-    radius: Tensor,
-    rotated: bool,
-    backend: str,
-) -> Tensor:
-    if backend != "reference":
-        return backends.load(_MODULES[backend]).ksg_counts(
-            queries, keys, rotation, widths, variances, pairs, radius, rotated=rotated
-        )
-    parts = zip(queries.split(_QUERIES_AT_ONCE), radius.split(_QUERIES_AT_ONCE, dim=1), strict=True)
-    return torch.cat(
-        [
-            reference.ksg_counts(part, keys, rotation, widths, variances, pairs, limit, rotated=rotated)
-            for part, limit in parts
-        ],
-        dim=2,
-    )
-
-
-@_ksg_counts.register_fake
-def _(
     queries: Tensor,
     keys: Tensor,
     rotation: Tensor,
@@ -171,27 +156,8 @@ def _(
     return queries.new_empty((pairs.shape[0], 2, queries.shape[0]), dtype=torch.int64)
 
 
-@torch.library.custom_op("ndm_fast::ksg_radius_and_counts", mutates_args=())
+@library.op(_MODULES)
 def _ksg_radius_and_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: list[int],
-    variances: Tensor,
-    pairs: Tensor,
-    rotated: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    if backend == "cpu":
-        cpu = backends.load(_MODULES["cpu"])
-        return cpu.ksg_radius_and_counts(queries, keys, rotation, widths, variances, pairs, rotated=rotated)
-    arguments = (queries, keys, rotation, widths, variances, pairs)
-    radius = _ksg_radius(*arguments, rotated, backend)
-    return radius, _ksg_counts(*arguments, radius, rotated, backend)
-
-
-@_ksg_radius_and_counts.register_fake
-def _(
     queries: Tensor,
     keys: Tensor,
     rotation: Tensor,

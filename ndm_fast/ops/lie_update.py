@@ -1,13 +1,20 @@
-"""Adam on the Lie algebra, as an op: choose a backend, run it as a ``torch.library`` op."""
+"""Adam on the Lie algebra."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ndm_fast.geometry import reference
-from ndm_fast.ops import backends
-from ndm_fast.ops.cpu import step
+from ndm_fast.ops import backends, checks, library
+
+_MODULES = {
+    "reference": "ops.plain",
+    "cpu": "ops.cpu.step",
+    "triton": "kernels.lie_update",
+    "cuda": "ops.cuda",
+}
 
 
 def lie_update(
@@ -16,48 +23,37 @@ def lie_update(
     second: Tensor,
     scale: float | Tensor,
     guard: float | Tensor,
-    betas: tuple[float, float],
+    betas: Sequence[float],
     *,
     half: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """[d, d] skew update of a rotation by Adam; see ``geometry.reference.lie_update`` for the arguments.
+    """[d, d] skew update of a rotation by Adam; formulas: ``geometry.reference.lie_update``.
 
-    ``first`` and ``second``, [d, d] fp32 and contiguous, move on in place. ``scale`` and ``guard`` may be []
-    tensors on the device, whose values a CUDA graph reads at its replay.
+    Args:
+        product: [d, d] ``R'G``, fp32, fp16 or bf16; None leaves the moments as they are.
+        first, second: [d, d] fp32, contiguous; moved on in place.
+        scale, guard: two numbers, or two [] fp32 tensors on the device, whose values a CUDA graph reads at
+            its replay (``torch.compile`` does not trace those).
+        betas: decay of both moments, from 0 to below 1.
+        half: bf16 instead of fp32 for the update.
+        backend: see ``ndm_fast.ops.backends``.
+
+    Raises:
+        InputError (a ValueError): naming the argument, or a backend that cannot run.
     """
+    checks.check_moments(product, first, second)
+    checks.check_factors(scale, guard, first)
+    fast, slow = checks.check_betas(betas)
     chosen = backends.choose(first.device, backend).name
-    if isinstance(scale, Tensor) or isinstance(guard, Tensor):  # no library op takes either kind
-        if backends.has_triton(chosen, first.device):
-            return backends.load("kernels.lie_update").lie_update(
-                product, first, second, (scale, guard), *betas, half
-            )
-        return reference.lie_update(product, first, second, scale, guard, betas, half)
-    return _lie_update(product, first, second, scale, guard, list(betas), half, chosen)
+    if isinstance(scale, Tensor):  # no library op takes either kind
+        run = library.implementation(_MODULES, "lie_update", chosen)
+        return run(product, first, second, scale, guard, (fast, slow), bool(half))
+    return _lie_update(product, first, second, float(scale), float(guard), [fast, slow], bool(half), chosen)
 
 
-@torch.library.custom_op("ndm_fast::lie_update", mutates_args=("first", "second"))
+@library.op(_MODULES, mutates=("first", "second"))
 def _lie_update(
-    product: Tensor | None,
-    first: Tensor,
-    second: Tensor,
-    scale: float,
-    guard: float,
-    betas: list[float],
-    half: bool,
-    backend: str,
-) -> Tensor:
-    fast, slow = betas
-    if backends.has_triton(backend, first.device):
-        return backends.load("kernels.lie_update").lie_update(
-            product, first, second, (scale, guard), fast, slow, half
-        )
-    module = step if backend == "cpu" else reference
-    return module.lie_update(product, first, second, scale, guard, (fast, slow), half)
-
-
-@_lie_update.register_fake
-def _(
     product: Tensor | None,
     first: Tensor,
     second: Tensor,

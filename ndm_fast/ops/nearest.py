@@ -1,32 +1,23 @@
-"""Nearest key of every query in every subspace: check, choose a backend, run it as a ``torch.library`` op."""
+"""Nearest key of every query in every subspace."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
-from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.geometry.reference import Neighbors
-from ndm_fast.ops import backends, checks
-from ndm_fast.ops.checks import check_search
+from ndm_fast.ops import backends, checks, library
 
-_MODULES = {
-    "reference": "geometry.reference",
-    "cpu": "ops.cpu.search",
-    "triton": "kernels.search",
-    "cuda": "ops.cuda",
-}
-"""Where each backend has the search."""
+_MODULES = {"reference": "ops.plain", "cpu": "ops.cpu.search", "triton": "kernels.search", "cuda": "ops.cuda"}
 
 
 def nearest_neighbors(
     queries: Tensor,
     keys: Tensor,
-    rotation: Tensor,
+    rotation: Tensor | None,
     widths: Sequence[int],
     *,
     metric: str = "euclidean",
@@ -41,7 +32,7 @@ def nearest_neighbors(
     Args:
         queries: [Q, d] activations, fp32, fp16 or bf16; ``queries @ rotation`` where ``queries_rotated``.
         keys: [K, d] activations; ``keys @ rotation`` where ``keys_rotated``.
-        rotation: [d, d] orthogonal, fp32.
+        rotation: [d, d] orthogonal, fp32; may be None where both sides are rotated.
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"``, or ``"cosine"`` for which the distance is ``1 - cos``.
         precision: least precision of the pass that proposes neighbors, ``"fp32"`` or ``"bf16"``. With bf16 a
@@ -49,7 +40,8 @@ def nearest_neighbors(
             computed anew, from the difference of the two rows.
         keys_rotated, queries_rotated: what is rotated already; the queries only where the keys are.
         backend: see ``ndm_fast.ops.backends``.
-        check_finite: look for NaN and Inf; switch off where the data was checked before.
+        check_finite: look for NaN and Inf; switch off where the data was checked before. On a GPU this waits
+            for the device, and it breaks the graph of ``torch.compile``.
 
     Returns:
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index.
@@ -57,35 +49,20 @@ def nearest_neighbors(
     Raises:
         InputError (a ValueError): naming the argument, for no keys, NaN or Inf, wrong shape, dtype or device.
     """
-    check_search(queries, keys, rotation, widths, metric, precision, check_finite)
     if queries_rotated and not keys_rotated:
         raise InputError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
+    rotation, widths = checks.check_rows(
+        queries, keys, rotation, widths, check_finite=check_finite, rotated=queries_rotated
+    )
+    checks.check_metric(metric)
+    checks.check_precision(precision)
+    form = (metric, precision, bool(keys_rotated), bool(queries_rotated))
     chosen = backends.choose(queries.device, backend).name
-    form = (metric, precision, keys_rotated, queries_rotated, chosen)
-    return Neighbors(*_nearest_neighbors(queries, keys, rotation, list(widths), *form))
+    return Neighbors(*_nearest_neighbors(queries, keys, rotation, widths, *form, chosen))
 
 
-@torch.library.custom_op("ndm_fast::nearest_neighbors", mutates_args=())
+@library.op(_MODULES)
 def _nearest_neighbors(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: list[int],
-    metric: str,
-    precision: str,
-    keys_rotated: bool,
-    queries_rotated: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    form = {"metric": metric, "keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
-    if backend != "reference":
-        form["precision"] = precision
-    found = backends.load(_MODULES[backend]).nearest_neighbors(queries, keys, rotation, widths, **form)
-    return found.distance.float(), found.index
-
-
-@_nearest_neighbors.register_fake
-def _(
     queries: Tensor,
     keys: Tensor,
     rotation: Tensor,
@@ -116,12 +93,14 @@ def nearest_index(
     on a GPU. Arguments, errors and tolerances as there, up to the rounding of the rotation; nothing looks for
     NaN and Inf.
     """
-    checks.check_search(queries, keys, rotation, widths, metric, precision, False)
+    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False)
+    checks.check_metric(metric)
+    checks.check_precision(precision)
     chosen = backends.choose(queries.device, backend).name
-    return _nearest_index(queries, keys, rotation, list(widths), metric, precision, chosen)
+    return _nearest_index(queries, keys, rotation, widths, metric, precision, chosen)
 
 
-@torch.library.custom_op("ndm_fast::nearest_index", mutates_args=())
+@library.op(_MODULES)
 def _nearest_index(
     queries: Tensor,
     keys: Tensor,
@@ -131,25 +110,4 @@ def _nearest_index(
     precision: str,
     backend: str,
 ) -> Tensor:
-    options: dict[str, Any] = {"precision": precision, "backend": backend, "check_finite": False}
-    if backend == "triton" and precision == "bf16":
-        search = backends.load(_MODULES["triton"])
-        return search.nearest_index(queries, keys, rotation, widths, metric=metric)
-    if backend in ("cpu", "reference") and metric == "euclidean":
-        origin = sample_mean(keys)
-        queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
-        options |= {"keys_rotated": True, "queries_rotated": True}
-    return nearest_neighbors(queries, keys, rotation, widths, metric=metric, **options).index
-
-
-@_nearest_index.register_fake
-def _(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
-    widths: list[int],
-    metric: str,
-    precision: str,
-    backend: str,
-) -> Tensor:
-    return queries.new_empty((len(widths), len(queries)), dtype=torch.int64)
+    return queries.new_empty((len(widths), queries.shape[0]), dtype=torch.int64)

@@ -59,7 +59,9 @@ class Steps:
     def objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
         """Loss and gradient over the queries and neighbors of all ranks."""
         places, here = self._group.keys.owned(index)
-        part = ops.loss_and_gradient(queries, keys, places, rotation, self._widths, self._config.metric, here)
+        rest = (rotation, self._widths, self._config.metric, here)
+        # The index comes from a search among these keys, and looking at it would make the host wait.
+        part = ops.loss_and_gradient(queries, keys, places, *rest, check_index=False)
         return Objective(*(self._group.combine(each) for each in part))
 
     def take(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:

@@ -1,17 +1,20 @@
 """The compiled CPU extension ``ndm_fast._C``: whether it is there, and what it may be handed.
 
-It takes raw addresses and knows nothing of torch, so device, dtype, shape and stride are checked here before
-one is handed out.
+It takes raw addresses and knows nothing of torch: ``ndm_fast.ops`` has checked device, dtype and shape of
+whatever comes here, and the modules beside this one see to strides.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import accumulate
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from ndm_fast.errors import InputError
 
 # After torch, so that the extension finds torch's OpenMP runtime and brings in none of its own.
 _C: ModuleType | None
@@ -47,50 +50,25 @@ def isa() -> str:
     The fastest that the CPU has, or the one named by ``NDM_FAST_CPU_ISA``.
 
     Raises:
-        ValueError: the extension is missing, the name is unknown, or the CPU cannot run it.
+        InputError: the extension is missing, the name is unknown, or the CPU cannot run it.
     """
     wanted = os.environ.get(ISA_VARIABLE, "")
     try:
         return extension().isa(wanted)
     except ValueError as error:
-        raise ValueError(f"{ISA_VARIABLE}={wanted!r} cannot be used: {error}") from None
+        raise InputError(f"{ISA_VARIABLE}={wanted!r} cannot be used: {error}") from None
 
 
 def extension() -> ModuleType:
-    """``ndm_fast._C``, or the reason why there is none as a ``ValueError``."""
+    """``ndm_fast._C``, or the reason why there is none as an ``InputError``."""
     if _C is None:
-        raise ValueError(_OBSTACLE)
+        raise InputError(str(_OBSTACLE))
     return _C
 
 
-def check_rows(queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int]) -> list[int]:
-    """Offsets of the subspaces, [S + 1]; everything whose neglect would read outside of memory is checked."""
-    if not widths or min(widths) < 1:
-        raise ValueError(f"widths {list(widths)} are empty or hold one below 1: give positive widths")
-    width = sum(widths)
-    for name, tensor in (("queries", queries), ("keys", keys), ("rotation", rotation)):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}: move it to the CPU")
-        if tensor.layout != torch.strided or tensor.ndim != 2 or tensor.shape[1] != width:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}: give dense rows of width {width}")
-        if tensor.dtype not in _TYPES:
-            raise ValueError(f"{name} has dtype {tensor.dtype}: give float32, float16 or bfloat16")
-    if rotation.dtype != torch.float32 or rotation.shape[0] != width:
-        raise ValueError(
-            f"rotation is {rotation.dtype} {list(rotation.shape)}: give float32 {[width, width]}"
-        )
-    if len(keys) == 0:
-        raise ValueError("keys has no rows: give at least one")
-    offsets = [0]
-    for one in widths:
-        offsets.append(offsets[-1] + one)
-    return offsets
-
-
-def unit_columns(rows: Tensor) -> Tensor:
-    """The same rows with neighboring columns next to each other; rows may stay strided."""
-    rows = rows.detach()
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+def offsets_of(widths: Sequence[int]) -> list[int]:
+    """[S + 1] where each subspace begins, and where the last one ends."""
+    return [0, *accumulate(widths)]
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int, int]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ndm_fast.geometry.centring import rotate_centred, sample_mean
-from ndm_fast.ops.cpu.extension import check_rows, extension, isa
+from ndm_fast.geometry.centring import inverse_variances, rotate_centred, sample_mean
+from ndm_fast.ops.cpu.extension import extension, isa, offsets_of
 
 
 def ksg_radius(
@@ -29,9 +29,6 @@ def ksg_radius(
         rotated: queries and keys are rotated already.
         variances: [S] total variance of each subspace; where it is 0, so are the distances.
         pairs: [P, 2] int64 numbers of subspaces.
-
-    Raises:
-        ValueError: one line that names the argument.
     """
     arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
     radius = torch.empty(len(pairs), len(queries))
@@ -56,14 +53,6 @@ def ksg_counts(
     bit, so the key that sets a radius is never below it.
     """
     arguments = _ksg_arguments(queries, keys, rotation, widths, variances, pairs, rotated)
-    if (
-        radius.shape != (len(pairs), len(queries))
-        or radius.device.type != "cpu"
-        or not radius.is_floating_point()
-    ):
-        raise ValueError(
-            f"radius is {radius.dtype} {list(radius.shape)}: give float32 {[len(pairs), len(queries)]}"
-        )
     radius = radius.detach().float().contiguous()
     counts = torch.empty(len(pairs), 2, len(queries), dtype=torch.int64)
     extension().ksg_counts(*arguments.values, radius.data_ptr(), counts.data_ptr())
@@ -104,17 +93,8 @@ def _ksg_arguments(
     pairs: Tensor,
     rotated: bool,
 ) -> _KsgArguments:
-    offsets = check_rows(queries, keys, rotation, widths)
-    extension()
-    if variances.shape != (len(widths),) or variances.device.type != "cpu":
-        raise ValueError(f"variances has shape {list(variances.shape)}: give [{len(widths)}] on the CPU")
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.dtype != torch.int64 or pairs.device.type != "cpu":
-        raise ValueError(f"pairs is {pairs.dtype} {list(pairs.shape)}: give int64 [P, 2] on the CPU")
-    if len(pairs) and (int(pairs.min()) < 0 or int(pairs.max()) >= len(widths)):
-        raise ValueError(f"pairs name subspaces outside 0 … {len(widths) - 1}: give numbers of subspaces")
     rotation, pairs = rotation.detach().contiguous(), pairs.contiguous()
-    positive = variances.detach().double().clamp_min(0)
-    inverse = torch.where(positive > 0, 1 / positive, 0).float()
+    inverse = inverse_variances(variances)
     if rotated:
         rotated_queries, rotated_keys = (rows.detach().float().contiguous() for rows in (queries, keys))
     else:
@@ -122,7 +102,7 @@ def _ksg_arguments(
         rotated_queries = rotate_centred(queries.detach(), rotation, origin)
         rotated_keys = rotate_centred(keys.detach(), rotation, origin)
     values = (
-        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets, inverse.data_ptr()),
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets_of(widths), inverse.data_ptr()),
         *(rotated_queries.data_ptr(), rotated_keys.data_ptr(), len(pairs), pairs.data_ptr()),
     )
     return _KsgArguments(values, (inverse, rotated_queries, rotated_keys, pairs))

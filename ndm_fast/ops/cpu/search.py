@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
+from ndm_fast.geometry.columns import unit_columns
 from ndm_fast.geometry.reference import Neighbors
-from ndm_fast.ops.cpu.extension import check_rows, extension, isa, rows_of, unit_columns
+from ndm_fast.ops.cpu.extension import extension, isa, offsets_of, rows_of
 
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""
@@ -59,21 +60,9 @@ def nearest_neighbors(
     Returns:
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. NaN in a row
         gives NaN distances.
-
-    Raises:
-        ValueError: one line that names the argument.
     """
-    offsets = check_rows(queries, keys, rotation, widths)
-    if metric not in ("euclidean", "cosine"):
-        raise ValueError(f"metric is {metric!r}: take euclidean or cosine")
-    if precision not in ("fp32", "bf16"):
-        raise ValueError(f"precision is {precision!r}: take fp32 or bf16")
-    if queries_rotated and not keys_rotated:
-        raise ValueError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
-    if len(queries) == 0:
-        return _empty_neighbors(len(widths), 0)
     queries, keys, rotation = unit_columns(queries), unit_columns(keys), rotation.detach().contiguous()
-    call = _Search(extension(), offsets, metric == "cosine", precision == "bf16")
+    call = _Search(extension(), offsets_of(widths), metric == "cosine", precision == "bf16")
     origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:
         blocks = [
@@ -88,6 +77,23 @@ def nearest_neighbors(
     if len(blocks) == 1:
         return blocks[0]
     return Neighbors(torch.cat([b.distance for b in blocks], 1), torch.cat([b.index for b in blocks], 1))
+
+
+def nearest_index(
+    queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], metric: str, precision: str
+) -> Tensor:
+    """[S, Q] int64 rows that are nearest, up to the rounding of an fp32 rotation of both sides."""
+    rotated = metric == "euclidean"
+    if rotated:
+        origin = sample_mean(keys)
+        queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
+    return nearest_neighbors(
+        *(queries, keys, rotation, widths),
+        metric=metric,
+        precision=precision,
+        keys_rotated=rotated,
+        queries_rotated=rotated,
+    ).index
 
 
 class _Search(NamedTuple):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from operator import index as as_index
 
 import torch
 from torch import Tensor
 
+from ndm_fast.errors import InputError
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
+from ndm_fast.ops.checks import check_rows
 from ndm_fast.ranks import Group, Ranks
+from ndm_fast.train.merge.ties import made_equal, tied_counts
 
 
 def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[int]) -> Tensor:
@@ -37,32 +41,80 @@ def mutual_information(
     ``ops.ksg_counts`` (Kraskov, Stögbauer & Grassberger 2004, algorithm 1). Distances in a subspace are
     divided by the square root of its total variance over the keys.
 
+    A query with equals among the keys has radius 0. Its n_a and n_b are then the keys that equal it in a
+    subspace, and ``psi(1)`` becomes ``psi(k + 1)``, with k that equal it in both (Gao, Kannan, Oh &
+    Viswanath 2017). So rows of n different values share at most about ``ln n``.
+
     Args:
-        queries: [Q, d], none of them among the keys.
-        keys: [K, d].
-        rotation, widths: the partition.
-        pairs: pairs to estimate; default all. Others stay 0.
+        queries: [Q, d], none of them among the keys; fp32, fp16 or bf16, finite.
+        keys: [K, d] likewise; at least two.
+        rotation: [d, d] fp32. widths: S widths that sum to d.
+        pairs: pairs of two different subspaces to estimate; default all. Others stay 0.
+        backend: see ``ndm_fast.ops.backends``.
         group: the ranks that estimate together; ``keys`` are then those held here. All get the same result.
+
+    Raises:
+        InputError (a ValueError): naming the argument, or a backend that cannot run.
     """
-    chosen = list(combinations(range(len(widths)), 2)) if pairs is None else list(pairs)
+    rotation, widths = check_rows(queries, keys, rotation, widths, check_finite=True)
+    chosen = _checked_pairs(pairs, len(widths))
+    group = group or Group()
+    total = group.keys.sum(torch.tensor(len(keys)))
+    if int(total) < 2:
+        raise InputError("keys has one row, and no variance: give at least two")
     result = torch.zeros(len(widths), len(widths), dtype=torch.float64)
     if not chosen:
         return result
-    group = group or Group()
     count = len(queries)
     queries = group.queries.share(queries)
-    origin = group.keys.sum(sample_mean(keys)) / group.keys.size
-    rotated_queries, rotated_keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
-    variances = torch.stack([part.sum() for part in _variance(rotated_keys, group.keys).split(list(widths))])
-    arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
+    rotated_queries, rotated_keys = _rotated(queries, keys, rotation, group.keys)
+    variances = torch.stack([part.sum() for part in _variance(rotated_keys, group.keys).split(widths)])
     which = torch.tensor(chosen, device=queries.device)
-    counts = group.keys.ksg_counts(*arguments, which, backend)
-    inside = group.queries.sum(torch.digamma(counts.double() + 1).sum((1, 2))).cpu() / count
-    total = group.keys.sum(torch.tensor(len(keys))).double() + 1
+    arguments = (rotated_queries, rotated_keys, rotation, widths, variances, which)
+    radius, counts = group.keys.ksg_radius_and_counts(*arguments, backend)
+    inside = torch.digamma(counts.double() + 1).sum((1, 2))
+    if bool((radius == 0).any()):
+        both, each = tied_counts(rotated_queries, rotated_keys, widths, which, group.keys)
+        inside = _inside(counts, radius == 0, both, each)
+    inside = group.queries.sum(inside).cpu() / count
+    total = total.double() + 1
     estimates = torch.digamma(torch.ones_like(total)) + torch.digamma(total) - inside
     for (a, b), estimate in zip(chosen, estimates, strict=True):
         result[a, b] = result[b, a] = estimate
     return result
+
+
+def _checked_pairs(pairs: Sequence[tuple[int, int]] | None, subspaces: int) -> list[tuple[int, int]]:
+    if pairs is None:
+        return list(combinations(range(subspaces), 2))
+    try:
+        chosen = [(as_index(a), as_index(b)) for a, b in pairs]
+    except (TypeError, ValueError):
+        raise InputError("pairs are not pairs of ints: give two numbers of subspaces each") from None
+    for pair in chosen:
+        if pair[0] == pair[1] or min(pair) < 0 or max(pair) >= subspaces:
+            raise InputError(f"pairs name {pair}: give two different numbers from 0 to {subspaces - 1}")
+    return chosen
+
+
+def _rotated(queries: Tensor, keys: Tensor, rotation: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """fp32 rows minus a common origin, rotated; equal where the rows are equal."""
+    origin = ranks.sum(sample_mean(keys)) / ranks.size
+    parts = [rotate_centred(rows, rotation, origin) for rows in (queries, keys)]
+    rotated_queries, rotated_keys = made_equal([queries, keys], parts)
+    return rotated_queries, rotated_keys
+
+
+def _inside(counts: Tensor, tied: Tensor, both: Tensor, each: Tensor) -> Tensor:
+    """[P] sums over queries of what the estimate subtracts.
+
+    Args:
+        counts: [P, 2, Q] keys below the radius. tied: [P, Q] where that is 0; there counts, in each subspace
+            [P, 2, Q] and in both [P, Q], of keys that equal the query.
+    """
+    apart = torch.digamma(counts.double() + 1).sum(1)
+    equal = torch.digamma(each.double() + 1).sum(1) - torch.digamma(both.double() + 1)
+    return torch.where(tied, equal + torch.digamma(torch.ones_like(equal)), apart).sum(1)
 
 
 def _variance(rows: Tensor, ranks: Ranks) -> Tensor:
