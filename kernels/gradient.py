@@ -4,6 +4,9 @@ With ``delta = q - n_s(q)`` and ``r = delta R_s``:
 
     loss_s = 1/Q sum_q |r|        dL/dR_s = 1/(S Q) sum_q delta' r / |r|
 
+or, where ``LOG``, of the logarithm with a floor ``f_s``: ``loss_s = 1/Q sum_q log sqrt(|r|^2 + f_s^2)``,
+``dL/dR_s = p_s/(d Q) sum_q delta' r / (|r|^2 + f_s^2)``.
+
 :func:`project_kernel` writes r, [Q, d], and for each piece of a subspace its part of ``|r|^2``;
 :func:`gradient_kernel` makes tiles of the gradient, each summed over all queries by one block, in order: no
 atomics, so that two runs agree bit for bit. Neighbors are gathered by both, never stored: the second time
@@ -137,12 +140,15 @@ def gradient_kernel(
     losses,  # [S] fp32
     gradient,  # [d, d] fp32
     query_share,  # 1/Q
-    share,  # 1/(S Q)
+    share,  # 1/(S Q), or 1/(d Q) where LOG
+    log_floor,  # [S] fp32, LOG only
+    sizes,  # [S] fp32 widths, LOG only
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,  # pieces of a subspace at most, as a power of two
     ROWS: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
+    LOG: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (row blocks, pieces): ROWS x COLUMNS of the gradient; the first of a subspace has its loss too."""
@@ -154,6 +160,9 @@ def gradient_kernel(
     parts = tl.arange(0, PARTS)
     own = parts < tl.load(pieces + 5 * piece + 4)
     deep = block * ROWS + tl.arange(0, ROWS)
+    if LOG:
+        floor = tl.load(log_floor + s)
+        share *= tl.load(sizes + s)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     distance = tl.zeros([QUERY_BLOCK], tl.float32)
     for start in range(0, query_count, QUERY_BLOCK):
@@ -164,18 +173,23 @@ def gradient_kernel(
             mask=own[:, None] & there[None, :],
             other=0.0,
         )
-        norm = tl.sqrt_rn(tl.sum(squared, 0))
-        distance += norm
+        squared = tl.sum(squared, 0)
         unit = tl.load(
             projected + q[:, None] * depth + columns[None, :],
             mask=there[:, None] & inside[None, :],
             other=0.0,
         )
-        positive = norm > 0  # a distance of zero has no gradient; that of NaN comes with the difference
-        unit = tl.where(positive[:, None], unit * (1 / tl.where(positive, norm, 1.0))[:, None], 0.0)
         row, real = _neighbors(
             index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
         )
+        if LOG:
+            norm = squared + floor * floor
+            distance += tl.where(real, 0.5 * tl.log(tl.where(norm == 0, 1.0, norm)), 0.0)
+        else:
+            norm = tl.sqrt_rn(squared)
+            distance += norm
+        positive = norm > 0  # a distance of zero has no gradient; that of NaN comes with the difference
+        unit = tl.where(positive[:, None], unit * (1 / tl.where(positive, norm, 1.0))[:, None], 0.0)
         delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
         total = tl.dot(tl.trans(delta), unit, total, input_precision=DOT)
     tl.store(
@@ -195,6 +209,7 @@ def loss_and_gradient(
     widths: Sequence[int],
     metric: str,
     counted: Tensor | None = None,
+    log_floor: Tensor | None = None,
     *,
     products: str = "ieee",
     shape: Gradient | None = None,
@@ -210,6 +225,7 @@ def loss_and_gradient(
         rotation: [d, d] fp32; it may be off from orthogonal.
         widths: S widths that sum to d.
         counted: [S, Q] bool, the neighbors that contribute; default all. Others are not read.
+        log_floor: [S] fp32, for the loss of logarithms.
         products: ``"ieee"`` for fp32 products, ``"tf32x3"`` for products on the matrix units of numbers split
             into two tf32 each, good to 2^-21.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
@@ -219,7 +235,7 @@ def loss_and_gradient(
         coordinate that is NaN makes its row of the gradient NaN.
     """
     if metric == "cosine":
-        return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
+        return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted, log_floor)
     from . import tuning
 
     queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
@@ -243,7 +259,9 @@ def loss_and_gradient(
         )
         gradient_kernel[(-(-width // shape.rows), len(pieces.table))](
             *(*rows, *neighbors, projected, squares, width, losses, result),
-            *(1 / count, 1 / (subspaces * count)),
+            *(1 / count, 1 / (count * (subspaces if log_floor is None else width))),
+            *(losses if log_floor is None else log_floor, pieces.sizes),
+            LOG=log_floor is not None,
             **total,
         )
     return Objective(losses, result)
@@ -254,6 +272,8 @@ class _Pieces(NamedTuple):
 
     table: Tensor
     """[N, 5] int32: subspace, first column, columns, first piece of that subspace, how many it has."""
+    sizes: Tensor
+    """[S] fp32 widths of the subspaces."""
     parts: int
     """Power of two that no subspace has more pieces than."""
 
@@ -268,4 +288,6 @@ def _pieces(widths: tuple[int, ...], columns: int, device: torch.device) -> _Pie
             rows.append((subspace, offset + start, min(columns, width - start), first, count))
         offset += width
     most = max(row[4] for row in rows)
-    return _Pieces(torch.tensor(rows, dtype=torch.int32, device=device), 1 << (most - 1).bit_length())
+    table = torch.tensor(rows, dtype=torch.int32, device=device)
+    sizes = torch.tensor(widths, dtype=torch.float32, device=device)
+    return _Pieces(table, sizes, 1 << (most - 1).bit_length())

@@ -154,8 +154,10 @@ def update_cases() -> Iterator[Case]:
         project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth}
         yield Case(f"project {widths[0]}", gradient.project_kernel, common | project, options, rows)
         parts = 1 << (-(-widths[0] // shape.columns) - 1).bit_length()
-        total = {"PARTS": parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries}
+        total = {"PARTS": parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, "LOG": False}
         yield Case(f"gradient {widths[0]}", gradient.gradient_kernel, common | total, options, rows)
+        logs = total | {"LOG": True}
+        yield Case(f"gradient {widths[0]} log", gradient.gradient_kernel, common | logs, options, rows)
     for name, dtype, factor in (("fp32", "*fp32", "fp32"), ("bf16", "*bf16", "*fp32")):
         step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True, "ON_DEVICE": factor == "*fp32"}
         types = {"update": dtype, "product": dtype, "scale": factor, "guard": factor}

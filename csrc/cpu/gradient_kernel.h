@@ -1,6 +1,7 @@
-// Gradient of the mean distance to given neighbors.
+// Gradient of the mean distance to given neighbors, or of its logarithm.
 //
-// Formula   delta = q - n_s(q), r = delta R_s, dL/dR_s = 1/(S Q) sum_q delta' r / |r| (docs/method.md).
+// Formula   delta = q - n_s(q), r = delta R_s, dL/dR_s = 1/(S Q) sum_q delta' r / |r| (docs/method.md), or with a
+//           floor f_s for the logarithm p_s/(d Q) sum_q delta' r / (|r|^2 + f_s^2).
 // Layout    the differences [Q, d] of one subspace at a time are gathered into scratch that stays in the second or
 //           third-level cache, and read from there by both products; rows of the subspace are padded to whole
 //           vectors. The [S, Q, d] differences are never in memory.
@@ -86,17 +87,36 @@ void project(const Gradient& a, int64_t s, int64_t first, int64_t count, const G
   }
 }
 
-// Scales rows to 1 / (S Q), those of length 0 or that do not count to 0; returns the sum of the lengths.
+// What a row of squared length `squared` is divided by, and what it adds to the loss: its length, or with a floor the
+// logarithm of its length. A row of length 0 has no direction: its divisor is 0.
+struct Weight {
+  float divisor, loss;
+};
+
+inline Weight weight_of(float squared, const float* floor) {
+  if (!floor) {
+    const float norm = std::sqrt(squared);
+    return {norm, norm};
+  }
+  const float floored = squared + *floor * *floor;
+  return {floored, floored == 0 ? 0.0f : 0.5f * std::log(floored)};
+}
+
+// Scales rows to their share of the gradient, those that do not count to 0; returns the sum of their losses.
 template <class V>
 double normalise(const Gradient& a, int64_t s, int64_t first, int64_t count, const GradientScratch& at) {
-  const float share = 1.0f / (static_cast<float>(a.subspaces) * static_cast<float>(a.queries));
+  const float* floor = a.log_floor ? a.log_floor + s : nullptr;
+  const double part = floor ? static_cast<double>(a.offsets[s + 1] - a.offsets[s]) / static_cast<double>(a.width)
+                            : 1.0 / static_cast<double>(a.subspaces);
+  const float share = static_cast<float>(part / static_cast<double>(a.queries));
   double total = 0;
   for (int64_t i = 0; i < count; ++i) {
     float* row = at.unit + i * at.padded;
     const bool counts = !a.counted || a.counted[s * a.counted_stride + first + i];
-    const float norm = counts ? std::sqrt(squared_norm<V>(row, at.padded)) : 0.0f;
-    for (int64_t j = 0; j < at.padded; ++j) row[j] = norm == 0 ? 0.0f : row[j] / norm * share;  // NaN stays
-    total += static_cast<double>(norm);
+    const Weight weight = counts ? weight_of(squared_norm<V>(row, at.padded), floor) : Weight{0.0f, 0.0f};
+    for (int64_t j = 0; j < at.padded; ++j)
+      row[j] = weight.divisor == 0 ? 0.0f : row[j] / weight.divisor * share;  // NaN stays
+    total += static_cast<double>(weight.loss);
   }
   return total;
 }

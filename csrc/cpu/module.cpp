@@ -125,7 +125,7 @@ void ksg_radius_and_counts(const std::string& isa, int threads, int64_t queries,
 void mean_distance_gradient(const std::string& isa, int threads, int64_t queries, int64_t keys,
                             const std::vector<int64_t>& offsets, const RowsTuple& raw_queries, const RowsTuple& raw_keys,
                             uintptr_t index, int64_t index_stride, uintptr_t counted, int64_t counted_stride,
-                            uintptr_t rotation, uintptr_t mean, uintptr_t gradient) {
+                            uintptr_t log_floor, uintptr_t rotation, uintptr_t mean, uintptr_t gradient) {
   check_sizes(queries - 1, keys, offsets, threads);
   const ndm::Kernels& kernels = kernels_named(isa);
   ndm::Gradient a;
@@ -139,6 +139,7 @@ void mean_distance_gradient(const std::string& isa, int threads, int64_t queries
   a.index_stride = index_stride;
   a.counted = at<const uint8_t>(counted);
   a.counted_stride = counted_stride;
+  a.log_floor = at<const float>(log_floor);
   a.rotation = at<const float>(rotation);
   a.mean = at<float>(mean);
   a.gradient = at<float>(gradient);

@@ -118,8 +118,9 @@ struct Gradient {
   int64_t index_stride = 0;             // from one subspace to the next
   const uint8_t* counted = nullptr;     // [S, Q] 0 where a neighbor contributes nothing; null: all do
   int64_t counted_stride = 0;
+  const float* log_floor = nullptr;     // [S] for the logarithm of the distance; null: the distance itself
   const float* rotation = nullptr;      // [d, d]
-  float* mean = nullptr;                // [S] distance
+  float* mean = nullptr;                // [S] distance, or its logarithm
   float* gradient = nullptr;            // [d, d]
 };
 

@@ -113,6 +113,15 @@ def check_metric(metric: str) -> None:
     _check_choice("metric", metric, ("euclidean", "cosine"))
 
 
+def check_log_floor(log_floor: Tensor | None, metric: str, subspaces: int, queries: Tensor) -> None:
+    """Floors [S] fp32 of the logarithm, which is of euclidean distances."""
+    if log_floor is None:
+        return
+    if metric != "euclidean":
+        raise InputError(f"log_floor goes with metric 'euclidean', not {metric!r}: leave one of them out")
+    check_tensor("log_floor", log_floor, (subspaces,), (torch.float32,), queries)
+
+
 def check_precision(precision: str) -> None:
     _check_choice("precision", precision, ("fp32", "bf16"))
 

@@ -104,10 +104,11 @@ def loss_and_gradient(
     widths: Sequence[int],
     metric: str,
     counted: Tensor | None = None,
+    log_floor: Tensor | None = None,
 ) -> Objective:
     """Triton's kernels where triton can run, else torch code: there is no CUDA C++ for it."""
     run = _beside("kernels.gradient", "ops.plain", queries).loss_and_gradient
-    found: Objective = run(queries, keys, index, rotation, widths, metric, counted)
+    found: Objective = run(queries, keys, index, rotation, widths, metric, counted, log_floor)
     return found
 
 

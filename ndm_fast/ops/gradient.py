@@ -20,6 +20,7 @@ def loss_and_gradient(
     metric: str = "euclidean",
     counted: Tensor | None = None,
     *,
+    log_floor: Tensor | None = None,
     backend: str | None = None,
     check_index: bool = True,
 ) -> Objective:
@@ -32,6 +33,8 @@ def loss_and_gradient(
         widths: widths of the S subspaces; they sum to d.
         metric: ``"euclidean"`` or ``"cosine"``.
         counted: [S, Q] bool, the neighbors that contribute to the means over Q; default all.
+        log_floor: [S] fp32 distances from 0 up. Where given, the loss is of logarithms, weighted by width:
+            ``log sqrt(|r|^2 + log_floor^2)``. Euclidean only.
         backend: see ``ndm_fast.ops.backends``.
         check_index: look at the values of ``index``. On a GPU this waits for the device, and it breaks the
             graph of ``torch.compile``. Switch it off only where the index comes from a search among these
@@ -47,8 +50,10 @@ def loss_and_gradient(
     rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False)
     checks.check_metric(metric)
     checks.check_neighbors(index, counted, len(widths), queries, keys, check_index=check_index)
+    checks.check_log_floor(log_floor, metric, len(widths), queries)
     chosen = backends.choose(queries.device, backend).name
-    return Objective(*_loss_and_gradient(queries, keys, index, rotation, widths, metric, counted, chosen))
+    given = (queries, keys, index, rotation, widths, metric, counted, log_floor)
+    return Objective(*_loss_and_gradient(*given, chosen))
 
 
 @library.op(
@@ -62,6 +67,7 @@ def _loss_and_gradient(
     widths: list[int],
     metric: str,
     counted: Tensor | None,
+    log_floor: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return rotation.new_empty(len(widths)), torch.empty_like(rotation, memory_format=torch.contiguous_format)

@@ -34,7 +34,9 @@ class Steps:
         self._widths = tuple(widths)
         self._rotation = rotation
         self._largest = config.grad_clip * scale
-        self.weights = loss_weights(widths, config.metric, rotation.working.device).float()
+        self.weights = loss_weights(
+            widths, by_width=config.metric == "cosine", device=rotation.working.device
+        ).float()
         """[S] what a mean over a subspace counts in the loss."""
 
     @property

@@ -21,6 +21,7 @@ def loss_and_gradient(
     widths: Sequence[int],
     metric: str,
     counted: Tensor | None = None,
+    log_floor: Tensor | None = None,
 ) -> Objective:
     """As ``geometry.objective.loss_and_gradient``; the euclidean metric in C++, in fp32.
 
@@ -30,6 +31,7 @@ def loss_and_gradient(
         rotation: [d, d] fp32.
         widths: S widths that sum to d.
         counted: [S, Q] bool, the neighbors that contribute; default all.
+        log_floor: [S] fp32, for the loss of logarithms.
 
     Raises:
         ValueError: the index names a row that is not there.
@@ -37,12 +39,14 @@ def loss_and_gradient(
     if metric == "cosine":
         return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted)
     index, counted = unit_columns(index), None if counted is None else unit_columns(counted)
+    log_floor = None if log_floor is None else log_floor.detach().contiguous()
     queries, keys, rotation = unit_columns(queries), unit_columns(keys), rotation.detach().contiguous()
     mean, gradient = torch.empty(len(widths)), torch.empty_like(rotation)
     extension().mean_distance_gradient(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), offsets_of(widths)),
         *(rows_of(queries), rows_of(keys), index.data_ptr(), index.stride(0)),
         *((0, 0) if counted is None else (counted.data_ptr(), counted.stride(0))),
+        0 if log_floor is None else log_floor.data_ptr(),
         *(rotation.data_ptr(), mean.data_ptr(), gradient.data_ptr()),
     )
     return Objective(mean, gradient)
