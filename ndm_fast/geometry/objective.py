@@ -85,10 +85,10 @@ def _euclidean(
 ) -> tuple[Tensor, Tensor]:
     """[s, Q] distances and [s, d, p] sums over queries of their gradients; ``here`` [s, Q] is 1 or 0."""
     delta = queries - neighbors
+    if here is not None:
+        delta = torch.where(here[..., None] > 0, delta, 0)  # also of NaN, and zero contributes no gradient
     projected = delta @ basis
     distance = torch.linalg.vector_norm(projected, dim=2)
-    if here is not None:
-        distance = distance * here  # and a distance of zero contributes no gradient
     return distance, delta.transpose(1, 2) @ _over_norm(projected, distance)
 
 
@@ -123,4 +123,7 @@ def _cosine(queries: Tensor, neighbors: Tensor, basis: Tensor, here: Tensor | No
 
 
 def _over_norm(rows: Tensor, norm: Tensor) -> Tensor:
-    return torch.where(norm[..., None] > 0, rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)[..., None], 0)
+    # 0 for a norm of 0, NaN for NaN.
+    return torch.where(
+        norm[..., None] == 0, 0, rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)[..., None]
+    )

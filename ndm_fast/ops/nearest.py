@@ -44,7 +44,8 @@ def nearest_neighbors(
             for the device, and it breaks the graph of ``torch.compile``.
 
     Returns:
-        ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index.
+        ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. On a GPU a query
+        that is 1e19 times as far from the keys as they are from each other gets NaN.
 
     Raises:
         InputError (a ValueError): naming the argument, for no keys, NaN or Inf, wrong shape, dtype or device.

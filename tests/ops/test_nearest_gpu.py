@@ -1,22 +1,16 @@
-"""GPU searches against the fp64 oracle: on the GPU where there is one.
+"""Every form of the GPU searches, by their launchers: tiles, chunks and segments of keys, half precision.
 
-Else Triton's go through its interpreter, and CUDA C++ is built for this CPU (``csrc/tests/cuda_on_cpu.h``).
+On the GPU where there is one. Else Triton's go through its interpreter, and CUDA C++ is built for this CPU.
+What every backend must do is tested in ``test_nearest.py``.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
+import importlib
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from oracle_inputs import heavy_tailed, rotation_of
 from torch import Tensor
 
@@ -43,40 +37,6 @@ FORMS = {
     "cuda-split": {},
     "cuda-split-half": {"precision": "bf16"},
 }
-SCRIPT = Path(__file__).parents[2] / "csrc" / "tests" / "cuda_on_cpu.sh"
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def cuda_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The kernels as built for the GPU, or else for this CPU."""
-    if DEVICE == "cuda":
-        return cuda._cuda or pytest.skip(str(cuda._OBSTACLE))
-    given = os.environ.get("NDM_FAST_TEST_CUDA_ON_CPU")
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if not given and (compiler is None or not sys.platform.startswith("linux")):
-        pytest.skip("needs Linux and a C++ compiler")
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cuda_on_cpu"
-    with FileLock(f"{folder}.lock"):
-        folder.mkdir(exist_ok=True)
-        built = Path(given) if given else next(folder.glob("_cuda*.so"), None)
-        if built is None:
-            command = ["sh", str(SCRIPT), str(folder), sys.executable]
-            environment = {**os.environ, "CXX": str(compiler), "LD_PRELOAD": ""}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr
-            built = Path(done.stdout.strip())
-    spec = importlib.util.spec_from_file_location("cuda_on_cpu._cuda", built)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=FORMS)
