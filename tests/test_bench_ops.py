@@ -51,7 +51,7 @@ def test_times_no_op_that_is_wrong(tmp_path: Path) -> None:
     assert "gradient, GFLOP/s; the ceiling is a matrix product" in output
 
 
-@pytest.mark.slow  # half a minute
+@pytest.mark.slow  # imports faiss and scikit-learn, and starts a process for each search
 def test_every_op_has_its_rows(tmp_path: Path) -> None:
     code, output, record = run_tiny(tmp_path)
     assert code == 0, output

@@ -22,6 +22,13 @@ from registry import PLANS, TINY, Plan
 from ndm_fast.table import text_table
 
 Contest = Callable[..., None]
+CEILINGS = {"GFLOP/s": "a matrix product", "GB/s": "a copy"}
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+"""What was timed so far, for the tables."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,7 +67,9 @@ def contest(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Cont
         row = compete(benchmark, ours, ceiling=ceiling, peers=peers, rounds=rounds)
         if row and goal:
             row["goal"] = {"of": goal[0], "least": goal[1], "verdict": verdict(row[goal[0]], goal[1])}
-        benchmark.extra_info.update({**case, "unit": unit, **row})
+        benchmark.extra_info.update({"op": op, **case, "unit": unit, **row})
+        if row:
+            request.config.stash[ROWS].append(benchmark.extra_info)
 
     return run
 
@@ -69,28 +78,24 @@ def pytest_benchmark_update_json(benchmarks: list[Any], output_json: dict[str, A
     del output_json["machine_info"]["node"]  # the name of somebody's machine
     for bench in output_json["benchmarks"]:
         del bench["extra_info"]  # it is the rows
-    output_json["rows"] = [{"op": bench.group, **bench.extra_info} for bench in benchmarks]
+    output_json["rows"] = [bench.extra_info for bench in benchmarks]
     output_json["made_with"] = made_with()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """A table for each op: rates, share of the ceiling, times the best peer, all inside the same rounds."""
-    benchmarks = [bench for bench in config._benchmarksession.benchmarks if bench.extra_info.get("rates")]
-    for op in dict.fromkeys(bench.group for bench in benchmarks):
-        rows = [bench.extra_info for bench in benchmarks if bench.group == op]
+    for op in dict.fromkeys(row["op"] for row in config.stash[ROWS]):
+        rows = [row for row in config.stash[ROWS] if row["op"] == op]
         terminalreporter.write_line(f"\n{op}, {rows[0]['unit']}; the ceiling is {CEILINGS[rows[0]['unit']]}")
         terminalreporter.write_line(text_table([_line(row) for row in rows]))
 
 
-CEILINGS = {"GFLOP/s": "a matrix product", "GB/s": "a copy"}
-
-
 def _line(row: dict[str, Any]) -> dict[str, str]:
     goal = row.get("goal")
-    case = {name: str(row[name]) for name in list(row)[: list(row).index("unit")]}
+    names = list(row)
     return {
-        **case,
+        **{name: str(row[name]) for name in names[1 : names.index("unit")]},
         "ms": f"{row['ms']['ours']['median']:.2f}",
         "ceiling": f"{row['rates']['ceiling']:.1f}",
         "ours": f"{row['rates']['ours']:.1f}",
