@@ -1,8 +1,8 @@
 """Builds the tables of the page Benchmarks from the JSON records in ``bench/results``, at build time.
 
-A line ``<!-- record: NAME -->`` in a page becomes a table of ``bench/results/NAME.json``, under a line that says
-on what it was measured. Records that no line names follow where ``<!-- other records -->`` stands, with every
-number they hold. mkdocs calls ``on_page_markdown`` and ``on_page_content``.
+A line ``<!-- record: NAME -->`` in a page becomes a table of ``bench/results/NAME.json``, under a line that
+says on what it was measured. Records that no line names follow where ``<!-- other records -->`` stands, with
+every number they hold. mkdocs calls ``on_page_markdown`` and ``on_page_content``.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "heldout_difference": "held-out loss against published",
     },
 }
-"""Columns shown of a record: path in a row -> heading. A record without an entry shows every number it holds."""
+"""Columns shown of a record: path in a row -> heading. One without an entry shows every number it holds."""
 
 _LEFT_OUT = ("spread", "curve", "made_with", "machine", "settings", "purity", "intervals", "by_subspace")
 _LISTS = ("rows", "runs", "cases", "modes", "benchmarks")
@@ -222,7 +222,9 @@ def measured_on(record: Any) -> str:
         return "the record does not say on what it was measured."
     note = notes[0]
     versions = note.get("versions", {n: note[n] for n in ("python", "torch") if n in note})
-    commits = sorted({str(each["commit"])[:7] + "-dirty" * ("dirty" in str(each["commit"])) for each in notes})
+    commits = sorted(
+        {str(each["commit"])[:7] + "-dirty" * ("dirty" in str(each["commit"])) for each in notes}
+    )
     load = note.get("load")
     parts = [
         str(note.get("gpu") or note.get("cpu", "")),
