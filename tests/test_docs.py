@@ -213,12 +213,33 @@ def test_a_record_becomes_a_table_with_its_hardware(records, tmp_path):
     ]
 
 
+def test_ops_of_a_record_have_a_table_each(records, tmp_path):
+    path = tmp_path / "ops-avx2.json"
+    ms = {"ours": {"median": 2.0, "min": 1.0}}
+    path.write_text(json.dumps({"rows": [{"op": "ksg", "S": 12, "ms": ms}, {"op": "nearest", "Q": 5}]}))
+    parts = records.table(path).split("\n\n")
+    assert parts[1:] == [
+        "`ksg`",
+        "| S | ms.ours.median |\n|---|---|\n| 12 | 2 |",
+        "`nearest`",
+        "| Q |\n|---|\n| 5 |",
+    ]
+
+
 def test_readme_has_the_times_of_the_record():
     rows = json.loads((ROOT / "bench/results/time-to-loss-avx512bf16.json").read_text())["rows"]
     published = rows[0]["seconds_to_target"]
     ours = min(row["seconds_to_target"] for row in rows[1:] if row["seconds_to_target"])
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert f"the published loss in {ours:.1f} s instead of {published:.0f} s" in readme
+    steps = json.loads((ROOT / "bench/results/training-step-avx512bf16.json").read_text())["rows"]
+    wide = json.loads((ROOT / "bench/results/train-avx512bf16.json").read_text())["rows"]
+    low, high = sorted(row["times_published"] for row in steps)
+    widest = max(row["times_published"] for row in wide if row.get("d") == 2304 and "times_published" in row)
+    assert (
+        f"a step is {low:.0f} to {high:.0f} times as fast at d = 384, and {widest:.0f} times at d = 2304"
+        in readme
+    )
 
 
 def test_readme_opens_with_few_commands():

@@ -44,7 +44,11 @@ COLUMNS: dict[str, dict[str, str]] = {
         "pairs": "pairs",
         "seconds.eager.median": "eager torch, s",
         "seconds.ours.median": "ours, s",
+        "seconds.eager": "eager torch, s",
+        "seconds.kernels only": "ours, rotated rows, s",
         "times_eager": "times",
+        "speedup_kernels": "times",
+        "speedup": "times, rotation counted",
         "times_eager_from_raw": "times, both rotating",
         "goal": "goal",
     },
@@ -167,20 +171,25 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def table(path: Path) -> str:
-    """A record as Markdown: what it was measured on, then a row for each of its rows."""
+    """A record as Markdown: what it was measured on, then a row for each of its rows, a table for each op."""
     record = json.loads(path.read_text(encoding="utf-8"))
     rows = [flat(row) for row in rows_of(record)]
     base = re.sub(r"(-full|-2304)?(-(avx2|avx512|avx512bf16))?$", "", path.stem)
-    columns = COLUMNS.get(base) or {name: name for row in rows for name in row}
+    parts = [f"`bench/results/{path.name}`: {measured_on(record)}"]
+    for op in dict.fromkeys(row.get("op") for row in rows):
+        if op:
+            parts.append(f"`{op}`")
+        of_op = [{name: row[name] for name in row if name != "op"} for row in rows if row.get("op") == op]
+        parts.append(_table(of_op, COLUMNS.get(base)))
+    return "\n\n".join(parts)
+
+
+def _table(rows: list[dict[str, Any]], columns: dict[str, str] | None) -> str:
+    if columns is None:
+        columns = {name: name for row in rows for name in row if not name.endswith((".min", ".max"))}
     columns = {name: heading for name, heading in columns.items() if any(name in row for row in rows)}
-    lines = [
-        f"`bench/results/{path.name}`: {measured_on(record)}",
-        "",
-        f"| {' | '.join(columns.values())} |",
-        "|---" * len(columns) + "|",
-    ]
-    for row in rows:
-        lines.append(f"| {' | '.join(shown(row.get(name)) for name in columns)} |")
+    lines = [f"| {' | '.join(columns.values())} |", "|---" * len(columns) + "|"]
+    lines += [f"| {' | '.join(shown(row.get(name)) for name in columns)} |" for row in rows]
     return "\n".join(lines)
 
 
