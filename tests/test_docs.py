@@ -213,6 +213,13 @@ def test_a_record_becomes_a_table_with_its_hardware(records, tmp_path):
     ]
 
 
+def test_a_summary_at_the_end_of_a_record_is_a_table_of_its_own(records, tmp_path):
+    path = tmp_path / "restarts.json"
+    path.write_text(json.dumps([{"seed": 0, "way": "plain"}, {"best": 3}]))
+    tables = records.table(path).split("\n\n")[1:]
+    assert tables == ["| seed | way |\n|---|---|\n| 0 | plain |", "| best |\n|---|\n| 3 |"]
+
+
 def test_ops_of_a_record_have_a_table_each(records, tmp_path):
     path = tmp_path / "ops-avx2.json"
     ms = {"ours": {"median": 2.0, "min": 1.0}}

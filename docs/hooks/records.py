@@ -180,7 +180,11 @@ def table(path: Path) -> str:
         if op:
             parts.append(f"`{op}`")
         of_op = [{name: row[name] for name in row if name != "op"} for row in rows if row.get("op") == op]
-        parts.append(_table(of_op, COLUMNS.get(base)))
+        columns = COLUMNS.get(base)
+        shown_rows = [row for row in of_op if columns is None or sum(name in row for name in columns) > 1]
+        parts.append(_table(shown_rows, columns))
+        if others := [row for row in of_op if row not in shown_rows]:  # a record may end with a summary
+            parts.append(_table(others, None))
     return "\n\n".join(parts)
 
 
