@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -17,6 +17,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into build/docs. Its tools come from the extra `docs`; installing the package anew would compile it anew.
+docs: $(STAMP)
+	$(BIN)/python -c "from importlib.metadata import requires as r; print(*(n.split(';')[0] for n in r('ndm-fast') if '\"docs\"' in n), sep='\n')" \
+		| $(BIN)/pip install --quiet --constraint constraints.txt --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # Give it an idle machine and about ten minutes: correctness first, then every ratio in one run, a table each.
 # Not `python -m pytest`, which puts this folder on the path: its `kernels` hides a package of Hugging Face's.
