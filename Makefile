@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -18,17 +18,27 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into build/docs. Its tools come from the extra `docs`; installing the package anew would compile it anew.
+docs: $(STAMP)
+	$(BIN)/python -c "from importlib.metadata import requires as r; print(*(n.split(';')[0] for n in r('ndm-fast') if '\"docs\"' in n), sep='\n')" \
+		| $(BIN)/pip install --quiet --constraint constraints.txt --requirement /dev/stdin
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 # Give it an idle machine and about ten minutes: correctness first, then every ratio in one run, a table each.
+# Not `python -m pytest`, which puts this folder on the path: its `kernels` hides a package of Hugging Face's.
+BENCH_AVX2 := MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 NDM_FAST_CPU_ISA=avx2
 bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
-	$(BIN)/python bench/ops/search.py
-	$(BIN)/python bench/ops/mutual_information.py
-	$(BIN)/python bench/ops/step_ops.py
+	isa=$$($(BIN)/python -c 'from ndm_fast.ops.cpu import extension; print(extension.isa())') && \
+	$(BIN)/pytest bench/ops --benchmark-json=bench/results/ops-$$isa.json && \
+	case $$isa in avx512*) $(BENCH_AVX2) $(BIN)/pytest bench/ops/bench_nearest.py -k Q1024 \
+		--benchmark-json=bench/results/ops-avx2.json;; esac
 	$(BIN)/python bench/runs/training_step.py
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cuda/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@echo "The install compiles csrc/cpu, about 20 s on two cores; pip shows the files with -v."
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 

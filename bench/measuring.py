@@ -6,6 +6,8 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from ndm_fast.ops.cpu import extension
 from ndm_fast.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = {"faiss-cpu": "faiss", "scikit-learn": "sklearn"}
+"""Distributions whose versions belong to a record, and the modules they install."""
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -51,11 +55,17 @@ def result_file(name: str) -> Path:
     return RESULTS / f"{name}-{extension.isa()}.json"
 
 
+def made_with() -> dict[str, Any]:
+    """Hardware, versions, also of those we are compared with, commit, instruction set and date."""
+    about = provenance()
+    about["versions"] |= {name: version(name) for name in PEERS if find_spec(PEERS[name])}
+    return {**about, "isa": extension.isa(), "date": time.strftime("%Y-%m-%d %H:%M")}
+
+
 def write_results(path: Path, rows: list[dict[str, Any]]) -> None:
     """Rows with hardware, versions and commit."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    made_with = {**provenance(), "isa": extension.isa(), "date": time.strftime("%Y-%m-%d %H:%M")}
-    path.write_text(json.dumps({"rows": rows, "made_with": made_with}, indent=1) + "\n")
+    path.write_text(json.dumps({"rows": rows, "made_with": made_with()}, indent=1) + "\n")
     print(f"written to {path}")
 
 

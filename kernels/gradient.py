@@ -19,7 +19,7 @@ where each lies, so one launch serves any widths, and wide subspaces fill the ca
 Limit: ``4 Q d^2`` operations (GPT-2 0.30, Qwen 1.2, Gemma 2.7 GFLOP, there 4/3 of it, because 72 columns take
 96) on the fp32 units, 67 TFLOP/s on an H200, of which staging operands through shared memory should leave a
 quarter; bytes from memory, ``S Q d`` halves and two times ``d^2`` floats, would take a tenth of that.
-docs/kernels.md has the predicted times.
+docs/kernels-gpu.md has the predicted times.
 """
 
 from __future__ import annotations

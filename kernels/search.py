@@ -1,7 +1,7 @@
 """Triton ops: any CUDA card, and Triton's interpreter on the CPU. Launches what ``kernels/`` holds.
 
 Shapes and names as in ``geometry/reference.py``, which says what each op means; ``sweep.py`` and
-``docs/kernels.md`` say how the search works. triton is imported at the first call, never with the package.
+``docs/kernels-gpu.md`` say how the search works. triton is imported at the first call, not with the package.
 """
 
 from __future__ import annotations

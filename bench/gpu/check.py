@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,7 +54,8 @@ def prepare(interpret: bool) -> str:
     built = "not built: interpreted"
     if not interpret:
         major, minor = torch.cuda.get_device_capability()
-        environment = {**os.environ, "NDM_FAST_CUDA_ARCHS": f"{major}{minor}"}
+        wanted = "1" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "0"
+        environment = {**os.environ, "NDM_FAST_CUDA": wanted, "NDM_FAST_CUDA_ARCHS": f"{major}{minor}"}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         built = done.stdout[-2000:] + done.stderr[-2000:]

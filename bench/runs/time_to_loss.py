@@ -138,10 +138,11 @@ def draw(rows: list[dict[str, Any]], target: float, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2), layout="constrained")
     for one in rows:
         points = one["curve"][1:]
-        axes.plot([p["seconds"] for p in points], [p["loss"] for p in points], marker=".", label=one["mode"])
+        label = one["mode"] if one["mode"] == "published" else f"ours: {one['mode']}"
+        axes.plot([p["seconds"] for p in points], [p["loss"] for p in points], marker=".", label=label)
     axes.axhline(target, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlabel="seconds of training", ylabel="held-out distance to the nearest neighbor")
-    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -1,5 +1,5 @@
 // Why not link OpenMP: a second libgomp next to torch's would spin on the same cores (measured in
-// docs/kernels.md), and a wheel would have to carry one. Instead the entry point of the runtime that torch
+// docs/lab-notes.md), and a wheel would have to carry one. Instead the entry point of the runtime that torch
 // has loaded is looked up by name: the same workers that ran torch's last product take ours, still warm.
 // GOMP_parallel is part of GCC's stable ABI since 4.9, and LLVM's libomp exports it too.
 #include "parallel.h"

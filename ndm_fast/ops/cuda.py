@@ -30,7 +30,7 @@ try:
     _OBSTACLE: str | None = None
 except ImportError as error:
     _cuda = None
-    _OBSTACLE = f"ndm_fast._cuda is not built ({error}): install with nvcc at hand"
+    _OBSTACLE = f"ndm_fast._cuda is not built ({error}): install with NDM_FAST_CUDA=1 and nvcc at hand"
 
 PADDED_WIDTHS = (16, 32, 48, 64, 80, 96, 128, 256, 512)
 """Widths the kernels are compiled for; others are padded."""

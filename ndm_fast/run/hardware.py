@@ -102,7 +102,7 @@ GPU_EFFICIENCY = Efficiencies(
     elementwise=0.6,
     pair=31.0,
     step=3e-4,
-    source="docs/kernels.md, predicted: nothing was measured on a GPU yet",
+    source="docs/kernels-gpu.md, predicted: nothing was measured on a GPU yet",
 )
 
 

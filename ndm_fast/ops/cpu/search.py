@@ -1,7 +1,7 @@
 """Compiled CPU ops of the search and the MI estimate: rotates through BLAS, and calls ``ndm_fast._C``.
 
 Shapes and names as in ``ndm_fast.geometry.reference``, which says what each op means;
-``docs/kernels.md`` says how they are made fast.
+``docs/kernels-cpu.md`` says how they are made fast.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def nearest_neighbors(
     keys_rotated: bool = False,
     queries_rotated: bool = False,
 ) -> Neighbors:
-    """Nearest key of every query inside every subspace, exact (see ``docs/kernels.md`` for the bounds).
+    """Nearest key of every query inside every subspace, exact (see ``docs/kernels-cpu.md`` for the bounds).
 
     Args:
         queries: [Q, d] fp32, fp16 or bf16, on the CPU.

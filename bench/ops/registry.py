@@ -1,0 +1,42 @@
+"""What is timed: the shapes of each op, and for how many rounds. The shapes are those of published runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """One problem: activations ``d`` wide in subspaces of ``width``, so many queries and keys."""
+
+    d: int
+    width: int
+    queries: int
+    keys: int
+
+    @property
+    def widths(self) -> list[int]:
+        return [self.width] * (self.d // self.width)
+
+    def __str__(self) -> str:
+        return f"d{self.d}-w{self.width}-Q{self.queries}-K{self.keys}"
+
+
+class Plan(NamedTuple):
+    """The shapes of an op and the rounds that each is timed for."""
+
+    shapes: list[Shape]
+    rounds: int
+
+
+_SEARCH = [(384, 32, 16384), (768, 32, 65536), (2304, 72, 16384)]
+_STEP = [(384, 32), (768, 32), (1536, 64), (2304, 72)]
+
+PLANS = {
+    "nearest": Plan([Shape(d, width, q, k) for q in (1024, 128) for d, width, k in _SEARCH], 5),
+    "ksg": Plan([Shape(d, 32, 128, 16384) for d in (384, 768)], 3),
+    "gradient": Plan([Shape(d, width, 128, 16384) for d, width in _STEP], 9),
+    "lie_update": Plan([Shape(d, width, 128, 16384) for d, width in _STEP], 9),
+}
+
+TINY = Plan([Shape(64, 16, 32, 512)], 2)
+"""For every op with ``--tiny``, which tests the benchmarks and says nothing of speed."""
