@@ -146,6 +146,11 @@ class TrainConfig:
                 f"{self.keys + self.queries * self.search_every}: raise pool_rows or lower keys"
             )
 
+    @property
+    def rows_held(self) -> int:
+        """Rows of the pool: never more than the run can use."""
+        return min(self.pool_rows, self.max_steps * self.queries + self.keys)
+
     def widths(self, width: int) -> tuple[int, ...]:
         """Widths of the subspaces at the start, for activations of this width."""
         if self.initial_widths is not None:

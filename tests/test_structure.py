@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     ["errors", "files", "seeds", "signals", "provenance", "table", "drawing", "version"],
-    ["config", "geometry"],
+    ["config", "geometry", "ranks"],
     ["kernels"],
     ["ops"],
-    ["partition", "ranks", "distributed"],
+    ["partition", "distributed"],
     ["activations"],
     ["train"],
     ["run"],

@@ -25,7 +25,7 @@ from published import PublishedTrainer
 from quality import harvest, settings
 from ndm_fast import nearest_neighbors
 from ndm_fast.config import TrainConfig
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream, take_rows
 from ndm_fast.seeds import seeded
 from ndm_fast.table import text_table
@@ -88,7 +88,7 @@ def hold_out(stream: TensorStream, config: TrainConfig) -> HeldOut:
 
 def published_curve(stream: TensorStream, held: HeldOut, config: TrainConfig) -> list[dict[str, float]]:
     """The published scheme, on the rows that a trainer of ours gets."""
-    pool = ActivationPool(stream, config.pool_rows, config.keys, first_batch=held.batches)
+    pool = ActivationPool(stream, PoolConfig(config.pool_rows, config.keys, first_batch=held.batches))
     published = PublishedTrainer(sum(held.widths), held.widths, lr=config.lr)
     done = 0
 

@@ -140,7 +140,7 @@ def _parameters_to(model: Any, module: str) -> int:
 def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """Predicts a run of one site of ``config`` on a machine."""
     train, efficiency = config.train, GPU_EFFICIENCY if machine.is_gpu else CPU_EFFICIENCY
-    pool = min(train.pool_rows, train.max_steps * train.queries + train.keys)
+    pool = train.rows_held
     generations = math.ceil(train.max_steps * train.queries / max(1, pool - train.keys))
     rows = train.heldout_queries + train.heldout_keys + generations * pool
     memory = _memory(config, shape, machine, pool)

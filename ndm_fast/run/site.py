@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def train_one(
 ) -> None:
     """Train one site from a state, or from the start."""
     config, folder, stream, train = run.config, run.folder, run.stream, run.config.train
-    pool_rows = min(train.pool_rows, train.max_steps * train.queries + train.keys)
+    pool_rows = train.rows_held
     rows = train.heldout_queries + train.heldout_keys + pool_rows
     if progress.show:
         dtype = getattr(torch, train.pool_dtype)
@@ -76,9 +77,9 @@ def train_one(
         if first:
             train = dataclasses.replace(train, start="identity", initial_widths=first.widths)
         rows_of = _Rotated(counted, first) if first else counted
-        trainer = Trainer(
-            rows_of, train, config.merge, device=device, source=source, state=state, group=group
-        )
+        begin = partial(Trainer.resumed, state=state) if state else Trainer
+        trainer = begin(rows_of, train, config.merge, device=device, source=source, group=group)
+        trainer.pool.fill()
     finally:
         counted.close()
     try:
@@ -136,7 +137,7 @@ def _split_first(
 
 def _figures(trainer: Trainer, partition: SubspacePartition, stream: SiteStream) -> dict[str, Any]:
     """What ``result.json`` holds: per subspace width, share of variance and held-out distance."""
-    variances = trainer.heldout_variances()
+    variances = trainer.heldout.variances(trainer.rotation.matrix, trainer.widths)
     return {
         "steps": trainer.step,
         "heldout_loss": trainer.heldout_loss,

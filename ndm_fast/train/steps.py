@@ -12,6 +12,8 @@ from ndm_fast.config import TrainConfig
 from ndm_fast.geometry.objective import Objective, loss_weights
 from ndm_fast.geometry.reference import Neighbors
 from ndm_fast.ranks import Group
+from ndm_fast.train.cuda_graph import GraphedSteps
+from ndm_fast.train.over_ranks import nearest_neighbors
 from ndm_fast.train.rotation.base import Rotation, Turn
 
 
@@ -34,8 +36,11 @@ class Steps:
         self._widths = tuple(widths)
         self._rotation = rotation
         self._largest = config.grad_clip * scale
+        self.distance_scale = 1.0 if config.metric == "cosine" else scale
+        """Stored distances over the true ones; a cosine has no scale."""
         self.weights = loss_weights(widths, config.metric, rotation.working.device).float()
         """[S] what a mean over a subspace counts in the loss."""
+        self._graph = GraphedSteps(self._take_each, rotation) if config.cuda_graph else None
 
     @property
     def batch_size(self) -> int:
@@ -52,8 +57,8 @@ class Steps:
     def search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
         """Neighbors of this rank's queries among the keys of all ranks, with exact distances."""
         config = self._config
-        return self._group.keys.nearest_neighbors(
-            queries, keys, rotation, self._widths, config.metric, config.precision
+        return nearest_neighbors(
+            self._group.keys, queries, keys, rotation, self._widths, config.metric, config.precision
         )
 
     def objective(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> Objective:
@@ -62,13 +67,31 @@ class Steps:
         part = ops.loss_and_gradient(queries, keys, places, rotation, self._widths, self._config.metric, here)
         return Objective(*(self._group.combine(each) for each in part))
 
-    def take(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
+    def loss(self, by_subspace: Tensor) -> float:
+        """The loss from [S] means per subspace."""
+        return float(self.weights @ by_subspace.float())
+
+    def stale_gap(self, queries: Tensor, keys: Tensor, index: Tensor, rotation: Tensor) -> float:
+        """How much farther than the true neighbors those of the index are, relative to the loss.
+
+        Args:
+            queries: [Q, d] one batch of this rank; keys: [K, d]; index: [S, Q].
+        """
+        stale = self.objective(queries, keys, index, rotation).by_subspace
+        total = self._group.queries.sum(self.search(queries, keys, rotation).distance.sum(1))
+        fresh = total / self._config.queries
+        return self.loss(stale) / max(self.loss(fresh), torch.finfo(torch.float32).tiny) - 1
+
+    def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
         """[m] losses of m steps, which is device work alone.
 
         Args:
             queries: [m Q, d] of this rank; keys: [K, d]; index: [S, m Q] rows of the keys that are near.
             turns: what the rotation's ``next_turn`` gave for each of them.
         """
+        return (self._graph or self._take_each)(queries, keys, index, turns)
+
+    def _take_each(self, queries: Tensor, keys: Tensor, index: Tensor, turns: Sequence[Turn]) -> Tensor:
         losses = []
         for batch, turn in enumerate(turns):
             rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)

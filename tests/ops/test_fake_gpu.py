@@ -202,12 +202,12 @@ def test_steps(
     def block(take: TakeSteps) -> Tensor:
         return take(queries, keys, index, [rotation.next_turn(lr) for _ in range(4)])
 
-    losses = twice(lambda: block(steps.take))
+    losses = twice(lambda: block(steps.take_steps))
     assert (losses.shape, losses.device) == ((4,), GPU)
     assert rotation.working.device == GPU
     monkeypatch.setattr(Tensor, "pin_memory", lambda host: host)
     monkeypatch.setattr(cuda_graph, "_captured", lambda work, device: work)
-    graphed = cuda_graph.GraphedSteps(steps.take, rotation)
+    graphed = cuda_graph.GraphedSteps(steps.take_steps, rotation)
     for _ in range(4):  # which blocks are of one kind changes in the first ones
         losses = twice(lambda: block(graphed))
     assert (losses.shape, losses.device) == ((4,), GPU)

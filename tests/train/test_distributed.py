@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from ndm_fast import ops
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.distributed import TIMEOUT_VARIABLE, together
@@ -31,6 +31,7 @@ from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.ranks import Group, Launch, Ranks, launched
 from ndm_fast.run.checkpoint import load_checkpoint
 from ndm_fast.seeds import seeded
+from ndm_fast.train import over_ranks
 from ndm_fast.train.merge.mutual_information import mutual_information
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -91,7 +92,9 @@ def test_neighbors_of_shards_are_those_of_all_keys(in_ranks, size, metric):
 
     def work(group: Group) -> tuple[torch.Tensor, ...]:
         part = group.keys.share(keys)
-        return tuple(group.keys.nearest_neighbors(queries, part, rotation, WIDTHS, metric, "fp32"))
+        return tuple(
+            over_ranks.nearest_neighbors(group.keys, queries, part, rotation, WIDTHS, metric, "fp32")
+        )
 
     for distance, index in in_ranks(size, "keys", work):
         assert torch.equal(index, expected.index)
@@ -124,7 +127,7 @@ def test_a_shared_pool_holds_the_rows_of_one_pool(in_ranks, dtype):
     stream = TensorStream([rows_of(50, seed) * 1e5 for seed in range(20)])
 
     def draw(ranks: Ranks) -> list[torch.Tensor]:
-        pool = ActivationPool(stream, 253, 60, dtype=dtype, seed=4, ranks=ranks)
+        pool = ActivationPool(stream, PoolConfig(253, 60, dtype=dtype, seed=4), ranks)
         return [each.clone() for _ in range(9) for each in (pool.take(47), pool.next_keys())]
 
     for size in (2, 3):

@@ -85,9 +85,9 @@ def test_a_run_finds_its_threshold_once_and_keeps_it():
     partition = trainer.run(seen)
     assert partition.widths == (2, 2, 2, 2)
     (found,) = [r for r in seen.records if r["event"] == "merge_tree"]
-    assert found["threshold"] == trainer.merge_threshold
+    assert found["threshold"] == trainer.merger.threshold
     assert all(r["threshold"] == found["threshold"] for r in seen.records if r["event"] == "merge")
-    resumed, again = Trainer(stream, TrainConfig(**SETTINGS), merge, state=seen.states[0]), Recorder()
+    resumed, again = Trainer.resumed(stream, TrainConfig(**SETTINGS), merge, state=seen.states[0]), Recorder()
     assert torch.equal(resumed.run(again).rotation, partition.rotation)
     assert not [r for r in again.records if r["event"] == "merge_tree"]
 

@@ -1,6 +1,7 @@
 """The loop: it finds planted subspaces, in every mode, and says what it does."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -269,7 +270,8 @@ def test_stopping_and_going_on_is_bit_for_bit_the_same():
     state, records = None, []
     for stop_at in (30, 120, 199, 203, 251, None):
         recorder = Recorder(stop_at)
-        trainer = Trainer(stream, config, merge, state=state)
+        begin = partial(Trainer.resumed, state=state) if state else Trainer
+        trainer = begin(stream, config, merge)
         found = trainer.run(recorder)
         state, records = recorder.saved, records + recorder.records
     assert trainer.finished
@@ -289,7 +291,7 @@ def test_a_seed_sets_everything():
 def test_pca_start_orders_by_variance():
     rows, _ = planted(12000)
     trainer = Trainer(stream_of(rows), TrainConfig(**{**SETTINGS, "start": "pca", "max_steps": 20}))
-    variances = trainer.heldout_variances()
+    variances = trainer.heldout.variances(trainer.rotation.matrix, trainer.widths)
     assert variances[0] > variances[1]
     assert orthogonality_error(trainer.rotation.matrix) < 1e-5
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.ranks import Group, Ranks
+from ndm_fast.train.over_ranks import ksg_counts
 
 
 def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[int]) -> Tensor:
@@ -56,7 +57,7 @@ def mutual_information(
     variances = torch.stack([part.sum() for part in _variance(rotated_keys, group.keys).split(list(widths))])
     arguments = (rotated_queries, rotated_keys, rotation, widths, variances)
     which = torch.tensor(chosen, device=queries.device)
-    counts = group.keys.ksg_counts(*arguments, which, backend)
+    counts = ksg_counts(group.keys, *arguments, which, backend)
     inside = group.queries.sum(torch.digamma(counts.double() + 1).sum((1, 2))).cpu() / count
     total = group.keys.sum(torch.tensor(len(keys))).double() + 1
     estimates = torch.digamma(torch.ones_like(total)) + torch.digamma(total) - inside
