@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ndm_fast.config import TrainConfig
+from ndm_fast.config import RunSettings, TrainConfig
 from ndm_fast.errors import InputError, RanksError
 
 T = TypeVar("T")
@@ -120,9 +120,9 @@ class Group:
         """A mean over the queries of all ranks, from each rank's mean over its queries and neighbors."""
         return self.keys.sum(self.queries.mean(part))
 
-    def check(self, train: TrainConfig) -> None:
+    def check(self, train: TrainConfig, settings: RunSettings) -> None:
         """Refuse settings that the ranks cannot share evenly, or at all."""
-        if train.cuda_graph and self.all.size > 1:
+        if settings.cuda_graph and self.all.size > 1:
             raise InputError("cuda_graph captures the steps of one rank: leave it off under torchrun")
         for name, ranks in (("queries", self.queries), ("keys", self.keys)):
             count = getattr(train, name)

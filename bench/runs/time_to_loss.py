@@ -27,7 +27,7 @@ from ndm_fast import nearest_neighbors
 from ndm_fast.config import TrainConfig
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream, take_rows
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -81,7 +81,7 @@ class HeldOut(NamedTuple):
 def hold_out(stream: TensorStream, config: TrainConfig) -> HeldOut:
     """Rows that no contender trains on."""
     rows, batches = take_rows(stream.batches(), config.heldout_queries + config.heldout_keys)
-    rows = rows[torch.randperm(len(rows), generator=seeded(config.seed, 0))]
+    rows = rows[torch.randperm(len(rows), generator=seeded(config.seed, Draw.HELD_OUT))]
     cut = config.heldout_queries
     return HeldOut(rows[:cut], rows[cut:], config.widths(rows.shape[1]), batches)
 

@@ -18,7 +18,7 @@ from ndm_fast.activations.pool_storage import Place, allocate, choose_place
 from ndm_fast.activations.rows import Stream, fitting_scale, too_short
 from ndm_fast.errors import InputError
 from ndm_fast.ranks import ALONE, Ranks
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,10 @@ class ActivationPool:
         self, generation: int, batch: int, storage: Tensor | None, gone: threading.Event | None = None
     ) -> tuple[Tensor, int]:
         """The rows of a generation that starts at a batch, written to the storage; the batch after them."""
-        order = torch.randperm(self._rows, generator=seeded(self._config.seed, 1, generation)) + self._before
+        order = (
+            torch.randperm(self._rows, generator=seeded(self._config.seed, Draw.POOL, generation))
+            + self._before
+        )
         filled = 0
         for activations in self._stream.batches(batch):
             batch += 1

@@ -202,7 +202,7 @@ def _products(train: TrainConfig, d: int) -> float:
 def _evaluations(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies) -> Part:
     """Held-out distances, exact."""
     train = config.train
-    count = 1 + math.ceil(train.max_steps / train.eval_every)
+    count = 1 + math.ceil(train.max_steps / config.run.eval_every)
     K, Q = train.heldout_keys, train.heldout_queries
     rotate, sweep, exact = 2.0 * (K + Q) * d**2, 2.0 * Q * K * d, 2.0 * Q * d**2
     seconds = rotate / efficiency.rotate + sweep / efficiency.sweep + exact / efficiency.exact

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ndm_fast.geometry.orthogonal import random_rotation
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.observer import Observer
 
 if TYPE_CHECKING:
     from ndm_fast.train.trainer import Trainer
-
-_PURPOSE = 2
 
 
 class Escape:
@@ -48,7 +46,7 @@ class Escape:
             losses: [S] held-out mean distance; information: [S, S]. A pair is drawn with probability
                 proportional to (sum of its losses) x (its mutual information).
         """
-        generator = seeded(self._seed, _PURPOSE, self.tried)
+        generator = seeded(self._seed, Draw.ESCAPE, self.tried)
         weights = (losses[:, None] + losses).double().cpu() * information.clamp_min(0)
         weights = weights.triu(1).flatten()
         if not weights.sum() > 0:

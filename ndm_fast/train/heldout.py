@@ -10,7 +10,7 @@ from torch import Tensor
 from ndm_fast.activations.rows import Stream, take_rows
 from ndm_fast.config import TrainConfig
 from ndm_fast.ranks import Group
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import subspace_variances
 from ndm_fast.train.steps import Steps
 
@@ -22,7 +22,7 @@ def hold_out(stream: Stream, train: TrainConfig) -> tuple[Tensor, int]:
         InputError: the stream is too short.
     """
     rows, batches = take_rows(stream.batches(), train.heldout_queries + train.heldout_keys)
-    return rows[torch.randperm(len(rows), generator=seeded(train.seed, 0))], batches
+    return rows[torch.randperm(len(rows), generator=seeded(train.seed, Draw.HELD_OUT))], batches
 
 
 class HeldOut:

@@ -26,10 +26,18 @@ class Steps:
         widths: of the S subspaces.
         rotation: what the steps move.
         scale: stored activations over true ones.
+        cuda_graph: replay the steps of a search as one CUDA graph.
     """
 
     def __init__(
-        self, config: TrainConfig, group: Group, widths: Sequence[int], rotation: Rotation, scale: float
+        self,
+        config: TrainConfig,
+        group: Group,
+        widths: Sequence[int],
+        rotation: Rotation,
+        scale: float,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
         self._config = config
         self._group = group
@@ -40,7 +48,7 @@ class Steps:
         """Stored distances over the true ones; a cosine has no scale."""
         self.weights = loss_weights(widths, config.metric, rotation.working.device).float()
         """[S] what a mean over a subspace counts in the loss."""
-        self._graph = GraphedSteps(self._take_each, rotation) if config.cuda_graph else None
+        self._graph = GraphedSteps(self._take_each, rotation) if cuda_graph else None
 
     @property
     def batch_size(self) -> int:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import Stream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.geometry.orthogonal import principal_components, random_rotation
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.ranks import Group
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.escape import Escape, try_escape
 from ndm_fast.train.heldout import HeldOut, hold_out
 from ndm_fast.train.merge.merger import Merger
@@ -31,7 +31,7 @@ class Trainer:
 
     Args:
         stream: numbered batches of [n, d] activations, see ``ndm_fast.activations.rows.Stream``.
-        train, merge: settings.
+        train, merge: the mathematics. settings: what is told when, and CUDA graphs.
         device: where pool and rotation live.
         source: what to note in the partition (model, site ...).
         group: the ranks that train together, each with the same stream.
@@ -47,18 +47,20 @@ class Trainer:
         stream: Stream,
         train: TrainConfig,
         merge: MergeConfig | None = None,
+        settings: RunSettings | None = None,
         *,
         device: torch.device | str = "cpu",
         source: dict[str, Any] | None = None,
         group: Group | None = None,
     ) -> None:
         self.config, merge = train, merge or MergeConfig()
+        self.settings = settings or RunSettings()
+        self.settings.check(train)
         self.schedule = Schedule(train, merge)
         self.device = torch.device(device)
         self.group = group or Group()
-        self.group.check(train)
-        self.step = 0
-        self.finished = False
+        self.group.check(train, self.settings)
+        self.step, self.finished = 0, False
         self.train_loss = self.heldout_loss = float("nan")
         self.losses: list[Tensor] = []  # since the last line of the log
         self._source = source or {}
@@ -70,11 +72,10 @@ class Trainer:
             self.group.keys,
         )
         self.pool.reserve(rows.shape[1])
-        rows = self.pool.stored(rows)
-        self.heldout = HeldOut(rows, train.heldout_queries, self.group, self.scale)
+        self.heldout = HeldOut(self.pool.stored(rows), train.heldout_queries, self.group, self.scale)
         self.merger = Merger(merge, train, self.heldout.queries, self.pool, self.group)
         self.escape = Escape(train.seed)
-        self.go_on_from(_first_rotation(train, rows), self.widths)
+        self.go_on_from(_first_rotation(train, self.heldout.rows), self.widths)
 
     @classmethod
     def resumed(
@@ -82,18 +83,15 @@ class Trainer:
         stream: Stream,
         train: TrainConfig,
         merge: MergeConfig | None = None,
+        settings: RunSettings | None = None,
         *,
         state: State,
         device: torch.device | str = "cpu",
         source: dict[str, Any] | None = None,
         group: Group | None = None,
     ) -> Trainer:
-        """A trainer that goes on from a :meth:`state_dict`, as if it had never stopped.
-
-        Args:
-            stream, train, merge: the same as before, as are the other arguments of :class:`Trainer`.
-        """
-        trainer = cls(stream, train, merge, device=device, source=source, group=group)
+        """Go on from a :meth:`state_dict`, with otherwise the same arguments, as if nothing had stopped."""
+        trainer = cls(stream, train, merge, settings, device=device, source=source, group=group)
         restore(trainer, state)
         return trainer
 
@@ -123,11 +121,11 @@ class Trainer:
             before = self.step
             self.train_block(min(self.config.search_every, end - self.step), observer)
             observer.progress(self)
-            if _passed(self.config.eval_every, before, self.step) or self.step == end:
+            if _passed(self.settings.eval_every, before, self.step) or self.step == end:
                 self.evaluate(observer, stale_gap=self.config.search_every > 1)
             if self.group.all.any(observer.stop_requested()):
                 break
-            if _passed(self.config.checkpoint_every, before, self.step):
+            if _passed(self.settings.checkpoint_every, before, self.step):
                 observer.checkpoint(self)
         observer.checkpoint(self)
         return self.partition
@@ -179,7 +177,7 @@ class Trainer:
         for rate, loss in zip(rates, losses.unbind(), strict=True):
             self.losses.append(loss)
             self.step += 1
-            if self.step % self.config.log_every == 0:
+            if self.step % self.settings.log_every == 0:
                 logged.append((self.step, rate, torch.stack(self.losses).mean()))
                 self.losses.clear()
         return logged
@@ -219,7 +217,8 @@ class Trainer:
     def set_widths(self, widths: tuple[int, ...]) -> None:
         """Take further steps on the same rotation for subspaces of these widths."""
         self.widths = widths
-        self.steps = Steps(self.config, self.group, widths, self.rotation, self.scale)
+        graph = self.settings.cuda_graph
+        self.steps = Steps(self.config, self.group, widths, self.rotation, self.scale, cuda_graph=graph)
 
     def state_dict(self) -> State:
         """Tensors and plain JSON values from which :meth:`resumed` goes on identically."""
@@ -243,7 +242,7 @@ def _first_rotation(train: TrainConfig, rows: Tensor) -> Tensor:
     """[d, d] where training of [n, d] rows starts."""
     width = rows.shape[1]
     if train.start == "random":
-        return random_rotation(width, seeded(train.seed, 3)).to(rows.device)
+        return random_rotation(width, seeded(train.seed, Draw.FIRST_ROTATION)).to(rows.device)
     if train.start == "pca":
         return principal_components(rows)
     return torch.eye(width, device=rows.device)

@@ -23,7 +23,7 @@ import torch
 from ndm_fast import ops
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.distributed import TIMEOUT_VARIABLE, together
 from ndm_fast.errors import InputError, RanksError
 from ndm_fast.geometry.objective import loss_and_gradient
@@ -169,19 +169,18 @@ TRAIN = TrainConfig(
     max_steps=48,
     lr=0.02,
     search_every=4,
-    eval_every=16,
-    log_every=4,
     start="random",
     escape_tries=1,
     escape_steps=8,
 )
+SETTINGS = RunSettings(eval_every=16, log_every=4)
 MERGE = MergeConfig(merge_threshold="auto", merge_start=24, merge_interval=8, mi_queries=33, mi_keys=201)
 
 
 def train(group: Group) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     events = Events()
     stream = TensorStream([rows_of(50, seed) for seed in range(60)])
-    partition = Trainer(stream, TRAIN, MERGE, group=group).run(events)
+    partition = Trainer(stream, TRAIN, MERGE, SETTINGS, group=group).run(events)
     return partition.rotation, events.records
 
 

@@ -11,7 +11,7 @@ from ndm_fast.activations.pool import ActivationPool
 from ndm_fast.config import MergeConfig, TrainConfig
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.ranks import Group
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import mutual_information
 from ndm_fast.train.merge.pairs import choose_pairs, merge_scores
 from ndm_fast.train.merge.tree import merge_tree
@@ -69,7 +69,7 @@ class Merger:
     def _auto_threshold(self, partition: SubspacePartition, step: int, observer: Observer) -> float:
         """Found once, at the first check: after merging, what is left would show a widest gap again."""
         keys = self._group.keys.gather(self._local_keys(), 0, self._keys)  # shuffled as a whole
-        generator = seeded(self._seed, 5)
+        generator = seeded(self._seed, Draw.MERGE_NULL)
         tree = merge_tree(self._queries, keys, partition.rotation, partition.widths, generator)
         observer.event(
             {
