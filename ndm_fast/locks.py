@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,8 +15,13 @@ from pathlib import Path
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable
 
+logger = logging.getLogger("ndm_fast")
+
 LOCK_FILE = ".lock"
 """Inside the folder that is locked."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems without locks say, some shared ones among them."""
 
 _PATIENCE = 0.5
 """Seconds until the holder has written who it is."""
@@ -35,7 +43,7 @@ class Lock:
         try:
             descriptor = self._held(folder)
             os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
+            os.write(descriptor, f"{os.getpid()} {platform.node()}".encode())
         except OSError as error:
             raise unwritable(self._file, error) from None
         self._descriptor: int | None = descriptor
@@ -43,7 +51,8 @@ class Lock:
     def release(self) -> None:
         """Let others in; a second call does nothing."""
         if self._descriptor is not None:
-            self._file.unlink(missing_ok=True)  # while it is held: nobody else can have taken it
+            if self._is_there(self._descriptor):
+                self._file.unlink(missing_ok=True)  # before it is let go, or another's file might go
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -52,9 +61,6 @@ class Lock:
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The one before may have removed the file between our two calls.
-                if self._is_there(descriptor):
-                    return descriptor
             except BlockingIOError:
                 holder = _holder(descriptor)
                 os.close(descriptor)
@@ -62,6 +68,13 @@ class Lock:
                     f"process {holder} is writing into {folder}: wait until it has ended, or choose another "
                     "folder"
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                logger.warning("%s is on a disk without locks: let no other process write there", folder)
+            # The one before may have removed the file between our two calls.
+            if self._is_there(descriptor):
+                return descriptor
             os.close(descriptor)
 
     def _is_there(self, descriptor: int) -> bool:
@@ -83,6 +96,7 @@ def locked(folder: Path, file: Path | None = None) -> Iterator[None]:
 def _holder(descriptor: int) -> str:
     """The process id in a lock file."""
     deadline = time.monotonic() + _PATIENCE
-    while not (found := os.pread(descriptor, 32, 0)) and time.monotonic() < deadline:
+    while not (found := os.pread(descriptor, 300, 0)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return found.decode(errors="replace") or "(unknown)"
+    process, _, machine = found.decode(errors="replace").partition(" ")
+    return (process or "(unknown)") + (f" on {machine}" if machine not in ("", platform.node()) else "")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -45,7 +48,7 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
     holder.wait()
     assert (tmp_path / LOCK_FILE).exists()
     with locked(tmp_path):
-        assert (tmp_path / LOCK_FILE).read_text() == str(os.getpid())
+        assert (tmp_path / LOCK_FILE).read_text() == f"{os.getpid()} {platform.node()}"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,6 +64,28 @@ def test_a_lock_whose_file_was_replaced_is_taken_again(tmp_path):
     second.release()
     first.release()
     Lock(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_that_another_file_replaced_is_not_removed(tmp_path):
+    lock = Lock(tmp_path)
+    (tmp_path / LOCK_FILE).rename(tmp_path / "moved")
+    (tmp_path / LOCK_FILE).write_text("77 elsewhere")
+    lock.release()
+    with (tmp_path / LOCK_FILE).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="process 77 on elsewhere is writing"):
+            Lock(tmp_path)
+
+
+def test_a_disk_without_locks_is_used_and_named(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(tmp_path):
+        assert "is on a disk without locks" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path):

@@ -238,11 +238,13 @@ def test_settings_that_cannot_be_shared_are_named():
         size = 3
 
     with pytest.raises(InputError, match="3 ranks cannot share 16 queries evenly: set --queries to a mult"):
-        Group(queries=Three()).check(TRAIN)
+        Group(queries=Three()).check(TRAIN, SETTINGS)
     with pytest.raises(
         InputError, match="3 ranks cannot share 256 keys evenly: set --keys to a multiple of 3"
     ):
-        Group(keys=Three()).check(TRAIN)
+        Group(keys=Three()).check(TRAIN, SETTINGS)
+    with pytest.raises(InputError, match="cuda_graph captures the steps of one rank"):
+        Group(keys=Three()).check(TRAIN, RunSettings(cuda_graph=True))
 
 
 def test_what_ranks_share(monkeypatch):
