@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from ndm_fast.activations.documents import open_documents
     from ndm_fast.activations.hooks import collect_activations, replace_activations
     from ndm_fast.activations.models import load_model
-    from ndm_fast.activations.pool import ActivationPool
+    from ndm_fast.activations.pool import ActivationPool, PoolConfig
     from ndm_fast.activations.rows import TensorStream
     from ndm_fast.activations.stream import ActivationStream
-    from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, TrainConfig
+    from ndm_fast.config import HarvestConfig, MergeConfig, RunConfig, RunSettings, TrainConfig
     from ndm_fast.errors import InputError
     from ndm_fast.geometry.reference import Neighbors
     from ndm_fast.ops.gradient import loss_and_gradient
@@ -41,8 +41,10 @@ _HOMES = {
     "MergeConfig": "config",
     "Neighbors": "geometry.reference",
     "Observer": "train.trainer",
+    "PoolConfig": "activations.pool",
     "RunConfig": "config",
     "RunFolder": "run.folder",
+    "RunSettings": "config",
     "SubspacePartition": "partition",
     "TensorStream": "activations.rows",
     "TrainConfig": "config",
@@ -71,8 +73,10 @@ __all__ = [
     "MergeConfig",
     "Neighbors",
     "Observer",
+    "PoolConfig",
     "RunConfig",
     "RunFolder",
+    "RunSettings",
     "SubspacePartition",
     "TensorStream",
     "TrainConfig",

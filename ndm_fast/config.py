@@ -1,75 +1,63 @@
-"""What a run can be told: one field, one line of meaning and unit.
+"""What a run can be told: a field for every setting, with its meaning and unit below it.
 
-Every field is a flag of ``ndm-fast train`` and a key of ``--config``; names are unique over the groups.
+Every field is a flag of ``ndm-fast train`` and a key of ``--config``; names are unique over the groups. The
+text below a field is its help.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ndm_fast.errors import InputError
+from ndm_fast.fields import check_positive, check_words, fitted, kinds
 
-METRICS = ("euclidean", "cosine")
-
-
-ROTATIONS = ("lie", "lazy", "exp")
-
-
-STARTS = ("identity", "random", "pca")
-
-
-SCHEDULES = ("constant", "linear")
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-AUTO = "auto"
-
-
-MODES = ("grow", "split")
-
-
-PARALLEL = ("auto", "sites", "queries", "keys")
-
+Metric = Literal["euclidean", "cosine"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+METRICS, DTYPES = get_args(Metric), get_args(Dtype)
 
 CHANGES_NO_RESULT = ("tokenize_workers",)
-"""Settings that may be others when a run or a harvest is gone on with."""
-
-
-def _described(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
+"""Settings you may change when resuming."""
 
 
 @dataclass(frozen=True)
 class HarvestConfig:
     """From text to activations."""
 
-    model: str = _described("", "Hugging Face model name, local folder, or 'minilm' for the embedded one")
-    site: tuple[str, ...] = _described((), "sites to train, e.g. blocks.9.hook_resid_mid, x9.mid")
-    data: str = _described("", "file, folder or glob of text, HF dataset, or 'docstrings' for Python's own")
-    text_field: str = _described("text", "field of a record that holds the text (jsonl, parquet, datasets)")
-    text_seed: int | None = _described(None, "order of 'docstrings'; default: the run's seed")
-    context_length: int | None = _described(None, "tokens in a packed row; default: the model's own limit")
-    rows_per_batch: int = _described(16, "packed rows in one forward pass")
-    dtype: str = _described("float32", f"dtype the model runs in: {', '.join(DTYPES)}")
-    autocast: str | None = _described(None, f"dtype of the model's products: {', '.join(DTYPES[1:])}")
-    compile_model: bool = _described(False, "torch.compile the model's blocks, save those with a site inside")
-    tokenize_workers: int = _described(0, "processes that tokenize ahead of the model; 0: none")
-    bos: bool = _described(False, "start every row with the tokenizer's BOS token")
-    repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")
-    max_norm_ratio: float | None = _described(None, "drop rows whose norm exceeds this many median norms")
+    model: str = ""
+    """Hugging Face model name, local folder, or 'minilm' for the embedded one."""
+    site: tuple[str, ...] = ()
+    """Sites to train, e.g. blocks.9.hook_resid_mid, x9.mid."""
+    data: str = ""
+    """File, folder or glob of text, HF dataset, or 'docstrings' for Python's own."""
+    text_field: str = "text"
+    """Field of a record that holds the text (jsonl, parquet, datasets)."""
+    text_seed: int | None = None
+    """Order of 'docstrings'; none: the run's seed."""
+    context_length: int | None = None
+    """Tokens in a packed row; none: the model's own limit."""
+    rows_per_batch: int = 16
+    """Packed rows in one forward pass."""
+    dtype: Dtype = "float32"
+    """Dtype the model runs in."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Dtype of the model's products."""
+    compile_model: bool = False
+    """torch.compile the model's blocks, save those with a site inside."""
+    tokenize_workers: int = 0
+    """Processes that tokenize ahead of the model; 0: none."""
+    bos: bool = False
+    """Start every row with the tokenizer's BOS token."""
+    repeat_data: bool = False
+    """Start the text over when it ends, instead of an error."""
+    max_norm_ratio: float | None = None
+    """Drop rows whose norm exceeds this many median norms."""
 
     def __post_init__(self) -> None:
-        _one_of("dtype", self.dtype, DTYPES)
-        _positive("rows_per_batch", self.rows_per_batch)
-        if self.autocast is not None:
-            _one_of("autocast", self.autocast, DTYPES[1:])
+        check_words(self)
+        check_positive(self, "rows_per_batch")
         if self.tokenize_workers < 0:
             raise InputError(f"tokenize_workers is {self.tokenize_workers}: give 0 or more")
         if self.context_length is not None and self.context_length < 4:
@@ -82,60 +70,66 @@ class HarvestConfig:
 class TrainConfig:
     """The loop: objective, rotation, schedule, data per step."""
 
-    unit_size: int = _described(32, "width of each subspace at the start")
-    initial_widths: tuple[int, ...] | None = _described(None, "widths at the start, instead of unit_size")
-    metric: str = _described("euclidean", f"distance inside a subspace: {', '.join(METRICS)}")
-    rotation: str = _described("lie", f"optimiser on SO(d): {', '.join(ROTATIONS)}")
-    start: str = _described("identity", f"first rotation: {', '.join(STARTS)}")
-    queries: int = _described(128, "queries in one step")
-    keys: int = _described(16384, "keys that each query is compared with")
-    search_every: int = _described(16, "steps that share one search; 1 searches every step")
-    search_ahead: float = _described(
-        1.0, "share of the steps of a search by which it looks ahead along the last update, at low rates"
-    )
-    max_steps: int = _described(2000, "steps at which training ends, merged or not")
-    lr: float = _described(3e-3, "peak learning rate, radians per step and coordinate pair")
-    betas: tuple[float, float] = _described((0.9, 0.999), "decay of Adam's first and second moment")
-    grad_clip: float = _described(100.0, "largest norm of the gradient; longer ones are scaled down")
-    schedule: str = _described("linear", "lr after each merge: constant, or linear decay to the next check")
-    warmup_steps: int = _described(20, "steps over which lr rises from 0 after a start or a merge")
-    pool_rows: int = _described(131072, "activations held at once; queries leave, then the pool is refilled")
-    pool_dtype: str = _described("float32", f"dtype of the stored activations: {', '.join(DTYPES)}")
-    heldout_queries: int = _described(2048, "held-out queries, never trained on")
-    heldout_keys: int = _described(16384, "held-out keys, never trained on")
-    precision: str = _described("fp32", "proposal pass of the search: fp32 or bf16")
-    escape_tries: int = _described(
-        0, "random re-initialisations of a pair before the first merge, kept where the held-out loss falls"
-    )
-    escape_steps: int = _described(200, "steps after which a re-initialisation is kept or undone")
-    mode: str = _described("grow", "grow: units merge; split: one space is split, then trained as a whole")
-    split_steps: int = _described(300, "mode split: steps of every split that is tried")
-    parallel: str = _described(
-        "auto",
-        "what torchrun's ranks share: sites, queries or keys; auto: sites, or queries if these are too few",
-    )
-    cuda_graph: bool = _described(False, "steps of a search as one CUDA graph; lie and lazy, one rank")
-    log_every: int = _described(20, "steps between lines of training loss in the log")
-    eval_every: int = _described(100, "steps between held-out evaluations")
-    checkpoint_every: int = _described(200, "steps between checkpoints")
-    seed: int = _described(0, "seed of data order, random starts and escapes")
-    acts: str = _described("", "folder of `ndm-fast harvest` to train from; the model is not run")
+    unit_size: int = 32
+    """Width of each subspace at the start."""
+    initial_widths: tuple[int, ...] | None = None
+    """Widths at the start, instead of unit_size."""
+    metric: Metric = "euclidean"
+    """Distance inside a subspace."""
+    objective: Literal["distance", "log"] = "distance"
+    """What is averaged: the distance, equally over subspaces, as published; or its logarithm, by width, which
+    weighs quiet subspaces as much as loud ones."""
+    rotation: Literal["lie", "lazy", "exp"] = "lie"
+    """Optimiser on SO(d)."""
+    start: Literal["identity", "random", "pca"] = "identity"
+    """First rotation."""
+    queries: int = 128
+    """Queries in one step."""
+    keys: int = 16384
+    """Keys that each query is compared with."""
+    search_every: int = 16
+    """Steps that share one search; 1 searches every step."""
+    search_ahead: float = 1.0
+    """Share of the steps of a search by which it looks ahead along the last update, at low rates."""
+    max_steps: int = 2000
+    """Steps at which training ends, merged or not."""
+    lr: float = 3e-3
+    """Peak learning rate, radians per step and coordinate pair."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment."""
+    grad_clip: float = 100.0
+    """Largest norm of the gradient; longer ones are scaled down."""
+    schedule: Literal["constant", "linear"] = "linear"
+    """Learning rate after each merge; linear: it decays until the next check."""
+    warmup_steps: int = 20
+    """Steps over which lr rises from 0 after a start or a merge."""
+    pool_rows: int = 131072
+    """Activations held at once; queries leave, then the pool is refilled."""
+    pool_dtype: Dtype = "float32"
+    """Dtype of the stored activations."""
+    heldout_queries: int = 2048
+    """Held-out queries, never trained on."""
+    heldout_keys: int = 16384
+    """Held-out keys, never trained on."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Proposal pass of the search."""
+    escape_tries: int = 0
+    """Random re-initialisations of a pair before the first merge, kept where the held-out loss falls."""
+    escape_steps: int = 200
+    """Steps after which a re-initialisation is kept or undone."""
+    seed: int = 0
+    """Seed of data order, random starts and escapes."""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {list(self.betas)}: give two numbers from 0 to below 1")
-        _one_of("metric", self.metric, METRICS)
-        _one_of("mode", self.mode, MODES)
-        _one_of("parallel", self.parallel, PARALLEL)
-        _one_of("rotation", self.rotation, ROTATIONS)
-        _one_of("start", self.start, STARTS)
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("pool_dtype", self.pool_dtype, DTYPES)
-        _one_of("precision", self.precision, ("fp32", "bf16"))
-        for name in _POSITIVE:
-            _positive(name, getattr(self, name))
-        if self.cuda_graph and self.rotation == "exp":
-            raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
+        check_positive(self, "unit_size", "queries", "keys", "search_every", "max_steps", "lr", "grad_clip")
+        check_positive(self, "pool_rows", "heldout_queries", "heldout_keys", "escape_steps")
+        if self.objective == "log" and self.metric != "euclidean":
+            raise InputError(
+                f"objective log goes with metric euclidean, not {self.metric}: change one of them"
+            )
         if not 0 <= self.search_ahead <= 1:
             raise InputError(f"search_ahead is {self.search_ahead}: give a share from 0 to 1")
         if self.warmup_steps < 0 or self.escape_tries < 0:
@@ -145,6 +139,11 @@ class TrainConfig:
                 f"pool_rows is {self.pool_rows}, fewer than keys + queries * search_every = "
                 f"{self.keys + self.queries * self.search_every}: raise pool_rows or lower keys"
             )
+
+    @property
+    def rows_held(self) -> int:
+        """Rows of the pool: never more than the run can use."""
+        return min(self.pool_rows, self.max_steps * self.queries + self.keys)
 
     def widths(self, width: int) -> tuple[int, ...]:
         """Widths of the subspaces at the start, for activations of this width."""
@@ -165,58 +164,70 @@ class TrainConfig:
         return (self.unit_size,) * (width // self.unit_size)
 
 
-_POSITIVE = [
-    "unit_size",
-    "queries",
-    "keys",
-    "search_every",
-    "max_steps",
-    "lr",
-    "grad_clip",
-    "pool_rows",
-    "heldout_queries",
-    "heldout_keys",
-    "escape_steps",
-    "split_steps",
-    "log_every",
-    "eval_every",
-    "checkpoint_every",
-]
-
-
 @dataclass(frozen=True)
 class MergeConfig:
     """When subspaces merge, and which."""
 
-    merge_threshold: float | str = _described(
-        0.04,
-        "merge pairs with MI / (p_a + p_b) above this, nats per width; 'auto': found at the first check from "
-        "the widest gap in the tree of merges",
-    )
-    merge_start: int | None = _described(None, "step of the first check; default: never")
-    merge_interval: int = _described(200, "steps between checks")
-    merge_lr: float | None = _described(None, "peak learning rate after the first check; default: lr")
-    target_subspaces: int | None = _described(None, "stop merging at this many subspaces")
-    mi_queries: int = _described(128, "queries of the mutual-information estimate")
-    mi_keys: int = _described(16384, "keys of the mutual-information estimate")
+    merge_threshold: float | Literal["auto"] = 0.04
+    """Merge pairs with MI / (p_a + p_b) above this, nats per width; 'auto': found at the first check from the
+    widest gap in the tree of merges."""
+    merge_start: int | None = None
+    """Step of the first check; none: never."""
+    merge_interval: int = 200
+    """Steps between checks."""
+    merge_lr: float | None = None
+    """Peak learning rate after the first check; none: lr."""
+    target_subspaces: int | None = None
+    """Stop merging at this many subspaces."""
+    mi_queries: int = 128
+    """Queries of the mutual-information estimate."""
+    mi_keys: int = 16384
+    """Keys of the mutual-information estimate."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.merge_threshold, str) and self.merge_threshold != AUTO:
-            raise InputError(f"merge_threshold is {self.merge_threshold!r}: give a number or '{AUTO}'")
-        for name in ("merge_interval", "mi_queries", "mi_keys"):
-            _positive(name, getattr(self, name))
-        for name in ("merge_start", "merge_lr", "target_subspaces"):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
+        check_words(self)
+        given = [n for n in ("merge_start", "merge_lr", "target_subspaces") if getattr(self, n) is not None]
+        check_positive(self, "merge_interval", "mi_queries", "mi_keys", *given)
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How a run is carried out, beside the mathematics: where its activations lie, what it writes when."""
+
+    acts: str = ""
+    """Folder of `ndm-fast harvest` to train from; the model is not run."""
+    parallel: Literal["auto", "sites", "queries", "keys"] = "auto"
+    """What torchrun's ranks share; auto: sites, or queries if these are too few."""
+    cuda_graph: bool = False
+    """Steps of a search as one CUDA graph; lie and lazy, one rank."""
+    log_every: int = 20
+    """Steps between lines of training loss in the log."""
+    eval_every: int = 100
+    """Steps between held-out evaluations."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        check_words(self)
+        check_positive(self, "log_every", "eval_every", "checkpoint_every")
+
+    def check(self, train: TrainConfig) -> None:
+        """Refuse what the training cannot be carried out with."""
+        if self.cuda_graph and train.rotation == "exp":
+            raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything a run needs, in three groups."""
+    """Everything a run needs, in four groups."""
 
     harvest: HarvestConfig = field(default_factory=HarvestConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        self.run.check(self.train)
 
     @property
     def documents_seed(self) -> int:
@@ -231,7 +242,12 @@ class RunConfig:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-GROUPS: dict[str, type] = {"harvest": HarvestConfig, "train": TrainConfig, "merge": MergeConfig}
+GROUPS: dict[str, type] = {
+    "harvest": HarvestConfig,
+    "train": TrainConfig,
+    "merge": MergeConfig,
+    "run": RunSettings,
+}
 
 
 def from_flat(values: Mapping[str, Any]) -> RunConfig:
@@ -241,46 +257,10 @@ def from_flat(values: Mapping[str, Any]) -> RunConfig:
         InputError: a name is no field, or a value is not allowed.
     """
     groups: dict[str, dict[str, Any]] = {name: {} for name in GROUPS}
-    owners = {f.name: (group, str(f.type)) for group, cls in GROUPS.items() for f in dataclasses.fields(cls)}
+    owners = {name: (group, kind) for group, cls in GROUPS.items() for name, kind in kinds(cls).items()}
     for name, value in values.items():
         if name not in owners:
             raise InputError(f"unknown setting {name!r}: the settings are {', '.join(sorted(owners))}")
         group, kind = owners[name]
-        groups[group][name] = _typed(name, value, kind)
+        groups[group][name] = fitted(name, value, kind)
     return RunConfig(**{group: GROUPS[group](**chosen) for group, chosen in groups.items()})
-
-
-def _typed(name: str, value: Any, kind: str) -> Any:
-    """A value of the type that a field is annotated with; a single item may stand for a tuple.
-
-    Raises:
-        InputError: it is of another type.
-    """
-    optional = kind.endswith(" | None")
-    item = kind.removesuffix(" | None")
-    if value is None and optional:
-        return None
-    if item.startswith("tuple["):
-        item = item.removeprefix("tuple[").split(",")[0]
-        return tuple(_typed(name, v, item) for v in (value if isinstance(value, list | tuple) else [value]))
-    if item == "float | str":
-        item = "str"
-        with suppress(ValueError, TypeError):
-            float(value)
-            item = "float"
-    if item == "float" and isinstance(value, int | float | str) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)  # YAML reads 3e-4 as a string
-    if type(value).__name__ == item:
-        return value
-    raise InputError(f"{name} is {value!r}: give a value of type {kind}, see `ndm-fast train --help`")
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} is {value!r}: take one of {', '.join(allowed)}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise InputError(f"{name} is {value}: give a finite number above 0")

@@ -7,22 +7,17 @@ processes have to meet. In one process every one of them hands back what it was 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
-from ndm_fast.config import TrainConfig
+from ndm_fast.config import RunSettings, TrainConfig
 from ndm_fast.errors import InputError, RanksError
-from ndm_fast.geometry.reference import Neighbors, distance_to
 
 T = TypeVar("T")
-
-_ROUNDING = 1e-12
-"""Relative difference of fp64 distances up to which they count as equal."""
 
 
 class Ranks:
@@ -97,48 +92,6 @@ class Ranks:
         whole[(self.rank - start) % self.size :: self.size] = rows
         return self.sum(whole)  # of rows that are zero on all ranks but one: exact in any dtype
 
-    def nearest_neighbors(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        rotation: Tensor,
-        widths: Sequence[int],
-        metric: str,
-        precision: str,
-    ) -> Neighbors:
-        """As ``ops.nearest_neighbors`` among the keys of all ranks, of which ``keys`` are those held here.
-
-        Indices are numbers over all ranks. Each rank's nearest are compared in fp64: of equal keys, of which
-        text is full, the lowest number must win, and fp32 distances to equal rows may differ by rounding.
-        """
-        found = ops.nearest_neighbors(
-            queries, keys, rotation, widths, metric=metric, precision=precision, check_finite=False
-        )
-        if self.size == 1:
-            return found
-        distance = distance_to(queries, keys, rotation, widths, found.index, metric=metric)
-        least = self.least(distance.clone())
-        farther = distance > least + least.abs() * _ROUNDING + _ROUNDING**2
-        number = (found.index * self.size + self.rank).masked_fill_(farther, torch.iinfo(torch.int64).max)
-        return Neighbors(least.float(), self.least(number))
-
-    def ksg_radius_and_counts(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        rotation: Tensor,
-        widths: Sequence[int],
-        variances: Tensor,
-        pairs: Tensor,
-        backend: str | None,
-    ) -> tuple[Tensor, Tensor]:
-        """As ``ops.ksg_radius_and_counts`` over the keys of all ranks; all rows are rotated."""
-        rows = (queries, keys, rotation, widths, variances, pairs)
-        if self.size == 1:
-            return ops.ksg_radius_and_counts(*rows, rotated=True, backend=backend)
-        radius = self.least(ops.ksg_radius(*rows, rotated=True, backend=backend))
-        return radius, self.sum(ops.ksg_counts(*rows, radius, rotated=True, backend=backend))
-
     def owned(self, numbers: Tensor) -> tuple[Tensor, Tensor | None]:
         """Places of rows on their own ranks, and which of them are here; None: all."""
         if self.size == 1:
@@ -167,9 +120,9 @@ class Group:
         """A mean over the queries of all ranks, from each rank's mean over its queries and neighbors."""
         return self.keys.sum(self.queries.mean(part))
 
-    def check(self, train: TrainConfig) -> None:
+    def check(self, train: TrainConfig, settings: RunSettings) -> None:
         """Refuse settings that the ranks cannot share evenly, or at all."""
-        if train.cuda_graph and self.all.size > 1:
+        if settings.cuda_graph and self.all.size > 1:
             raise InputError("cuda_graph captures the steps of one rank: leave it off under torchrun")
         for name, ranks in (("queries", self.queries), ("keys", self.keys)):
             count = getattr(train, name)

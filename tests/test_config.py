@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import chain
 
 import pytest
 
 from ndm_fast.config import GROUPS, HarvestConfig, MergeConfig, RunConfig, TrainConfig, from_flat
 from ndm_fast.errors import InputError
+from ndm_fast.fields import meanings
 
 FIELDS = [field for cls in GROUPS.values() for field in dataclasses.fields(cls)]
 
@@ -16,7 +18,8 @@ FIELDS = [field for cls in GROUPS.values() for field in dataclasses.fields(cls)]
 def test_names_are_unique_and_every_field_is_described():
     names = [field.name for field in FIELDS]
     assert len(set(names)) == len(names)
-    assert all(field.metadata["help"] for field in FIELDS)
+    assert [*chain(*(meanings(cls) for cls in GROUPS.values()))] == names
+    assert all(text.endswith(".") for cls in GROUPS.values() for text in meanings(cls).values())
 
 
 def test_flat_values_survive_json():

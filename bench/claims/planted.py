@@ -29,7 +29,8 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("bench/results/planted.json"))
     options = parser.parse_args()
-    run = run_planted(seed=options.seed, starts=options.starts, merge=True)
+    result = run_planted(seed=options.seed, starts=options.starts, merge=True)
+    run = result.record()
     for method in run["methods"].values():
         del method["effects"]
     key = (options.seed, options.starts)
@@ -39,7 +40,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(content, indent=1) + "\n")
     print(f"seed {options.seed}, {run['seconds']:.0f} s, {run['cpu_seconds']:.0f} s of one core")
-    print(text_table(planted_rows(run)))
+    print(text_table(planted_rows(result)))
     starts = sorted(run["starts"], key=lambda start: start["loss"])
     losses, ginis = ([start[name] for start in starts] for name in ("loss", "gini"))
     print(text_table(starts))

@@ -19,7 +19,7 @@ from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.rows import TensorStream, take_rows
 from ndm_fast.activations.stream import ActivationStream
-from ndm_fast.config import TrainConfig, from_flat
+from ndm_fast.config import RunSettings, TrainConfig, from_flat
 from ndm_fast.provenance import provenance
 from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
@@ -61,9 +61,8 @@ def main() -> None:
         search_every=8,
         max_steps=options.steps,
         pool_rows=options.steps * 128 + 16384,
-        eval_every=options.steps,
-        checkpoint_every=options.steps,
     )
+    rarely = RunSettings(eval_every=options.steps, checkpoint_every=options.steps)
     stream = harvest(base)
     rows = []
     for seed in options.seeds:
@@ -71,7 +70,7 @@ def main() -> None:
             began = time.perf_counter()
             losses = []
             for train in trainings:
-                trainer = Trainer(stream, train)
+                trainer = Trainer(stream, train, settings=rarely)
                 trainer.run()
                 losses.append(trainer.heldout_loss)
             spent = time.perf_counter() - began

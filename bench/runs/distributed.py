@@ -31,6 +31,7 @@ from ndm_fast.provenance import provenance
 from ndm_fast.table import text_table
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.activations.documents import open_documents
+from ndm_fast.train.over_ranks import nearest_neighbors
 
 RANKS = 2
 ALLOWED = 0.005
@@ -85,7 +86,7 @@ def search(rank: int, port: int, file: Path) -> None:
         keys = group.keys.share(rows[QUERIES:])
         found = {
             precision: tuple(
-                group.keys.nearest_neighbors(rows[:QUERIES], keys, rotation, widths, "euclidean", precision)
+                nearest_neighbors(group.keys, rows[:QUERIES], keys, rotation, widths, "euclidean", precision)
             )
             for precision in ("fp32", "bf16")
         }

@@ -87,7 +87,7 @@ def compare(name: str, config: RunConfig) -> dict[str, Any]:
     _all_docstrings.cache_clear()  # every run reads its text, as a command does
 
     def run() -> None:
-        trainers.append(TimedTrainer(stream, config.train, config.merge))
+        trainers.append(TimedTrainer(stream, config.train, config.merge, config.run))
         trainers[0].run()
 
     total = seconds(run)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ndm_fast.config import TrainConfig, from_flat
+from ndm_fast.config import RunSettings, TrainConfig, from_flat
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.stream import ActivationStream
 from ndm_fast.activations.rows import TensorStream, take_rows
@@ -61,7 +61,6 @@ def settings(
         schedule="constant",
         warmup_steps=0,
         pool_rows=steps * 128 + 16384,
-        eval_every=steps,
     )
 
 
@@ -105,7 +104,8 @@ def measure(stream: TensorStream, steps: int, seeds: list[int], mode: str) -> di
     rotation, search_every = mode.split("/")
     heldout, began = [], time.perf_counter()
     for seed in seeds:
-        trainer = Trainer(stream, settings(steps, rotation, int(search_every), seed=seed))
+        rarely = RunSettings(eval_every=steps)
+        trainer = Trainer(stream, settings(steps, rotation, int(search_every), seed=seed), settings=rarely)
         trainer.run()
         heldout.append(trainer.heldout_loss)
         print(f"{mode} seed {seed}: {trainer.heldout_loss:.4f}", flush=True)

@@ -25,9 +25,9 @@ from published import PublishedTrainer
 from quality import harvest, settings
 from ndm_fast import nearest_neighbors
 from ndm_fast.config import TrainConfig
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream, take_rows
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -81,14 +81,14 @@ class HeldOut(NamedTuple):
 def hold_out(stream: TensorStream, config: TrainConfig) -> HeldOut:
     """Rows that no contender trains on."""
     rows, batches = take_rows(stream.batches(), config.heldout_queries + config.heldout_keys)
-    rows = rows[torch.randperm(len(rows), generator=seeded(config.seed, 0))]
+    rows = rows[torch.randperm(len(rows), generator=seeded(config.seed, Draw.HELD_OUT))]
     cut = config.heldout_queries
     return HeldOut(rows[:cut], rows[cut:], config.widths(rows.shape[1]), batches)
 
 
 def published_curve(stream: TensorStream, held: HeldOut, config: TrainConfig) -> list[dict[str, float]]:
     """The published scheme, on the rows that a trainer of ours gets."""
-    pool = ActivationPool(stream, config.pool_rows, config.keys, first_batch=held.batches)
+    pool = ActivationPool(stream, PoolConfig(config.pool_rows, config.keys, first_batch=held.batches))
     published = PublishedTrainer(sum(held.widths), held.widths, lr=config.lr)
     done = 0
 

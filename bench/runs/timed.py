@@ -43,16 +43,16 @@ class TimedTrainer(Trainer):
     def train_block(self, steps: int, observer: Observer) -> None:
         self._timed("block", super().train_block, steps, observer)
 
-    def _reset_rotation(self, matrix: Tensor) -> None:
-        super()._reset_rotation(matrix)
+    def set_widths(self, widths: tuple[int, ...]) -> None:
+        super().set_widths(widths)
         neighbors = self.steps.neighbors
         self.steps.neighbors = lambda *rows: self._timed("search", neighbors, *rows)  # type: ignore[method-assign]
 
     def heldout_distance(self) -> Tensor:
         return self._timed("evaluate", super().heldout_distance)
 
-    def _information(self) -> Tensor:
-        return self._timed("merge", super()._information)
+    def information(self) -> Tensor:
+        return self._timed("merge", super().information)
 
     def _timed(self, name: str, work: Any, *arguments: Any) -> Any:
         began = time.perf_counter()

@@ -88,7 +88,7 @@ def measure(shape: Shape, rotation: str, published_steps: int, machine: Machine)
         taken["published"].append(1e3 * statistics.median(steps or [0.0]))
     taken = {name: values[WARM:] for name, values in taken.items()}
     trainer.seconds.clear()
-    trainer._information()
+    trainer.information()
     row: dict[str, Any] = {"d": d, "K": K, "Q": Q, "rotation": rotation}
     row |= {f"{name}_ms": statistics.median(taken[name]) for name in ("search", "update")}
     row["step_ms"] = row["search_ms"] + row["update_ms"]

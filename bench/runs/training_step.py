@@ -22,7 +22,7 @@ from measuring import result_file, seconds, spread, times_faster, verdict, write
 from published import PublishedTrainer
 from quality import harvest, settings
 from ndm_fast.geometry import reference
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import take_rows
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -42,7 +42,7 @@ def measure(steps: int) -> list[dict[str, Any]]:
     heldout = heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))]
     ours = {name: Trainer(stream, settings(steps, "lie", TURN, precision=name)) for name in PRECISIONS}
     widths = config.widths(heldout.shape[1])
-    pool = ActivationPool(stream, config.pool_rows, KEYS, first_batch=batches)
+    pool = ActivationPool(stream, PoolConfig(config.pool_rows, KEYS, first_batch=batches))
     published = PublishedTrainer(heldout.shape[1], widths, lr=config.lr)
 
     def published_turn() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ndm_fast.activations.stream import Harvester
 from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable, write_json
+from ndm_fast.locks import LOCK_FILE, locked
 from ndm_fast.provenance import provenance
 
 _COLUMN_BYTES = 4 * len(COLUMNS)
@@ -49,6 +52,29 @@ def new_manifest(
         "made_with": {"versions": about["versions"], "commit": about["commit"]},
         "shards": [],
     }
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """No other process harvests into the folder meanwhile; one that stays empty is removed again.
+
+    Raises:
+        InputError: another process does, or the folder cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} exists and holds no activations: choose another --out")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def claim(folder: Path, new: dict[str, Any], *, resume: bool, quiet: bool = False) -> dict[str, Any]:
@@ -107,7 +133,7 @@ def _is_free(folder: Path, new: dict[str, Any]) -> bool:
     def leftover(path: Path) -> bool:
         if path.is_dir():
             return path.name in new["sites"] and not any(path.iterdir())
-        return path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp"
+        return path.name == LOCK_FILE or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp")
 
     return not folder.exists() or (folder.is_dir() and all(map(leftover, folder.iterdir())))
 

@@ -30,7 +30,7 @@ from ndm_fast.activations.cache import (
     held_rows,
     shard_name,
 )
-from ndm_fast.activations.cache_folder import claim, new_manifest
+from ndm_fast.activations.cache_folder import alone_in, claim, new_manifest
 from ndm_fast.activations.rows import HarvestedRows, fitting_scale
 from ndm_fast.activations.stream import Harvester
 from ndm_fast.config import HarvestConfig
@@ -71,18 +71,19 @@ def harvest_cache(
     """
     folder = Path(folder)
     manifest = new_manifest(harvester, config, rows, store_dtype or config.dtype, shard_mib)
-    manifest = claim(folder, manifest, resume=resume, quiet=not show_progress)
-    writer = _Writer(harvester, folder, manifest)
-    advice = go_on or f"`ndm-fast harvest --out {folder} --resume`"
-    with stop_on_signal() as stop, _bar(rows, show_progress) as bar:
-        try:
-            writer.mend(stop)
-            bar.update(held_rows(writer.manifest))
-            writer.go_on(stop, bar)
-        except _Stopped:
-            raise StoppedError(
-                f"stopped with {held_rows(writer.manifest)} of {rows} rows saved: go on with {advice}"
-            ) from None
+    with alone_in(folder):
+        manifest = claim(folder, manifest, resume=resume, quiet=not show_progress)
+        writer = _Writer(harvester, folder, manifest)
+        advice = go_on or f"`ndm-fast harvest --out {folder} --resume`"
+        with stop_on_signal() as stop, _bar(rows, show_progress) as bar:
+            try:
+                writer.mend(stop)
+                bar.update(held_rows(writer.manifest))
+                writer.go_on(stop, bar)
+            except _Stopped:
+                raise StoppedError(
+                    f"stopped with {held_rows(writer.manifest)} of {rows} rows saved: go on with {advice}"
+                ) from None
     return ActivationCache(folder)
 
 

@@ -186,9 +186,9 @@ def _planted(options: argparse.Namespace) -> None:
     found = run_planted(
         options.variables, options.values, seed=options.seed, starts=options.starts, merge=options.merge
     )
-    path = save_json(found, options.out, "planted")
+    path = save_json(found.record(), options.out, "planted")
     if options.json:
-        print_json(found)
+        print_json(found.record())
         return
     print(text_table(planted_rows(found)))
-    print(f"largest possible Gini {found['largest_gini']:.3f}; {found['seconds']:.0f} s; {path}")
+    print(f"largest possible Gini {found.largest_gini:.3f}; {found.seconds:.0f} s; {path}")

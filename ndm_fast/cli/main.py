@@ -98,10 +98,10 @@ def _toy(options: argparse.Namespace) -> None:
         ) from None
     result = run_toy(groups, options.dim, seed=options.seed, out=Path(options.out or "runs/toy"))
     if options.json:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result.record(), indent=2))
         return
-    print(text_table(result["groups"]))
-    print(f"subspaces {result['widths']}; figure in {result['figure']}")
+    print(text_table([row._asdict() for row in result.groups]))
+    print(f"subspaces {result.widths}; figure in {result.figure}")
 
 
 def _doctor(options: argparse.Namespace) -> None:

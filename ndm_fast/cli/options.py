@@ -1,4 +1,4 @@
-"""Devices by name."""
+"""Options that several commands share: devices, settings, output."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from ndm_fast.config import GROUPS, HarvestConfig, RunConfig, from_flat
 from ndm_fast.errors import InputError
+from ndm_fast.fields import alternatives, kinds, meanings, words
 from ndm_fast.run.presets import PRESETS, preset
 
 
@@ -78,32 +79,38 @@ def save_json(content: Any, folder: str, name: str) -> Path:
     return path
 
 
-_TYPES = {"int": int, "float": float, "str": str, "float | str": str}  # a number in words is one too
-
-
 def add_settings(command: argparse.ArgumentParser) -> None:
     """Add ``--preset``, ``--config`` and every setting of a run to a command."""
     command.add_argument("--preset", choices=sorted(PRESETS), default=None, help="settings to start from")
     command.add_argument("--config", default=None, help="YAML or JSON file with settings")
     for name, cls in GROUPS.items():
         group = command.add_argument_group(f"{name} settings")
-        for field in dataclasses.fields(cls):
-            add_setting(group, field)
+        add_group(group, cls)
 
 
-def add_setting(group: Any, field: dataclasses.Field[Any]) -> None:
-    """Add the flag of one setting to a command or a group of its flags."""
-    flag = "--" + field.name.replace("_", "-")
-    annotation = str(field.type).removesuffix(" | None")
-    shown = f"{field.metadata['help']} (default: {_shown(field.default)})"
-    common: dict[str, Any] = {"dest": f"set_{field.name}", "default": argparse.SUPPRESS, "help": shown}
-    if annotation == "bool":
+def add_group(group: Any, cls: type) -> None:
+    """Add the flags of a group of settings to a command or a group of its flags."""
+    for field in dataclasses.fields(cls):
+        kind, meaning = kinds(cls)[field.name], meanings(cls)[field.name].removesuffix(".")
+        choices = "" if float in alternatives(kind) else ", ".join(words(kind))
+        meaning += f": {choices}" if choices else ""
+        about = f"{meaning} (default: {_shown(field.default)})".replace("%", "%%")
+        _add_flag(group, field.name, kind, about)
+
+
+def _add_flag(group: Any, name: str, kind: Any, about: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    common: dict[str, Any] = {"dest": f"set_{name}", "default": argparse.SUPPRESS, "help": about}
+    one = next(one for one in alternatives(kind))
+    if one is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif annotation.startswith("tuple["):
-        item = annotation.removeprefix("tuple[").split(",")[0]
-        group.add_argument(flag, nargs="+", type=_TYPES[item], metavar=item.upper(), **common)
+    elif get_origin(one) is tuple:
+        item = get_args(one)[0]
+        group.add_argument(flag, nargs="+", type=item, metavar=item.__name__.upper(), **common)
+    elif words(kind):  # a number in words is one too
+        group.add_argument(flag, type=str, metavar="STR" if one is not float else "FLOAT|STR", **common)
     else:
-        group.add_argument(flag, type=_TYPES[annotation], metavar=annotation.upper(), **common)
+        group.add_argument(flag, type=one, metavar=one.__name__.upper(), **common)
 
 
 def _shown(default: Any) -> str:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ndm_fast.cli.options import add_setting, add_settings, check_device, flags, run_settings
+from ndm_fast.cli.options import add_group, add_settings, check_device, flags, run_settings
 from ndm_fast.config import DTYPES, HarvestConfig, from_flat
 from ndm_fast.errors import InputError
 
@@ -53,7 +53,8 @@ def _train(options: argparse.Namespace) -> None:
             {"subspace": s, "width": width, "variance_share": share, "heldout_distance": distance}
             for s, (width, share, distance) in enumerate(columns)
         ]
-        print(f"\n{config.harvest.model} {folder.partition().source['site']}, {result['steps']} steps")
+        source = folder.partition().source
+        print(f"\n{source['model']} {source['site']}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
 
@@ -75,8 +76,7 @@ def add_harvest(commands: Any) -> None:
     harvest.add_argument("--resume", action="store_true", help="go on, and write damaged files anew")
     harvest.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     harvest.add_argument("--quiet", action="store_true", help="no progress bar")
-    for field in dataclasses.fields(HarvestConfig):
-        add_setting(harvest, field)
+    add_group(harvest, HarvestConfig)
     harvest.set_defaults(run=_harvest)
 
 

@@ -14,16 +14,12 @@ from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.evaluate.stability import match_subspaces
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 _NAMES = ("W_dec", "decoder.weight", "decoder", "W_D")
 
 
 _ROUNDS = 50
-
-
-_CLUSTERS = 41
-"""What the random numbers are for."""
 
 
 def read_decoder(path: str | Path, width: int, name: str | None = None) -> Tensor:
@@ -59,7 +55,7 @@ def cluster_directions(directions: Tensor, groups: int, seed: int = 0) -> Tensor
     """
     if not 1 <= groups <= len(directions):
         raise InputError(f"{len(directions)} features cannot form {groups} groups: give a larger autoencoder")
-    generator = seeded(seed, _CLUSTERS)
+    generator = seeded(seed, Draw.AUTOENCODER_CLUSTERS)
     centres = directions[torch.randperm(len(directions), generator=generator)[:groups]]
     assigned = torch.full((len(directions),), -1)
     for _ in range(_ROUNDS):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ndm_fast.errors import InputError
 from ndm_fast.geometry.orthogonal import principal_components, random_rotation
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 BASELINES = ("identity", "random", "pca", "pca_ascending", "pca_descending")
 """Names that are accepted; ``"pca"`` is short for ``"pca_descending"``."""
@@ -37,7 +37,7 @@ def baseline_partition(
     if kind == "identity":
         rotation = torch.eye(sum(widths))
     elif kind == "random":
-        rotation = random_rotation(sum(widths), seeded(seed, 4))
+        rotation = random_rotation(sum(widths), seeded(seed, Draw.BASELINE))
     else:
         rotation = principal_components(activations)
         if kind == "pca_ascending":

@@ -11,7 +11,7 @@ from ndm_fast.activations.site_rows import site_activations
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import mutual_information
 from ndm_fast.train.merge.pairs import merge_scores
 
@@ -55,7 +55,7 @@ def run_information(
         rows=queries + keys,
         context_length=context_length,
     )
-    rows = rows[torch.randperm(len(rows), generator=seeded(seed, 0)).to(rows.device)]
+    rows = rows[torch.randperm(len(rows), generator=seeded(seed, Draw.INFORMATION_ROWS)).to(rows.device)]
     methods = {"ndm": partition.to(device)} | {
         kind: baseline_partition(kind, partition.widths, rows) for kind in ("identity", "random")
     }

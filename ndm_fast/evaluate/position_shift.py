@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.packing import pack
@@ -24,6 +23,7 @@ from ndm_fast.evaluate.patching.patching import subspace_patch
 from ndm_fast.evaluate.patching.prompts import Prompts
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.source import documents
 
 _DIRECTIONS = 8
 """Of the mean activations by position. In MiniLM, layer 3, eight hold 98 % of their variance."""
@@ -153,13 +153,13 @@ def run_position_shift(
         references, rows: packed rows to read positions from, and to patch.
     """
     folder = RunFolder(path)
-    config = folder.config().harvest
+    settings = folder.config()
+    config = settings.harvest
     partition = folder.partition().to(device)
     model, tokenizer = load_model(config.model, config.dtype, device)
     later = later or _next_block(model, config.site[0])
-    documents = open_documents(config.data, config.text_field, folder.config().documents_seed)
     length = config.context_length or 128
-    packed = pack(documents(), tokenizer, length, config.rows_per_batch, bos=config.bos)
+    packed = pack(documents(settings)(), tokenizer, length, config.rows_per_batch, bos=config.bos)
     parts: list[Tensor] = []
     while sum(map(len, parts)) < references + rows:
         batch = next(packed, None)

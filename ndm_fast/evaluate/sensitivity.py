@@ -54,7 +54,7 @@ def run_sensitivity(
     stream = _harvest(config, plans, device)
     rows = []
     for (name, value), plan in zip(tried, plans, strict=True):
-        trainer = Trainer(stream, plan.train, plan.merge, device=device)
+        trainer = Trainer(stream, plan.train, plan.merge, plan.run, device=device)
         trainer.run()
         rows.append(
             {
@@ -72,23 +72,24 @@ def _plan(config: RunConfig, name: str, value: float, steps: int) -> RunConfig:
     """The run's settings with one changed; its schedule shortened to the steps."""
     share = steps / config.train.max_steps
     merge_start = config.merge.merge_start
-    train = dataclasses.replace(config.train, max_steps=steps, eval_every=steps, checkpoint_every=steps)
+    train = dataclasses.replace(config.train, max_steps=steps)
+    run = dataclasses.replace(config.run, eval_every=steps, checkpoint_every=steps)
     merge = dataclasses.replace(
         config.merge,
         merge_start=None if merge_start is None else max(1, round(merge_start * share)),
         merge_interval=max(1, round(config.merge.merge_interval * share)),
     )
     if name == "merge_threshold":
-        return RunConfig(config.harvest, train, dataclasses.replace(merge, merge_threshold=value))
+        return RunConfig(config.harvest, train, dataclasses.replace(merge, merge_threshold=value), run)
     changed: dict[str, Any] = {name: int(value)}
-    return RunConfig(config.harvest, dataclasses.replace(train, **changed), merge)
+    return RunConfig(config.harvest, dataclasses.replace(train, **changed), merge, run)
 
 
 def _harvest(config: RunConfig, plans: Sequence[RunConfig], device: str) -> TensorStream:
     needed = max(
         p.train.heldout_queries
         + p.train.heldout_keys
-        + min(p.train.pool_rows, p.train.max_steps * p.train.queries + p.train.keys)
+        + p.train.rows_held
         + p.train.max_steps * p.train.queries
         for p in plans
     )

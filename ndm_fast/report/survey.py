@@ -14,7 +14,7 @@ from ndm_fast.evaluate.purity.reading import Reading, describe
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.search import nearest_rows
 from ndm_fast.report.views import NeighborView, RowView, count_tokens, token_ids, view_neighbors, view_row
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 SAMPLE = 1024
 """Rows whose nearest neighbors are counted."""
@@ -93,7 +93,7 @@ def survey(
         queries: of each gallery, one for each cluster; neighbors: shown for each.
         purity: of the subspaces, where it was measured before; else that of the sample.
     """
-    order = torch.randperm(len(index), generator=seeded(_SEED, 20))
+    order = torch.randperm(len(index), generator=seeded(_SEED, Draw.SURVEY_SAMPLE))
     count = min(SAMPLE, len(index) // 2)
     sample, others = order[:count], order[count : count + _KEYS]
     rows, keys = index.token_rows(sample), index.token_rows(others)
@@ -207,7 +207,7 @@ def diverse_points(points: Tensor, count: int, seed: int) -> tuple[Tensor, Tenso
         [c] int64 number of the point nearest to each centre, all different, and [c] share of the points in
         each cluster; c is below ``count`` where there are fewer different points.
     """
-    generator = seeded(seed, 21)
+    generator = seeded(seed, Draw.SURVEY_CLUSTERS)
     centres = _spread_out(points, count, generator)
     for _ in range(_ROUNDS):
         cluster = torch.cdist(points, centres).argmin(1)

@@ -1,11 +1,11 @@
-"""Files that are either whole or not there: atomic writes, and checkpoints with a checksum."""
+"""Checkpoints of a run: one file with a checksum, written atomically."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -13,19 +13,37 @@ from torch import Tensor
 
 from ndm_fast.errors import InputError
 from ndm_fast.files import write_atomic
+from ndm_fast.train.state import State
 
-_FORMAT = 1
+_FORMAT = 2
 
 
-def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Write tensors and plain JSON state as one safetensors file with a checksum, atomically."""
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"format": str(_FORMAT), "state": json.dumps(state), "sha256": _digest(copies, state)}
+class Checkpoint(NamedTuple):
+    """A run at one moment."""
+
+    tensors: dict[str, Tensor]
+    """Of the trainer's state."""
+    values: dict[str, Any]
+    """Of the trainer's state, plain JSON values."""
+    log_bytes: int
+    """Length of the log at that moment; what was written later is cut off when the run is resumed."""
+
+    @property
+    def state(self) -> State:
+        """The trainer's state."""
+        return self.tensors, self.values
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint as one safetensors file, atomically."""
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
+    record = {"trainer": checkpoint.values, "log_bytes": checkpoint.log_bytes}
+    header = {"format": str(_FORMAT), "record": json.dumps(record), "sha256": _digest(copies, record)}
     write_atomic(path, save(copies, metadata=header))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of :func:`save_checkpoint`.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """What :func:`save_checkpoint` wrote.
 
     Raises:
         InputError: the file cannot be read, or does not match its checksum.
@@ -36,18 +54,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])["__metadata__"]
-        state = json.loads(header["state"])
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
     if header.get("format") != str(_FORMAT):
         raise InputError(f"the checkpoint {path} has format {header.get('format')}, not {_FORMAT}: {remedy}")
-    if header.get("sha256") != _digest(tensors, state):
+    try:
+        record = json.loads(header["record"])
+    except (ValueError, KeyError) as error:
+        raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
+    if header.get("sha256") != _digest(tensors, record):
         raise InputError(f"the checkpoint {path} is damaged (its checksum does not match): {remedy}")
-    return tensors, state
+    return Checkpoint(tensors, record["trainer"], record["log_bytes"])
 
 
-def _digest(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+def _digest(tensors: dict[str, Tensor], record: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].numpy().tobytes())

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ndm_fast.config import CHANGES_NO_RESULT, RunConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable, write_json
+from ndm_fast.locks import LOCK_FILE, Lock
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.provenance import provenance
-from ndm_fast.run.checkpoint import load_checkpoint
+from ndm_fast.run.checkpoint import Checkpoint, load_checkpoint
+
+_UNFINISHED = ".*.tmp"
+"""Files that ``files.write_atomic`` had not renamed yet."""
 
 
 class RunFolder:
@@ -36,39 +38,55 @@ class RunFolder:
         self.figures_folder = self.path / "figures"
         self.index_folder = self.path / "preimages"
         self.report_folder = self.path / "report"
+        self._lock: Lock | None = None
 
     def begin(self, config: RunConfig, *, resume: bool) -> None:
         """Claim the folder for a run with these settings, or take up the run that is in it.
 
+        No other process can until :meth:`end`, or until this one dies; a finished run is not claimed.
+
         Raises:
-            InputError: the folder holds something else; nothing is changed then.
+            InputError: the folder holds something else, or another process has it; nothing is changed then.
         """
-        if self.config_file.exists():
-            if not resume:
-                raise InputError(
-                    f"{self.path} holds a run already: pass --resume to go on with it, or another --out"
-                )
-            self._check_same(config)
-            for leftover in self.path.glob(".*.tmp"):  # of a write that was killed
-                leftover.unlink(missing_ok=True)
+        if self.result_file.exists():
+            self._refuse_other(config, resume)
+            self._sweep()
             return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if not self.config_file.exists() and self.path.exists() and not self._is_free():
             raise InputError(f"{self.path} exists and is no run of ndm-fast: choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from None
-        about = {"settings": config.flat(), "made_with": provenance()}
-        write_json(self.config_file, about)
+        self._lock = Lock(self.path)
+        try:
+            self._begin_locked(config, resume)
+        except InputError:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _begin_locked(self, config: RunConfig, resume: bool) -> None:
+        begun = self.config_file.exists()
+        if begun:
+            self._refuse_other(config, resume)
+        self._sweep()
+        if not begun:
+            write_json(self.config_file, {"settings": config.flat(), "made_with": provenance()})
+
+    def _sweep(self) -> None:
+        """Remove what is left of a write that was killed."""
+        for leftover in self.path.glob(_UNFINISHED):
+            leftover.unlink(missing_ok=True)
 
     def config(self) -> RunConfig:
         """The settings of the run in this folder."""
-        settings = self._read(self.config_file).get("settings")
-        if not isinstance(settings, dict):
-            raise InputError(
-                f"{self.config_file} is damaged (no settings): start the run anew in another folder"
-            )
-        return from_flat(settings)
+        return from_flat(self._settings())
 
     def partition(self) -> SubspacePartition:
         """The result of the run in this folder."""
@@ -91,25 +109,49 @@ class RunFolder:
         records = [json.loads(line) for line in self.log_file.read_text().splitlines() if line.endswith("}")]
         return [record for record in records if kind is None or record["event"] == kind]
 
-    def checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def checkpoint(self) -> Checkpoint | None:
         """The saved state, or None before the first checkpoint."""
         return load_checkpoint(self.checkpoint_file) if self.checkpoint_file.exists() else None
 
     def save_result(self, partition: SubspacePartition, figures: dict[str, Any]) -> None:
-        """Write partition and figures; ``result.json`` comes last and marks the run as complete."""
+        """Write partition and figures; ``result.json`` comes last and marks the run as complete.
+
+        Raises:
+            InputError: nothing can be written, or someone took the folder away.
+        """
+        if not self.config_file.exists():
+            raise InputError(f"{self.path} was removed while its run was going on: start the run anew")
         try:
             partition.save_pretrained(self.partition_folder)
         except OSError as error:
             raise unwritable(self.partition_folder, error) from None
         write_json(self.result_file, figures)
 
-    def _check_same(self, config: RunConfig) -> None:
-        saved, asked = self.config().flat(), config.flat()
-        differing = [name for name in asked if asked[name] != saved[name] and name not in CHANGES_NO_RESULT]
+    def _is_free(self) -> bool:
+        """Whether the folder holds nothing but what a process leaves that was killed at once."""
+        leftovers = {self.path / LOCK_FILE, *self.path.glob(_UNFINISHED)}
+        return self.path.is_dir() and leftovers.issuperset(self.path.iterdir())
+
+    def _settings(self) -> dict[str, Any]:
+        settings = self._read(self.config_file).get("settings")
+        if not isinstance(settings, dict):
+            raise InputError(
+                f"{self.config_file} is damaged (no settings): start the run anew in another folder"
+            )
+        return settings
+
+    def _refuse_other(self, config: RunConfig, resume: bool) -> None:
+        """Refuse a run that is not to be resumed, or that has other settings."""
+        if not resume:
+            raise InputError(
+                f"{self.path} holds a run already: pass --resume to go on with it, or another --out"
+            )
+        saved, asked = self._settings(), config.flat()
+        differing = [n for n in asked if asked[n] != saved.get(n) and n not in CHANGES_NO_RESULT]
         if differing:
             name = differing[0]
             raise InputError(
-                f"{self.path} holds a run with other settings ({name} is {saved[name]!r}, asked for "
+                f"{self.path} holds a run with other settings ({name} is {saved.get(name)!r}, asked for "
                 f"{asked[name]!r}): choose another --out, or leave the settings away to go on with it"
             )
 

@@ -140,7 +140,7 @@ def _parameters_to(model: Any, module: str) -> int:
 def make_plan(config: RunConfig, shape: ModelShape, machine: Machine) -> Plan:
     """Predicts a run of one site of ``config`` on a machine."""
     train, efficiency = config.train, GPU_EFFICIENCY if machine.is_gpu else CPU_EFFICIENCY
-    pool = min(train.pool_rows, train.max_steps * train.queries + train.keys)
+    pool = train.rows_held
     generations = math.ceil(train.max_steps * train.queries / max(1, pool - train.keys))
     rows = train.heldout_queries + train.heldout_keys + generations * pool
     memory = _memory(config, shape, machine, pool)
@@ -202,7 +202,7 @@ def _products(train: TrainConfig, d: int) -> float:
 def _evaluations(config: RunConfig, d: int, machine: Machine, efficiency: Efficiencies) -> Part:
     """Held-out distances, exact."""
     train = config.train
-    count = 1 + math.ceil(train.max_steps / train.eval_every)
+    count = 1 + math.ceil(train.max_steps / config.run.eval_every)
     K, Q = train.heldout_keys, train.heldout_queries
     rotate, sweep, exact = 2.0 * (K + Q) * d**2, 2.0 * Q * K * d, 2.0 * Q * d**2
     seconds = rotate / efficiency.rotate + sweep / efficiency.sweep + exact / efficiency.exact

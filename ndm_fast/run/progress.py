@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,12 +35,9 @@ class Progress:
 
     def update(self, trainer: Trainer) -> None:
         """The site that was begun last has come to the trainer's step."""
-        self._bar.set_postfix(
-            loss=f"{trainer.train_loss:.4f}",
-            heldout=f"{trainer.heldout_loss:.4f}",
-            subspaces=len(trainer.widths),
-            refresh=False,
-        )
+        losses = {"loss": trainer.train_loss, "heldout": trainer.heldout_loss}
+        shown = {name: f"{loss:.4f}" for name, loss in losses.items() if not math.isnan(loss)}
+        self._bar.set_postfix({**shown, "subspaces": len(trainer.widths)}, refresh=False)
         self._move(trainer.step)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ndm_fast.files import unwritable
-from ndm_fast.run.checkpoint import save_checkpoint
+from ndm_fast.run.checkpoint import Checkpoint, save_checkpoint
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Progress
 from ndm_fast.train.trainer import Observer, Trainer
@@ -55,21 +55,11 @@ class Recorder(Stoppable):
             self._log.flush()
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
-        tensors, values = trainer.state_dict()
-        save_checkpoint(self._folder.checkpoint_file, tensors, {**values, "log_bytes": self._log.tell()})
+        saved = Checkpoint(*trainer.state_dict(), self._log.tell())
+        save_checkpoint(self._folder.checkpoint_file, saved)
 
     def close(self) -> None:
         try:
             self._log.close()
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
-
-
-class Events(Observer):
-    """Keeps what it is told until there is a log."""
-
-    def __init__(self) -> None:
-        self.records: list[dict[str, Any]] = []
-
-    def event(self, record: dict[str, Any]) -> None:
-        self.records.append(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from ndm_fast.errors import InputError
 
 _FREE = ("site", "repeat_data", *CHANGES_NO_RESULT)
 """Settings of the harvest that a run from a cache may choose for itself."""
+
+
+def documents(config: RunConfig) -> Callable[[], Iterator[str]]:
+    """Opens the text of a run, always in the same order."""
+    harvest = config.harvest
+    return open_documents(harvest.data, harvest.text_field, config.documents_seed)
 
 
 def harvest_run(
@@ -47,9 +54,9 @@ def harvest_run(
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
     model, tokenizer = load_model(config.model, config.dtype, device)
     prepare_model(model, config)
-    documents = open_documents(config.data, config.text_field, config.text_seed or 0)
+    text = documents(RunConfig(harvest=config))
     return harvest_cache(
-        Harvester(model, tokenizer, config.site, documents, config),
+        Harvester(model, tokenizer, config.site, text, config),
         config,
         out,
         rows,
@@ -72,8 +79,7 @@ def share_harvest(
         InputError, StoppedError: see ``cache_writer.harvest_cache``.
     """
     harvest = dataclasses.replace(config.harvest, text_seed=config.documents_seed)
-    documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
-    harvester = Harvester(model, tokenizer, harvest.site, documents, harvest)
+    harvester = Harvester(model, tokenizer, harvest.site, documents(config), harvest)
     rows = rows_drawn(config.train, harvester.largest_batch)
     needed, free = cache_bytes(harvester.widths, rows, harvest.dtype), free_bytes(folder)
     if not folder.exists() and needed > free:
@@ -100,7 +106,7 @@ def rows_drawn(train: TrainConfig, largest_batch: int) -> int:
     The held-out rows and every generation of the pool end inside a batch, whose other rows are not used.
     """
     queries = train.max_steps * train.queries
-    pool = min(train.pool_rows, queries + train.keys)
+    pool = train.rows_held
     # A generation ends when a search's queries, at most search_every batches of them, find too few rows.
     batches = (pool - train.keys) // train.queries - train.search_every + 1
     generations = 1 if pool - train.keys >= queries else math.ceil(train.max_steps / max(batches, 1))
@@ -151,8 +157,7 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
         InputError: the model cannot be loaded, or there is no text.
     """
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
+    return ActivationStream(model, tokenizer, config.harvest.site[0], documents(config), config.harvest)
 
 
 def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
@@ -164,7 +169,7 @@ def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
     Raises:
         InputError: it is damaged, or holds another harvest than that of the run.
     """
-    folder = config.train.acts
+    folder = config.run.acts
     if not folder:
         return None
     if not Path(folder).exists():

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ndm_fast.activations.cache import ActivationCache
-from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.models import load_config, load_tokenizer
 from ndm_fast.activations.packing import PackedRows, packed_text
 from ndm_fast.activations.rows import HarvestedRows, TokenRows, token_columns
 from ndm_fast.activations.stream import row_length
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
-from ndm_fast.run.source import model_stream, run_cache
+from ndm_fast.run.source import documents, model_stream, run_cache
 
 
 def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[HarvestedRows]:
@@ -36,9 +35,8 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
 def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[HarvestedRows]:
     harvest, stream = config.harvest, cache.stream(config.harvest.site[0])
     tokenizer, length = load_tokenizer(harvest.model), row_length(harvest, load_config(harvest.model))
-    documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
     as_harvested = dataclasses.replace(cache.config, tokenize_workers=harvest.tokenize_workers)
-    text = packed_text(documents, tokenizer, length, as_harvested)
+    text = packed_text(documents(config), tokenizer, length, as_harvested)
     for rows in stream.token_rows():
         packed = next(text, None)
         kept = None if packed is None else kept_tokens(packed, rows)

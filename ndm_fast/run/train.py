@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ndm_fast.activations.cache import ActivationCache
-from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.models import load_model, prepare_model
 from ndm_fast.activations.rows import SiteStream
 from ndm_fast.activations.stream import ActivationStream
@@ -20,7 +20,7 @@ from ndm_fast.ranks import Group, Launch, launched
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Progress
 from ndm_fast.run.site import ACTIVATIONS, SiteRun, standing, train_one
-from ndm_fast.run.source import share_harvest, with_cache
+from ndm_fast.run.source import documents, share_harvest, with_cache
 
 
 def train_run(
@@ -50,8 +50,8 @@ def train_run(
         RanksError: another rank is gone.
     """
     launch = launched()
-    if config.train.acts:
-        cache = ActivationCache(config.train.acts)
+    if config.run.acts:
+        cache = ActivationCache(config.run.acts)
         config = with_cache(config, cache)
         cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
         return _train_streams(config, cached, out, launch, resume, device, show_progress)
@@ -59,22 +59,42 @@ def train_run(
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
     prepare_model(model, config.harvest)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     streams: list[SiteStream] = [
-        ActivationStream(model, tokenizer, site, documents, config.harvest) for site in config.harvest.site
+        ActivationStream(model, tokenizer, site, documents(config), config.harvest)
+        for site in config.harvest.site
     ]
     if launch.size > 1:  # each rank runs the model: to run it once, harvest first, and train --acts
         return _train_streams(config, streams, out, launch, resume, device, show_progress)
     runs = site_runs(config, streams, out, resume=resume)
-    folder = Path(out) / ACTIVATIONS
+    try:
+        return _train_together(
+            config, runs, model, tokenizer, Path(out), device, show_progress, keep_activations
+        )
+    finally:
+        end_runs(runs)
+
+
+def _train_together(
+    config: RunConfig,
+    runs: list[SiteRun],
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    device: str,
+    show_progress: bool,
+    keep_activations: bool,
+) -> list[RunFolder]:
+    """Train several sites from one harvest, where there is room for it; a single one from the model."""
+    folder = out / ACTIVATIONS
     open_runs = sum(not run.folder.result_file.exists() for run in runs)
     shared = None
     if open_runs > 1 or (open_runs and len(runs) > 1 and folder.exists()):
         shared = share_harvest(config, model, tokenizer, folder, show_progress=show_progress)
-    if shared is not None:
-        runs = [dataclasses.replace(run, stream=shared.stream(run.stream.site)) for run in runs]
+    if shared is None:
+        return train_sites(runs, device=device, show_progress=show_progress)
+    runs = [dataclasses.replace(run, stream=shared.stream(run.stream.site)) for run in runs]
     folders = train_sites(runs, device=device, show_progress=show_progress)
-    if shared is not None and not keep_activations:
+    if not keep_activations:
         shutil.rmtree(folder)
     return folders
 
@@ -89,11 +109,15 @@ def _train_streams(
     show_progress: bool,
 ) -> list[RunFolder]:
     """Train this process's share of the sites, alone or with the other ranks."""
-    shared = launch.shared(config.train.parallel, len(streams))
+    shared = launch.shared(config.run.parallel, len(streams))
     share = slice(launch.rank, None, launch.size) if shared == "sites" else slice(None)
     with _group(shared, launch, device) as group:
         runs = site_runs(config, streams, out, resume=resume, share=share, group=group)
-        return train_sites(runs, device=device, show_progress=show_progress and launch.rank == 0, group=group)
+        try:
+            shown = show_progress and launch.rank == 0
+            return train_sites(runs, device=device, show_progress=shown, group=group)
+        finally:
+            end_runs(runs)
 
 
 def _group(shared: str, launch: Launch, device: str) -> AbstractContextManager[Group]:
@@ -114,7 +138,7 @@ def site_runs(
     share: slice = slice(None),
     group: Group | None = None,
 ) -> list[SiteRun]:
-    """A run per stream; their folders are claimed, or taken up.
+    """A run per stream; their folders are claimed, or taken up, until :func:`end_runs`.
 
     Args:
         config: ``harvest.site`` names the streams' sites in their order.
@@ -132,9 +156,19 @@ def site_runs(
     for asked, stream in list(zip(config.harvest.site, streams, strict=True))[share]:
         one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
         folder = RunFolder(out if len(streams) == 1 else Path(out) / stream.site)
-        ranks.first(partial(folder.begin, one, resume=resume))
         runs.append(SiteRun(one, folder, stream))
+        try:
+            ranks.first(partial(folder.begin, one, resume=resume))
+        except BaseException:
+            end_runs(runs)
+            raise
     return runs
+
+
+def end_runs(runs: Sequence[SiteRun]) -> None:
+    """Let other processes have the folders of runs."""
+    for run in runs:
+        run.folder.end()
 
 
 def train_sites(
@@ -162,9 +196,9 @@ def train_sites(
     progress = Progress(len(runs), runs[0].config.train.max_steps, show_progress)
     try:
         for number, run in enumerate(runs):
-            done, state = group.all.first(partial(standing, run.folder))
+            done, saved = group.all.first(partial(standing, run.folder))
             if not done:
-                train_one(run, state, number, progress, device, group, several=len(runs) > 1)
+                train_one(run, saved, number, progress, device, group, several=len(runs) > 1)
     finally:
         progress.close()
     return [run.folder for run in runs if group.all.rank == 0]

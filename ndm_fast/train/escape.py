@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ndm_fast.geometry.orthogonal import random_rotation
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
+from ndm_fast.train.observer import Observer
 
-_PURPOSE = 2
+if TYPE_CHECKING:
+    from ndm_fast.train.trainer import Trainer
 
 
 class Escape:
@@ -44,7 +46,7 @@ class Escape:
             losses: [S] held-out mean distance; information: [S, S]. A pair is drawn with probability
                 proportional to (sum of its losses) x (its mutual information).
         """
-        generator = seeded(self._seed, _PURPOSE, self.tried)
+        generator = seeded(self._seed, Draw.ESCAPE, self.tried)
         weights = (losses[:, None] + losses).double().cpu() * information.clamp_min(0)
         weights = weights.triu(1).flatten()
         if not weights.sum() > 0:
@@ -80,3 +82,18 @@ class Escape:
         self.tried, self._loss = values["tried"], values["loss"]
         self._pair = None if values["pair"] is None else (values["pair"][0], values["pair"][1])
         self._before = tensors.get("before")
+
+
+def try_escape(trainer: Trainer, observer: Observer) -> None:
+    """Keep or undo the last re-initialisation of a pair, then begin another one."""
+    escape = trainer.escape
+    if escape.pending:
+        matrix, trainer.heldout_loss, verdict = escape.judge(trainer.rotation.matrix, trainer.heldout_loss)
+        observer.event({"event": "escape", "step": trainer.step, **verdict})
+        trainer.go_on_from(matrix, trainer.widths)
+    if escape.tried < trainer.config.escape_tries and len(trainer.widths) > 1:
+        losses = trainer.evaluate(observer)
+        proposed = escape.propose(
+            trainer.rotation.matrix, trainer.widths, trainer.heldout_loss, losses, trainer.information()
+        )
+        trainer.go_on_from(proposed, trainer.widths)

@@ -9,17 +9,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.trainer import Trainer
 
 _BATCH = 512
-
-
-_START = 15
-"""What the random numbers are for."""
 
 
 class Trained(NamedTuple):
@@ -34,6 +30,7 @@ def train_on(
     activations: Tensor,
     train: TrainConfig,
     merge: MergeConfig | None = None,
+    settings: RunSettings | None = None,
     *,
     batch: int = _BATCH,
 ) -> Trained:
@@ -46,15 +43,17 @@ def train_on(
     """
     needed = train.heldout_queries + train.heldout_keys + train.pool_rows + train.max_steps * train.queries
     passes = 2 + 2 * needed // len(activations)  # what is left of a batch or of the text is not used
-    settings = dataclasses.replace(train, start="identity", initial_widths=start.widths)
+    train = dataclasses.replace(train, start="identity", initial_widths=start.widths)
     stream = TensorStream(start.rotate(activations).split(batch) * passes)
-    trainer = Trainer(stream, settings, merge)
+    trainer = Trainer(stream, train, merge, settings)
     found = trainer.run()
     rotation = start.rotation @ found.rotation
     return Trained(SubspacePartition(rotation, found.widths, start.source), trainer.heldout_loss)
 
 
-def random_starts(activations: Tensor, train: TrainConfig, starts: int) -> list[Trained]:
+def random_starts(
+    activations: Tensor, train: TrainConfig, starts: int, settings: RunSettings | None = None
+) -> list[Trained]:
     """As many trainings from random rotations, in the order of their numbers.
 
     All are held against the same held-out rows, so their losses compare.
@@ -62,8 +61,9 @@ def random_starts(activations: Tensor, train: TrainConfig, starts: int) -> list[
     widths = train.widths(activations.shape[1])
     found = []
     for number in tqdm(range(starts), "starts of NDM", disable=None, leave=False):
-        rotation = random_rotation(sum(widths), seeded(train.seed, _START, number))
-        found.append(train_on(SubspacePartition(rotation.to(activations.device), widths), activations, train))
+        rotation = random_rotation(sum(widths), seeded(train.seed, Draw.RESTART, number))
+        start = SubspacePartition(rotation.to(activations.device), widths)
+        found.append(train_on(start, activations, train, settings=settings))
     return found
 
 

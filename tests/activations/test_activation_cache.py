@@ -377,7 +377,6 @@ def test_unfinished_harvests_are_not_trained_on(ndm, train_flags, tmp_path, whol
     [
         {"merging": True},
         {"merging": True, "rotation": "exp", "search_every": 1, "max_steps": 52},
-        {"mode": "split", "split_steps": 8},
         {"pool_dtype": "bfloat16"},
     ],
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndm_fast.activations import pool_storage
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.pool_storage import choose_place, memory_line
 from ndm_fast.activations.rows import TensorStream, take_rows
 from ndm_fast.errors import InputError
@@ -23,6 +25,15 @@ def numbered(sizes: list[int], width: int = 3) -> TensorStream:
 
 def ids(rows: torch.Tensor) -> list[int]:
     return [int(value) for value in rows[:, 0]]
+
+
+def pool_of(stream: Any, rows: int, keys: int, state: dict[str, Any] | None = None, **settings: Any) -> Any:
+    """A filled pool, or one that goes on from a state."""
+    pool = ActivationPool(stream, PoolConfig(rows, keys, **settings))
+    if state:
+        pool.load_state_dict(state, settings.get("queries"))
+    pool.fill()
+    return pool
 
 
 class Endless:
@@ -46,7 +57,7 @@ class Endless:
 def test_every_row_appears_once_in_queries_and_what_is_left(rows, data, sizes):
     sizes = [*sizes, rows]
     keys = data.draw(st.integers(1, rows - 1))
-    pool = ActivationPool(numbered(sizes), rows, keys, seed=data.draw(st.integers(0, 5)))
+    pool = pool_of(numbered(sizes), rows, keys, seed=data.draw(st.integers(0, 5)))
     free = rows - keys
     taken: list[int] = []
     while len(taken) < free:
@@ -60,8 +71,22 @@ def test_every_row_appears_once_in_queries_and_what_is_left(rows, data, sizes):
     assert sorted(taken + ids(pool.next_keys())) == list(range(rows))
 
 
+def test_nothing_is_read_before_the_first_use(free):
+    """But room is found, or refused, before."""
+    stream = Endless()
+    pool = ActivationPool(stream, PoolConfig(21, 7))
+    pool.reserve(2)
+    assert pool.state_dict()["scale"] is None
+    assert stream.starts == []
+    with pytest.raises(InputError, match="--pool-rows to"):
+        pool.reserve(1000)
+    pool.peek_keys()
+    pool.take(3)
+    assert stream.starts == [0]
+
+
 def test_keys_are_views_and_pass_over_all_that_is_left():
-    pool = ActivationPool(numbered([64]), 64, 16)
+    pool = pool_of(numbered([64]), 64, 16)
     storage = pool.take(4).untyped_storage().data_ptr()
     windows = [pool.next_keys() for _ in range(3)]
     assert all(window.untyped_storage().data_ptr() == storage for window in windows)
@@ -71,7 +96,7 @@ def test_keys_are_views_and_pass_over_all_that_is_left():
 
 
 def test_rows_are_shuffled_over_batches_and_by_seed():
-    orders = [ids(ActivationPool(numbered([8] * 8), 64, 1, seed=seed).take(63)) for seed in (0, 0, 1)]
+    orders = [ids(pool_of(numbered([8] * 8), 64, 1, seed=seed).take(63)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     moved = sum(abs(place - i) for place, i in enumerate(orders[0])) / 63
     assert moved > 12  # a shuffle inside batches of 8 would give less than 8
@@ -79,7 +104,7 @@ def test_rows_are_shuffled_over_batches_and_by_seed():
 
 def test_refill_goes_on_where_the_stream_stood():
     stream = Endless()
-    pool = ActivationPool(stream, 21, 7, first_batch=2)
+    pool = pool_of(stream, 21, 7, first_batch=2)
     generations = []
     for _ in range(3):
         queries = ids(pool.take(14))
@@ -89,7 +114,7 @@ def test_refill_goes_on_where_the_stream_stood():
 
 
 def test_a_refill_comes_when_too_few_are_left_and_changes_the_order():
-    pool = ActivationPool(Endless(), 21, 7)
+    pool = pool_of(Endless(), 21, 7)
     first = ids(pool.take(10))
     second = ids(pool.take(10))  # only 4 would have been left beside the keys
     assert set(first) <= set(range(21))
@@ -105,11 +130,9 @@ def test_restored_pools_have_the_same_future(before, after):
             ids(rows) for count in counts for rows in (pool.take(count), pool.peek_keys(), pool.next_keys())
         ]
 
-    pool = ActivationPool(Endless(), 21, 7, seed=3, first_batch=1, dtype=torch.float16)
+    pool = pool_of(Endless(), 21, 7, seed=3, first_batch=1, dtype=torch.float16)
     play(pool, before)
-    restored = ActivationPool(
-        Endless(), 21, 7, seed=3, first_batch=1, dtype=torch.float16, state=pool.state_dict()
-    )
+    restored = pool_of(Endless(), 21, 7, seed=3, first_batch=1, dtype=torch.float16, state=pool.state_dict())
     assert restored.state_dict() == pool.state_dict()
     assert ids(restored.peek_keys()) == ids(pool.peek_keys())
     assert play(restored, after) == play(pool, after)
@@ -127,7 +150,7 @@ def test_restored_pools_have_the_same_future(before, after):
 )
 def test_scale_is_a_power_of_two_that_fits(largest, dtype, scale):
     rows = torch.tensor([[1.0, largest], [-largest, 2.0]], dtype=torch.float64)
-    pool = ActivationPool(TensorStream([rows.float()]), 2, 1, dtype=dtype)
+    pool = pool_of(TensorStream([rows.float()]), 2, 1, dtype=dtype)
     assert pool.scale is not None
     assert pool.scale == scale
     stored = torch.cat([pool.take(1), pool.next_keys()])
@@ -143,21 +166,21 @@ def test_scale_is_a_power_of_two_that_fits(largest, dtype, scale):
 def test_overflow_names_the_remedy(later, dtype):
     stream = TensorStream([torch.ones(2, 2), torch.full((2, 2), later)])
     with pytest.raises(InputError, match="set --pool-dtype bfloat16 or float32"):
-        ActivationPool(stream, 4, 1, dtype=dtype)
+        pool_of(stream, 4, 1, dtype=dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_first_rows_that_are_not_finite_are_refused(value):
     with pytest.raises(InputError, match="not finite"):
-        ActivationPool(TensorStream([torch.full((4, 2), value)]), 4, 1, dtype=torch.float16)
+        pool_of(TensorStream([torch.full((4, 2), value)]), 4, 1, dtype=torch.float16)
 
 
 def test_streams_that_are_too_short_are_refused():
     with pytest.raises(InputError, match=r"ended after 5 activations, 8 are needed.*--repeat-data"):
-        ActivationPool(numbered([3, 2]), 8, 2)
+        pool_of(numbered([3, 2]), 8, 2)
     with pytest.raises(InputError, match="ended after 5 activations, 6"):
         take_rows(numbered([3, 2]).batches(), 6)
-    pool = ActivationPool(numbered([8, 5]), 8, 2)
+    pool = pool_of(numbered([8, 5]), 8, 2)
     pool.take(6)
     with pytest.raises(InputError, match="ended after 5 activations, 8"):
         pool.take(1)
@@ -166,12 +189,12 @@ def test_streams_that_are_too_short_are_refused():
 @pytest.mark.parametrize(("rows", "keys"), [(4, 4), (4, 9)])
 def test_pools_without_queries_are_refused(rows, keys):
     with pytest.raises(InputError, match="raise pool_rows"):
-        ActivationPool(numbered([20]), rows, keys)
+        pool_of(numbered([20]), rows, keys)
 
 
 def test_more_queries_than_fit_are_refused():
     with pytest.raises(InputError, match="raise pool_rows"):
-        ActivationPool(numbered([20]), 10, 4).take(7)
+        pool_of(numbered([20]), 10, 4).take(7)
 
 
 def test_tensor_streams_start_anywhere():
@@ -215,9 +238,9 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 def test_a_pool_that_does_not_fit_says_what_would(free):
     """900 bytes can be used, a row takes 12."""
     with pytest.raises(InputError, match=r"a pool of 76 rows .* set --pool-rows to 75 or less"):
-        ActivationPool(Endless3(), 76, 10)
-    ActivationPool(Endless3(), 75, 10)
-    ActivationPool(Endless3(), 150, 10, dtype=torch.bfloat16)
+        pool_of(Endless3(), 76, 10)
+    pool_of(Endless3(), 75, 10)
+    pool_of(Endless3(), 150, 10, dtype=torch.bfloat16)
 
 
 class Endless3:
@@ -260,24 +283,24 @@ def test_generations_filled_ahead_are_the_same(counts, stop):
     def play(pool: ActivationPool, counts: list[int]) -> list[list[int]]:
         return [ids(rows) for count in counts for rows in (pool.take(count), pool.next_keys())]
 
-    plain = ActivationPool(Endless(), 21, 7, seed=3)
-    ahead = ActivationPool(Endless(), 21, 7, seed=3, queries=sum(counts), ahead=True)
+    plain = pool_of(Endless(), 21, 7, seed=3)
+    ahead = pool_of(Endless(), 21, 7, seed=3, queries=sum(counts), ahead=True)
     assert play(ahead, counts[:stop]) == play(plain, counts[:stop])
     assert ahead.state_dict() == plain.state_dict()
     ahead.close()
     left = sum(counts[stop:])
-    again = ActivationPool(Endless(), 21, 7, seed=3, queries=left, ahead=True, state=ahead.state_dict())
+    again = pool_of(Endless(), 21, 7, seed=3, queries=left, ahead=True, state=ahead.state_dict())
     assert play(again, counts[stop:]) == play(plain, counts[stop:])
     again.close()
 
 
 def test_nothing_is_filled_ahead_that_nobody_takes():
     stream = Endless()
-    pool = ActivationPool(stream, 21, 7, queries=28, ahead=True)
+    pool = pool_of(stream, 21, 7, queries=28, ahead=True)
     pool.take(14)
     pool.take(14)
     assert len(stream.starts) == 2
-    short = ActivationPool(numbered([21, 5]), 21, 7, queries=20, ahead=True)
+    short = pool_of(numbered([21, 5]), 21, 7, queries=20, ahead=True)
     short.take(14)
     with pytest.raises(InputError, match="ended after 5 activations, 21"):
         short.take(6)

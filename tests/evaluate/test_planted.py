@@ -8,7 +8,7 @@ from ndm_fast.evaluate.truth import planted
 from ndm_fast.evaluate.truth.planted import SITE, planted_scores, run_planted, variable_effects
 from ndm_fast.evaluate.truth.planted_model import PlantedLanguage, planted_activations, train_planted_model
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 LANGUAGE = PlantedLanguage(variables=3, values=4, tail=6)
 
@@ -42,7 +42,7 @@ def test_the_model_learns_the_language(model):
 def truth(model):
     """Directions of each variable's means, joined and made orthogonal: a partition that knows the answer."""
     rows = planted_activations(model, LANGUAGE, SITE, 6000, seed=0)
-    generator = seeded(0, 21, 1)
+    generator = seeded(0, Draw.PLANTED_TEXT, 1)
     drawn = []
     for first in range(0, 6000, 2048):
         drawn.append(LANGUAGE.draw(min(2048, 6000 - first), generator)[0])
@@ -65,9 +65,9 @@ def test_patching_tells_a_good_partition_from_a_bad_one(model):
     bad = planted_scores(
         variable_effects(model[0], LANGUAGE, SITE, SubspacePartition(torch.eye(32), [3, 3, 3, 23]))
     )
-    assert good["top_subspace"] == [0, 1, 2]
-    assert good["top_share"] > 0.8
-    assert good["gini"] > bad["gini"] + 0.1
+    assert good.top_subspace == [0, 1, 2]
+    assert good.top_share > 0.8
+    assert good.gini > bad.gini + 0.1
 
 
 def test_effects_repeat_with_the_seed(model):
@@ -79,13 +79,9 @@ def test_effects_repeat_with_the_seed(model):
 
 def test_the_command(monkeypatch, tmp_path, ndm):
     """With everything that takes long made small; the figures are checked in docs/evaluation.md."""
-    monkeypatch.setattr(planted, "_WIDTH", 32)
-    monkeypatch.setattr(planted, "_ROWS", 4096)
-    monkeypatch.setattr(planted, "_MODEL_STEPS", 40)
-    for name in ("_FIRST_STEPS", "_ESCAPE_STEPS", "_LAST_STEPS", "_MERGE_INTERVAL"):
-        monkeypatch.setattr(planted, name, 8)
-    for name in ("_TRIES", "_MORE_TRIES"):
-        monkeypatch.setattr(planted, name, 2)
+    small = dict.fromkeys(("first_steps", "escape_steps", "last_steps", "merge_interval"), 8)
+    few = planted.PlantedSettings(32, 4096, 40, **small, tries=2, more_tries=2)
+    monkeypatch.setattr(planted, "_SETTINGS", few)
     arguments = ["--variables", 3, "--values", 4, "--starts", 1, "--merge", "--out", tmp_path]
     outcome = ndm("evaluate", "planted", *arguments)
     assert outcome.code == 0, outcome.err

@@ -99,7 +99,7 @@ def test_the_model_depends_on_the_seed_alone() -> None:
 
 
 def _check(groups: list[int], dim: int, seed: int, out: Path) -> dict[str, Any]:
-    result = toy.run_toy(groups, dim, seed=seed, out=out)
+    result = toy.run_toy(groups, dim, seed=seed, out=out).record()
     assert json.loads((out / "result.json").read_text()) == result
     assert Path(result["figure"]).stat().st_size > 0
     assert [row["features"] for row in result["groups"]] == groups

@@ -22,7 +22,7 @@ from ndm_fast import ops
 from ndm_fast.activations import pool as pool_module
 from ndm_fast.activations import pool_storage
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.kernels import gradient, keys, ksg, search
 from ndm_fast.ops import backends
 from ndm_fast.ranks import Group
@@ -202,12 +202,12 @@ def test_steps(
     def block(take: TakeSteps) -> Tensor:
         return take(queries, keys, index, [rotation.next_turn(lr) for _ in range(4)])
 
-    losses = twice(lambda: block(steps.take))
+    losses = twice(lambda: block(steps.take_steps))
     assert (losses.shape, losses.device) == ((4,), GPU)
     assert rotation.working.device == GPU
     monkeypatch.setattr(Tensor, "pin_memory", lambda host: host)
     monkeypatch.setattr(cuda_graph, "_captured", lambda work, device: work)
-    graphed = cuda_graph.GraphedSteps(steps.take, rotation)
+    graphed = cuda_graph.GraphedSteps(steps.take_steps, rotation)
     for _ in range(4):  # which blocks are of one kind changes in the first ones
         losses = twice(lambda: block(graphed))
     assert (losses.shape, losses.device) == ((4,), GPU)
@@ -279,12 +279,11 @@ def test_a_whole_run(
         precision="bf16",
         rotation=kind,
         metric=metric,
-        eval_every=20,
-        log_every=8,
         escape_tries=1,
         escape_steps=8,
     )
     merge = MergeConfig(merge_start=32, merge_interval=16, merge_threshold=0.0)
+    settings = RunSettings(eval_every=20, log_every=8)
     seen: list[str] = []
 
     class Seen(Observer):
@@ -297,7 +296,7 @@ def test_a_whole_run(
 
     with NumbersReadBack():
         rows = torch.randn(5000, 64, device=rows_on)
-        trainer = Trainer(TensorStream(rows.split(500)), train, merge, device=GPU)
+        trainer = Trainer(TensorStream(rows.split(500)), train, merge, settings, device=GPU)
         trainer.run(Seen())
     assert trainer.widths == (48, 16)
     assert trainer.rotation.matrix.device == GPU

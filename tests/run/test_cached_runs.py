@@ -138,3 +138,10 @@ def test_an_index_needs_the_text_of_the_cache(ndm, train_flags, harvest_flags, c
     said = ndm("index", tmp_path / "run", "--rows", "3000").refusal()
     assert f"the text {data} has changed since {tmp_path / 'acts'} was harvested: bring it back" in said
     assert not (tmp_path / "run" / "preimages").exists()
+
+
+def test_the_table_of_a_run_from_a_cache_names_the_model(ndm, whole, tiny_model):
+    """Which the settings of the command do not."""
+    outcome = ndm("train", "--out", whole / "run", "--resume", "--acts", whole / "acts")
+    assert outcome.code == 0
+    assert f"{tiny_model} {SITE}, 4 steps" in outcome.out

@@ -12,7 +12,7 @@ import torch
 
 from ndm_fast.errors import InputError
 from ndm_fast.files import write_atomic
-from ndm_fast.run.checkpoint import load_checkpoint, save_checkpoint
+from ndm_fast.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 TENSORS = {"matrix": torch.randn(6, 6), "steps": torch.tensor(7), "columns": torch.arange(6)[::2]}
 STATE = {
@@ -27,12 +27,13 @@ STATE = {
 @pytest.fixture
 def path(tmp_path):
     """A good checkpoint."""
-    save_checkpoint(tmp_path / "checkpoint.safetensors", TENSORS, STATE)
+    save_checkpoint(tmp_path / "checkpoint.safetensors", Checkpoint(TENSORS, STATE, 5))
     return tmp_path / "checkpoint.safetensors"
 
 
 def test_a_checkpoint_comes_back_as_it_was(path):
-    tensors, state = load_checkpoint(path)
+    tensors, state, log_bytes = load_checkpoint(path)
+    assert log_bytes == 5
     assert set(tensors) == set(TENSORS)
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     assert math.isnan(state.pop("loss"))
@@ -53,11 +54,12 @@ def test_every_flipped_bit_is_noticed(path):
         flipped[place] ^= 1 << (place % 8)
         path.write_bytes(flipped)
         try:
-            tensors, state = load_checkpoint(path)
+            tensors, state, log_bytes = load_checkpoint(path)
         except InputError:
             continue
         # A change between the JSON words of the header may mean the same: then nothing was lost.
         unharmed.append(place)
+        assert log_bytes == 5
         assert str(state) == str({**STATE, "widths": [4, 2]})
         assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
     assert len(unharmed) < len(places) / 20
@@ -79,8 +81,8 @@ def test_other_files_are_refused(path, content):
 
 
 def test_other_formats_are_refused(path, monkeypatch):
-    monkeypatch.setattr("ndm_fast.run.checkpoint._FORMAT", 2)
-    with pytest.raises(InputError, match="has format 1, not 2"):
+    monkeypatch.setattr("ndm_fast.run.checkpoint._FORMAT", 3)
+    with pytest.raises(InputError, match="has format 2, not 3"):
         load_checkpoint(path)
 
 

@@ -464,6 +464,16 @@ def test_several_sites_go_on_with_the_same_command(ndm, train_flags, tmp_path, m
     assert [folder.exists() for folder in (tmp_path / "run").glob("*/result.json")] == [True, True]
 
 
+def test_a_folder_that_was_removed_gets_no_half_result(finished, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(from_flat({"model": "m"}), resume=False)
+    shutil.rmtree(folder.path)
+    done = RunFolder(finished["lie"])
+    with pytest.raises(InputError, match="was removed while its run was going on"):
+        folder.save_result(done.partition(), done.result())
+    folder.end()
+
+
 def test_runs_that_are_none_or_unfinished_say_so(tmp_path, finished):
     with pytest.raises(InputError, match="is no run of ndm-fast"):
         RunFolder(tmp_path).config()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import TrainConfig
+from ndm_fast.config import RunSettings, TrainConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.train import cuda_graph
 from ndm_fast.train.trainer import Observer, Trainer
@@ -24,10 +24,13 @@ SETTINGS = {
 }
 
 
-def _losses(rows: torch.Tensor, device: str, **changes: object) -> list[float]:
+def _losses(rows: torch.Tensor, device: str, cuda_graph: bool = False, **changes: object) -> list[float]:
     """Training losses of every block of a run, each held-out loss last."""
-    config = TrainConfig(**{**SETTINGS, "log_every": 4, **changes})
-    trainer = Trainer(TensorStream([rows[:600], rows[600:3600], rows[3600:]]), config, device=device)
+    config = TrainConfig(**{**SETTINGS, **changes})
+    settings = RunSettings(log_every=4, cuda_graph=cuda_graph)
+    trainer = Trainer(
+        TensorStream([rows[:600], rows[600:3600], rows[3600:]]), config, settings=settings, device=device
+    )
 
     found: list[float] = []
 
@@ -64,4 +67,4 @@ def test_replayed_blocks_train_as_eager_ones(
 
 def test_an_exponential_is_not_captured() -> None:
     with pytest.raises(InputError, match="take lie or lazy"):
-        TrainConfig(rotation="exp", cuda_graph=True)
+        from_flat({"rotation": "exp", "cuda_graph": True})

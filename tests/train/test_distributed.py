@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from ndm_fast import ops
-from ndm_fast.activations.pool import ActivationPool
+from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.distributed import TIMEOUT_VARIABLE, together
 from ndm_fast.errors import InputError, RanksError
 from ndm_fast.geometry.objective import loss_and_gradient
@@ -31,6 +31,7 @@ from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.ranks import Group, Launch, Ranks, launched
 from ndm_fast.run.checkpoint import load_checkpoint
 from ndm_fast.seeds import seeded
+from ndm_fast.train import over_ranks
 from ndm_fast.train.merge.mutual_information import mutual_information
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -91,7 +92,9 @@ def test_neighbors_of_shards_are_those_of_all_keys(in_ranks, size, metric):
 
     def work(group: Group) -> tuple[torch.Tensor, ...]:
         part = group.keys.share(keys)
-        return tuple(group.keys.nearest_neighbors(queries, part, rotation, WIDTHS, metric, "fp32"))
+        return tuple(
+            over_ranks.nearest_neighbors(group.keys, queries, part, rotation, WIDTHS, metric, "fp32")
+        )
 
     for distance, index in in_ranks(size, "keys", work):
         assert torch.equal(index, expected.index)
@@ -124,7 +127,7 @@ def test_a_shared_pool_holds_the_rows_of_one_pool(in_ranks, dtype):
     stream = TensorStream([rows_of(50, seed) * 1e5 for seed in range(20)])
 
     def draw(ranks: Ranks) -> list[torch.Tensor]:
-        pool = ActivationPool(stream, 253, 60, dtype=dtype, seed=4, ranks=ranks)
+        pool = ActivationPool(stream, PoolConfig(253, 60, dtype=dtype, seed=4), ranks)
         return [each.clone() for _ in range(9) for each in (pool.take(47), pool.next_keys())]
 
     for size in (2, 3):
@@ -166,19 +169,18 @@ TRAIN = TrainConfig(
     max_steps=48,
     lr=0.02,
     search_every=4,
-    eval_every=16,
-    log_every=4,
     start="random",
     escape_tries=1,
     escape_steps=8,
 )
+SETTINGS = RunSettings(eval_every=16, log_every=4)
 MERGE = MergeConfig(merge_threshold="auto", merge_start=24, merge_interval=8, mi_queries=33, mi_keys=201)
 
 
 def train(group: Group) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     events = Events()
     stream = TensorStream([rows_of(50, seed) for seed in range(60)])
-    partition = Trainer(stream, TRAIN, MERGE, group=group).run(events)
+    partition = Trainer(stream, TRAIN, MERGE, SETTINGS, group=group).run(events)
     return partition.rotation, events.records
 
 
@@ -236,11 +238,13 @@ def test_settings_that_cannot_be_shared_are_named():
         size = 3
 
     with pytest.raises(InputError, match="3 ranks cannot share 16 queries evenly: set --queries to a mult"):
-        Group(queries=Three()).check(TRAIN)
+        Group(queries=Three()).check(TRAIN, SETTINGS)
     with pytest.raises(
         InputError, match="3 ranks cannot share 256 keys evenly: set --keys to a multiple of 3"
     ):
-        Group(keys=Three()).check(TRAIN)
+        Group(keys=Three()).check(TRAIN, SETTINGS)
+    with pytest.raises(InputError, match="cuda_graph captures the steps of one rank"):
+        Group(keys=Three()).check(TRAIN, RunSettings(cuda_graph=True))
 
 
 def test_what_ranks_share(monkeypatch):

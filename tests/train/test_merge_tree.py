@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig, from_flat
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.train.merge.tree import MergeTree, merge_tree
 from ndm_fast.train.trainer import Observer, Trainer
@@ -73,21 +73,24 @@ SETTINGS = {
     "pool_rows": 1024,
     "max_steps": 100,
     "lr": 1e-6,
-    "eval_every": 1000,
-    "checkpoint_every": 20,
 }
+
+RARELY = RunSettings(eval_every=1000, checkpoint_every=20)
 
 
 def test_a_run_finds_its_threshold_once_and_keeps_it():
     merge = MergeConfig("auto", merge_start=10, merge_interval=10, mi_queries=256, mi_keys=768)
     stream = TensorStream(twins(6000).split(500))
-    trainer, seen = Trainer(stream, TrainConfig(**SETTINGS), merge), Recorder()
+    trainer, seen = Trainer(stream, TrainConfig(**SETTINGS), merge, RARELY), Recorder()
     partition = trainer.run(seen)
     assert partition.widths == (2, 2, 2, 2)
     (found,) = [r for r in seen.records if r["event"] == "merge_tree"]
-    assert found["threshold"] == trainer.merge_threshold
+    assert found["threshold"] == trainer.merger.threshold
     assert all(r["threshold"] == found["threshold"] for r in seen.records if r["event"] == "merge")
-    resumed, again = Trainer(stream, TrainConfig(**SETTINGS), merge, state=seen.states[0]), Recorder()
+    resumed, again = (
+        Trainer.resumed(stream, TrainConfig(**SETTINGS), merge, RARELY, state=seen.states[0]),
+        Recorder(),
+    )
     assert torch.equal(resumed.run(again).rotation, partition.rotation)
     assert not [r for r in again.records if r["event"] == "merge_tree"]
 

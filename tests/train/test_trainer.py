@@ -1,13 +1,14 @@
 """The loop: it finds planted subspaces, in every mode, and says what it does."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.geometry import reference
 from ndm_fast.geometry.orthogonal import random_rotation
@@ -48,7 +49,6 @@ SETTINGS = {
     "lr": 0.03,
     "start": "random",
     "search_every": 8,
-    "eval_every": 50,
     "seed": 1,
 }
 
@@ -150,8 +150,8 @@ class NoHostReads(TorchDispatchMode):
 def _block(device="cpu", **changes):
     """A trainer before its second block, and what that block takes steps on."""
     rows, _ = planted(12000)
-    config = TrainConfig(**{**SETTINGS, "log_every": 4, **changes})
-    trainer = Trainer(stream_of(rows), config, device=device)
+    config = TrainConfig(**{**SETTINGS, **changes})
+    trainer = Trainer(stream_of(rows), config, settings=RunSettings(log_every=4), device=device)
     trainer.train_block(config.search_every, Observer())
     queries, keys = trainer.pool.take(config.search_every * config.queries), trainer.pool.next_keys()
     return trainer, (queries, keys, trainer.steps.neighbors(queries, keys, trainer.rotation.matrix))
@@ -264,12 +264,14 @@ def test_stopping_and_going_on_is_bit_for_bit_the_same():
     )
     merge = MergeConfig(merge_threshold=0.0, merge_start=200, merge_interval=50, mi_keys=512)
     straight = Recorder()
-    expected = Trainer(stream, config, merge).run(straight)
+    often = RunSettings(eval_every=50)
+    expected = Trainer(stream, config, merge, often).run(straight)
     assert {"escape", "merge", "evaluate", "train"} <= {record["event"] for record in straight.records}
     state, records = None, []
     for stop_at in (30, 120, 199, 203, 251, None):
         recorder = Recorder(stop_at)
-        trainer = Trainer(stream, config, merge, state=state)
+        begin = partial(Trainer.resumed, state=state) if state else Trainer
+        trainer = begin(stream, config, merge, often)
         found = trainer.run(recorder)
         state, records = recorder.saved, records + recorder.records
     assert trainer.finished
@@ -289,7 +291,7 @@ def test_a_seed_sets_everything():
 def test_pca_start_orders_by_variance():
     rows, _ = planted(12000)
     trainer = Trainer(stream_of(rows), TrainConfig(**{**SETTINGS, "start": "pca", "max_steps": 20}))
-    variances = trainer.heldout_variances()
+    variances = trainer.heldout.variances(trainer.rotation.matrix, trainer.widths)
     assert variances[0] > variances[1]
     assert orthogonality_error(trainer.rotation.matrix) < 1e-5
 

@@ -18,7 +18,7 @@ from ndm_fast.files import write_json
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.source import run_stream
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import subspace_variances
 
 SHARES = (
@@ -32,10 +32,6 @@ SHARES = (
 
 
 _NEAR = 3
-
-
-_BOOTSTRAP = 40
-"""What the random numbers are for."""
 
 
 def neighbor_purity(
@@ -85,7 +81,7 @@ def purity_rows(
     by_name = _agreement(queries, keys, index)
     for name, (of_queries, of_keys) in (labels or {}).items():
         by_name[f"same_{name}"] = agreement(index, of_queries, of_keys)
-    bounds = {name: bootstrap_intervals(s, seeded(seed, _BOOTSTRAP)) for name, s in by_name.items()}
+    bounds = {name: bootstrap_intervals(s, seeded(seed, Draw.BOOTSTRAP)) for name, s in by_name.items()}
     rows = [
         {
             "subspace": s,
@@ -133,7 +129,7 @@ def held_out_rows(folder: RunFolder, device: str = "cpu") -> tuple[TokenRows, To
             break
     else:
         raise too_short(held, wanted)
-    order = torch.randperm(wanted, generator=seeded(config.train.seed, 0))
+    order = torch.randperm(wanted, generator=seeded(config.train.seed, Draw.HELD_OUT))
     shuffled = TokenRows(
         *(torch.cat(column)[:wanted][order.to(column[0].device)] for column in zip(*parts, strict=True))
     )

@@ -4,46 +4,123 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.gini import gini, top_share
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import Prompts
+from ndm_fast.evaluate.truth.one_thread import one_thread
 from ndm_fast.evaluate.truth.planted_model import PlantedLanguage, planted_activations, train_planted_model
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.restarts import Trained, best, random_starts, train_on
 
 SITE = "blocks.1.hook_resid_post"
 
 
-_WIDTH, _ROWS, _MODEL_STEPS = 64, 131072, 1500
+@dataclass(frozen=True)
+class PlantedSettings:
+    """How the model is trained, and how its subspaces are looked for."""
 
-_KEYS = 512
-"""With more keys than joint states of two variables, one subspace that holds both costs nothing: every query
-finds its twin there. Measured at 6 variables of 8 values: 16,384 keys end at a mean Gini of 0.53 to 0.70."""
+    width: int = 64
+    """Of the model."""
+    rows: int = 131072
+    """Activations."""
+    model_steps: int = 1500
+    keys: int = 512
+    """With more keys than joint states of two variables, one subspace that holds both costs nothing: every
+    query finds its twin there. Measured at 6 variables of 8 values: 16,384 keys end at a mean Gini of 0.53 to
+    0.70."""
+    subspace: int = 8
+    """Width of each subspace."""
+    first_steps: int = 500
+    """Of a start, before its first escape."""
+    tries: int = 40
+    """Escapes of a start."""
+    escape_steps: int = 100
+    rate: float = 5e-2
+    kept: int = 3
+    """Starts of lowest held-out loss, which go on."""
+    more_tries: int = 150
+    """Escapes of those that go on."""
+    last_steps: int = 1000
+    """Of the last stretch, without escapes."""
+    last_rate: float = 5e-3
+    unit: int = 4
+    """Width of units that are to be merged."""
+    unit_starts: int = 2
+    unit_keys: int = 64
+    """Units narrower than a variable see each of its coordinates take few values; only few keys make a
+    mixture of them dear. Measured on one model: with 512 keys the units' mean Gini is 0.51, with 64 it is
+    0.85."""
+    merge_interval: int = 300
+    merge_rate: float = 1e-2
+    mi_keys: int = 4096
 
-_FIRST_STEPS, _TRIES, _ESCAPE_STEPS, _RATE = 500, 40, 100, 5e-2
+
+_SETTINGS = PlantedSettings()
+
+_RARELY = RunSettings(eval_every=1000, checkpoint_every=1_000_000)
 
 
-_KEPT, _MORE_TRIES, _LAST_STEPS, _LAST_RATE = 3, 150, 1000, 5e-3
+class Scores(NamedTuple):
+    """How well a partition tells the variables apart."""
 
-_UNIT, _UNIT_STARTS, _UNIT_KEYS = 4, 2, 64
-"""Units narrower than a variable see each of its coordinates take few values; only few keys make a mixture of
-them dear. Measured on one model: with 512 keys the units' mean Gini is 0.51, with 64 it is 0.85."""
+    gini: float
+    """Mean over variables."""
+    top_share: float
+    """Mean over variables."""
+    gini_by_variable: list[float]
+    top_subspace: list[int]
+    """The one that matters most for each variable."""
+    effects: list[list[float]]
+    """[variables, S]"""
 
-_MERGE_INTERVAL, _MERGE_RATE, _MI_KEYS = 300, 1e-2, 4096
 
-_PROMPTS = 30
-"""What the random numbers are for."""
+class Method(NamedTuple):
+    """A way to come to a partition."""
+
+    scores: Scores
+    widths: list[int]
+    loss: float | None = None
+    """Held-out loss, of NDM."""
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values, in one dict."""
+        loss = {} if self.loss is None else {"loss": self.loss}
+        return {**self.scores._asdict(), "widths": self.widths, **loss}
+
+
+@dataclass(frozen=True)
+class PlantedResult:
+    """What came of a planted model."""
+
+    planted: dict[str, int]
+    """Variables, values and seed."""
+    model_loss: float
+    """Nats."""
+    floor: float
+    """Lowest possible ``model_loss``."""
+    methods: dict[str, Method]
+    starts: list[dict[str, float]]
+    """``loss`` and ``gini`` of every start."""
+    largest_gini: float
+    """That these subspaces can reach."""
+    seconds: float
+    """On the clock."""
+    cpu_seconds: float
+    """Of the one thread."""
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values: what ``planted.json`` holds."""
+        return {**vars(self), "methods": {kind: method.record() for kind, method in self.methods.items()}}
 
 
 def variable_effects(
@@ -63,7 +140,7 @@ def variable_effects(
     """
     effects = []
     for variable in range(language.variables):
-        generator = seeded(seed, _PROMPTS, variable)
+        generator = seeded(seed, Draw.PLANTED_PROMPTS, variable)
         values, places = language.draw(prompts, generator)
         others = values.clone()
         shift = torch.randint(1, language.values, (prompts,), generator=generator)
@@ -98,82 +175,77 @@ def _unpadded(tokens: Tensor) -> Prompts:
     return Prompts(tokens, torch.ones_like(tokens))
 
 
-def planted_scores(effects: Tensor) -> dict[str, Any]:
+def planted_scores(effects: Tensor) -> Scores:
     """Mean Gini and top share over variables of [variables, S] effects, and what they come from."""
     ginis, shares = [gini(row.abs()) for row in effects], [top_share(row) for row in effects]
-    return {
-        "gini": sum(ginis) / len(ginis),
-        "top_share": sum(shares) / len(shares),
-        "gini_by_variable": ginis,
-        "top_subspace": effects.abs().argmax(1).tolist(),
-        "effects": effects.tolist(),
-    }
+    return Scores(
+        sum(ginis) / len(ginis),
+        sum(shares) / len(shares),
+        ginis,
+        effects.abs().argmax(1).tolist(),
+        effects.tolist(),
+    )
 
 
 def run_planted(
     variables: int = 6, values: int = 8, *, seed: int = 0, starts: int = 4, merge: bool = False
-) -> dict[str, Any]:
+) -> PlantedResult:
     """Train the model, find its subspaces, patch them, and hold them against the four baselines.
 
     Args:
         seed: of model, text, starts and escapes.
         starts: random starts of NDM; the three of lowest held-out loss go on, and the lowest of them counts.
         merge: also start from 4-wide units and let ``merge_threshold="auto"`` decide which belong together.
-
-    Returns:
-        ``methods``: by name the scores of :func:`planted_scores` with ``widths`` and, for NDM, ``loss``;
-        ``starts``: loss and Gini of every start; ``model_loss`` and its ``floor``, nats; ``largest_gini``;
-        ``seconds`` on the clock, and ``cpu_seconds`` of the one thread.
     """
     if starts < 1:
         raise InputError(f"{starts} starts: give at least 1 start")
     began, began_cpu = time.perf_counter(), time.process_time()
     language = PlantedLanguage(variables, values)
-    with _one_thread():
-        model, loss = train_planted_model(language, width=_WIDTH, steps=_MODEL_STEPS, seed=seed)
-        activations = planted_activations(model, language, SITE, _ROWS, seed=seed)
+    with one_thread():
+        model, loss = train_planted_model(
+            language, width=_SETTINGS.width, steps=_SETTINGS.model_steps, seed=seed
+        )
+        activations = planted_activations(model, language, SITE, _SETTINGS.rows, seed=seed)
 
-        def scored(partition: SubspacePartition, **more: Any) -> dict[str, Any]:
+        def scored(partition: SubspacePartition, loss: float | None = None) -> Method:
             effects = variable_effects(model, language, SITE, partition, seed=seed)
-            return {**planted_scores(effects), "widths": list(partition.widths), **more}
+            return Method(planted_scores(effects), list(partition.widths), loss)
 
-        tried = random_starts(activations, first_settings(seed), starts)
+        tried = random_starts(activations, first_settings(seed), starts, _RARELY)
         ranked = sorted(tried, key=lambda one: one.loss)
-        found = best([refine(one, activations, seed) for one in ranked[:_KEPT]])
+        found = best([refine(one, activations, seed) for one in ranked[: _SETTINGS.kept]])
         methods = {"ndm": scored(found.partition, loss=found.loss)}
         for kind in STANDARD_BASELINES:
             methods[kind] = scored(baseline_partition(kind, found.partition.widths, activations, seed))
         if merge:
             merged = merge_units(activations, seed)
             methods["ndm_merged"] = scored(merged.partition, loss=merged.loss)
-        by_start = [{"loss": one.loss, "gini": scored(one.partition)["gini"]} for one in tried]
-    return {
-        "planted": {"variables": variables, "values": values, "seed": seed},
-        "model_loss": loss,
-        "floor": language.floor,
-        "methods": methods,
-        "starts": by_start,
-        "largest_gini": 1 - 1 / len(found.partition),
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - began_cpu,
-    }
+        by_start = [{"loss": one.loss, "gini": scored(one.partition).scores.gini} for one in tried]
+    return PlantedResult(
+        planted={"variables": variables, "values": values, "seed": seed},
+        model_loss=loss,
+        floor=language.floor,
+        methods=methods,
+        starts=by_start,
+        largest_gini=1 - 1 / len(found.partition),
+        seconds=time.perf_counter() - began,
+        cpu_seconds=time.process_time() - began_cpu,
+    )
 
 
-def first_settings(seed: int, width: int = 8) -> TrainConfig:
+def first_settings(seed: int) -> TrainConfig:
     """Settings of one start: many short escapes at a high rate, few keys."""
     return TrainConfig(
-        unit_size=width,
-        keys=_KEYS,
-        heldout_keys=_KEYS,
-        pool_rows=_ROWS // 2,
-        heldout_queries=min(2048, _ROWS // 8),
+        unit_size=_SETTINGS.subspace,
+        keys=_SETTINGS.keys,
+        heldout_keys=_SETTINGS.keys,
+        pool_rows=_SETTINGS.rows // 2,
+        heldout_queries=min(2048, _SETTINGS.rows // 8),
         search_every=4,
-        lr=_RATE,
-        escape_tries=_TRIES,
-        escape_steps=_ESCAPE_STEPS,
-        max_steps=_FIRST_STEPS + _TRIES * _ESCAPE_STEPS,
-        eval_every=1000,
-        checkpoint_every=1_000_000,
+        lr=_SETTINGS.rate,
+        escape_tries=_SETTINGS.tries,
+        escape_steps=_SETTINGS.escape_steps,
+        max_steps=_SETTINGS.first_steps + _SETTINGS.tries * _SETTINGS.escape_steps,
         seed=seed,
     )
 
@@ -181,45 +253,41 @@ def first_settings(seed: int, width: int = 8) -> TrainConfig:
 def refine(start: Trained, activations: Tensor, seed: int) -> Trained:
     """More escapes, then a last stretch at a low rate."""
     settings = first_settings(seed + 1)  # other escapes than before
-    steps = _FIRST_STEPS + _MORE_TRIES * _ESCAPE_STEPS
-    more = dataclasses.replace(settings, escape_tries=_MORE_TRIES, max_steps=steps)
-    better = train_on(start.partition, activations, more)
-    last = dataclasses.replace(settings, escape_tries=0, max_steps=_LAST_STEPS, lr=_LAST_RATE)
-    return train_on(better.partition, activations, last)
+    steps = _SETTINGS.first_steps + _SETTINGS.more_tries * _SETTINGS.escape_steps
+    more = dataclasses.replace(settings, escape_tries=_SETTINGS.more_tries, max_steps=steps)
+    better = train_on(start.partition, activations, more, settings=_RARELY)
+    last = dataclasses.replace(
+        settings, escape_tries=0, max_steps=_SETTINGS.last_steps, lr=_SETTINGS.last_rate
+    )
+    return train_on(better.partition, activations, last, settings=_RARELY)
 
 
 def merge_units(activations: Tensor, seed: int) -> Trained:
     """From 4-wide units, merged by the automatic threshold; then trained on at a low rate."""
-    settings = dataclasses.replace(first_settings(seed, _UNIT), keys=_UNIT_KEYS, heldout_keys=_UNIT_KEYS)
-    units = best(random_starts(activations, settings, _UNIT_STARTS))
-    steps = len(units.partition) * _MERGE_INTERVAL
-    merging = dataclasses.replace(settings, escape_tries=0, max_steps=steps, lr=_MERGE_RATE)
+    few = _SETTINGS.unit_keys
+    settings = dataclasses.replace(first_settings(seed), unit_size=_SETTINGS.unit, keys=few, heldout_keys=few)
+    units = best(random_starts(activations, settings, _SETTINGS.unit_starts, _RARELY))
+    steps = len(units.partition) * _SETTINGS.merge_interval
+    merging = dataclasses.replace(settings, escape_tries=0, max_steps=steps, lr=_SETTINGS.merge_rate)
     merge = MergeConfig(
-        "auto", merge_start=_MERGE_INTERVAL, merge_interval=_MERGE_INTERVAL, mi_queries=512, mi_keys=_MI_KEYS
+        "auto",
+        merge_start=_SETTINGS.merge_interval,
+        merge_interval=_SETTINGS.merge_interval,
+        mi_queries=512,
+        mi_keys=_SETTINGS.mi_keys,
     )
-    return train_on(units.partition, activations, merging, merge)
+    return train_on(units.partition, activations, merging, merge, _RARELY)
 
 
-def planted_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+def planted_rows(result: PlantedResult) -> list[dict[str, Any]]:
     """One table row per method, from :func:`run_planted`."""
     return [
         {
             "method": kind,
-            "subspaces": len(method["widths"]),
-            "mean_gini": method["gini"],
-            "top_share": method["top_share"],
-            "distinct_tops": len(set(method["top_subspace"])),
+            "subspaces": len(method.widths),
+            "mean_gini": method.scores.gini,
+            "top_share": method.scores.top_share,
+            "distinct_tops": len(set(method.scores.top_subspace)),
         }
-        for kind, method in result["methods"].items()
+        for kind, method in result.methods.items()
     ]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

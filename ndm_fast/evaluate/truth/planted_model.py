@@ -20,13 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ndm_fast.activations.hooks import collect_activations
 from ndm_fast.errors import InputError
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 _BATCH, _RATE, _WARMUP = 128, 5e-3, 50
-
-
-_MODEL, _TEXT = 20, 21
-"""What the random numbers are for."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ def train_planted_model(
 
     Adam with a linear decay; the loss counts predictions after the cues only.
     """
-    torch.manual_seed(seeded(seed, _MODEL).initial_seed())
+    torch.manual_seed(seeded(seed, Draw.PLANTED_MODEL).initial_seed())
     config = GPT2Config(
         vocab_size=language.vocabulary,
         n_positions=language.length,
@@ -96,7 +92,7 @@ def train_planted_model(
     model: Any = GPT2LMHeadModel(config).train()
     adam = torch.optim.AdamW(model.parameters(), lr=_RATE, weight_decay=0.01)
     rate = torch.optim.lr_scheduler.LambdaLR(adam, lambda s: min((s + 1) / _WARMUP, 1 - s / steps))
-    generator = seeded(seed, _TEXT)
+    generator = seeded(seed, Draw.PLANTED_TEXT)
     recent = 0.0
     for step in tqdm(range(steps), "planted model", disable=None, leave=False):
         tokens = language.tokens(*language.draw(_BATCH, generator))
@@ -121,7 +117,7 @@ def planted_activations(
     Two positions of one sequence share all variables: each would be the other's nearest neighbor in any
     rotation.
     """
-    generator = seeded(seed, _TEXT, 1)
+    generator = seeded(seed, Draw.PLANTED_TEXT, 1)
     parts = []
     for first in range(0, rows, batch):
         tokens = language.tokens(*language.draw(min(batch, rows - first), generator))

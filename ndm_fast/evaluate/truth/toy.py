@@ -6,53 +6,102 @@ to find in ``h = x W`` without being told of groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.truth.one_thread import one_thread
 from ndm_fast.evaluate.truth.toy_model import check_sizes, sample_features, train_toy_model
 from ndm_fast.files import write_json
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import mutual_information
 from ndm_fast.train.restarts import Trained, best, train_on
 
-_UNIT = 3
-"""Width of the subspaces at the start. In 1 or 2 dimensions the points of two groups fill the space as
-densely as those of one, and the loss hardly tells them apart (20,20 -> 12: units of 2 stay mixed)."""
 
-_STARTS, _FEW_KEYS, _FEW_TRIES, _KEYS, _TRIES = 4, 512, 5, 2048, 2
-"""Random starts, of which the one of the lowest held-out loss goes on; keys, and escapes per pair of units,
-before and after the choice. Few keys show the way from afar, where many see a flat loss (16,384 leave
-20,20 -> 12 mixed); more keys then see the finer structure."""
+@dataclass(frozen=True)
+class ToySettings:
+    """How the toy's subspaces are looked for."""
 
-_FIRST_STEPS, _ESCAPE_STEPS, _RATE = 300, 80, 5e-2
+    unit: int = 3
+    """Width of the subspaces at the start. In 1 or 2 dimensions the points of two groups fill the space as
+    densely as those of one, and the loss hardly tells them apart (20,20 -> 12: units of 2 stay mixed)."""
+    starts: int = 4
+    """Random starts, of which the one of the lowest held-out loss goes on."""
+    few_keys: int = 512
+    """Before the choice: few keys show the way from afar, where many see a flat loss (16,384 leave
+    20,20 -> 12 mixed)."""
+    few_tries: int = 5
+    """Escapes per pair of units, before the choice."""
+    keys: int = 2048
+    """After the choice: more keys see the finer structure."""
+    tries: int = 2
+    """Escapes per pair of units, after the choice."""
+    first_steps: int = 300
+    """Before the first escape."""
+    escape_steps: int = 80
+    rate: float = 5e-2
+    split_below: float = 0.5
+    """Nats between the two parts of a unit. Measured: units of one group 1.1 to 3.2, of two mostly 0.0 to
+    0.4."""
+    merge_above: float = 0.1
+    """MI / (p_a + p_b), nats. Measured: parts of one group 0.36 to 0.93, of two groups 0.00 to 0.09."""
+    merge_first: int = 100
+    """Step of the first merge."""
+    merge_interval: int = 200
+    merge_rate: float = 1e-2
+    queries: int = 128
+    batch: int = 8192
+    jitter: float = 1e-3
+    """Noise on the activations. Without it a silent group is one point: where two groups are silent at once
+    the estimate of information meets exact ties and counts ln N nats, 0.5 too many in the mean."""
 
 
-_MERGE_FIRST, _MERGE_INTERVAL, _MERGE_RATE = 100, 200, 1e-2
+_SETTINGS = ToySettings()
 
-_SPLIT_BELOW = 0.5
-"""Nats between the two parts of a unit. Measured: units of one group 1.1 to 3.2, of two mostly 0.0 to 0.4."""
+_FIGURE = "toy.png"
 
-_MERGE_ABOVE = 0.1
-"""MI / (p_a + p_b), nats. Measured: parts of one group 0.36 to 0.93, of two groups 0.00 to 0.09."""
 
-_QUERIES, _BATCH, _FIGURE = 128, 8192, "toy.png"
+class GroupRow(NamedTuple):
+    """Where a group of features ended."""
 
-_JITTER = 1e-3
-"""Noise on the activations. Without it a silent group is one point: where two groups are silent at once
-the estimate of information meets exact ties and counts ln N nats, 0.5 too many in the mean."""
+    group: int
+    features: int
+    subspace: int
+    """The one that holds most of its energy."""
+    width: int
+    """Of that subspace."""
+    energy_share: float
+    """That it holds."""
 
-_ACTIVATIONS, _START, _SPLIT = range(12, 15)
-"""What the random numbers are for."""
+
+@dataclass(frozen=True)
+class ToyResult:
+    """What came of a toy model."""
+
+    toy: dict[str, Any]
+    """Sizes of the groups, width of the hidden layer, seed."""
+    groups: list[GroupRow]
+    widths: list[int]
+    """Of the subspaces."""
+    energy: list[list[float]]
+    """[G, S] share of each group's energy in each subspace."""
+    model_loss: float
+    heldout_loss: float
+    figure: str
+    """Its path."""
+
+    def record(self) -> dict[str, Any]:
+        """Plain JSON values: what ``result.json`` holds."""
+        return {**vars(self), "groups": [row._asdict() for row in self.groups]}
 
 
 def energy_shares(weight: Tensor, groups: Sequence[int], partition: SubspacePartition) -> Tensor:
@@ -68,10 +117,14 @@ def energy_shares(weight: Tensor, groups: Sequence[int], partition: SubspacePart
 
 def initial_widths(dim: int) -> tuple[int, ...]:
     """Widths of the units at the start: 3 each, the last 2 or the last two 2 where 3 does not divide."""
-    if dim <= _UNIT:
+    if dim <= _SETTINGS.unit:
         return (dim - 1, 1)
-    threes, rest = divmod(dim, _UNIT)
-    return (*(_UNIT,) * (threes - 1), 2, 2) if rest == 1 else (*(_UNIT,) * threes, *(2,) * (rest == 2))
+    threes, rest = divmod(dim, _SETTINGS.unit)
+    return (
+        (*(_SETTINGS.unit,) * (threes - 1), 2, 2)
+        if rest == 1
+        else (*(_SETTINGS.unit,) * threes, *(2,) * (rest == 2))
+    )
 
 
 def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> Trained:
@@ -85,31 +138,46 @@ def find_subspaces(weight: Tensor, groups: Sequence[int], seed: int = 0) -> Trai
     """
     widths = initial_widths(weight.shape[1])
     pairs = len(widths) * (len(widths) - 1) // 2
-    last = _MERGE_FIRST + sum(widths) * _MERGE_INTERVAL  # enough to merge, pair after pair, into one
-    activations = _activations(weight, groups, max(last, _steps(_FEW_TRIES * pairs)), seed)
+    last = (
+        _SETTINGS.merge_first + sum(widths) * _SETTINGS.merge_interval
+    )  # enough to merge, pair after pair, into one
+    activations = _activations(weight, groups, max(last, _steps(_SETTINGS.few_tries * pairs)), seed)
     tried = []
-    for number in tqdm(range(_STARTS), "starts of NDM", disable=None, leave=False):
-        start = SubspacePartition(random_rotation(sum(widths), seeded(seed, _START, number)), widths)
-        tried.append(_escape(activations, start, _FEW_KEYS, _FEW_TRIES * pairs, seed + number))
-    escaped = _escape(activations, best(tried).partition, _KEYS, _TRIES * pairs, seed)
-    units = split_units(escaped.partition, activations, seeded(seed, _SPLIT))
-    merge = MergeConfig(_MERGE_ABOVE, _MERGE_FIRST, _MERGE_INTERVAL, mi_queries=512, mi_keys=_KEYS)
-    return _train(activations, units, merge, _KEYS, last, lr=_MERGE_RATE, seed=seed)
+    for number in tqdm(range(_SETTINGS.starts), "starts of NDM", disable=None, leave=False):
+        start = SubspacePartition(random_rotation(sum(widths), seeded(seed, Draw.TOY_START, number)), widths)
+        tried.append(
+            _escape(activations, start, _SETTINGS.few_keys, _SETTINGS.few_tries * pairs, seed + number)
+        )
+    escaped = _escape(activations, best(tried).partition, _SETTINGS.keys, _SETTINGS.tries * pairs, seed)
+    units = split_units(escaped.partition, activations, seeded(seed, Draw.TOY_SPLIT))
+    merge = MergeConfig(
+        _SETTINGS.merge_above,
+        _SETTINGS.merge_first,
+        _SETTINGS.merge_interval,
+        mi_queries=512,
+        mi_keys=_SETTINGS.keys,
+    )
+    return _train(activations, units, merge, _SETTINGS.keys, last, lr=_SETTINGS.merge_rate, seed=seed)
 
 
 def _steps(tries: int) -> int:
-    return _FIRST_STEPS + tries * _ESCAPE_STEPS
+    return _SETTINGS.first_steps + tries * _SETTINGS.escape_steps
 
 
 def _escape(activations: Tensor, start: SubspacePartition, keys: int, tries: int, seed: int) -> Trained:
-    settings = {"escape_tries": tries, "escape_steps": _ESCAPE_STEPS, "lr": _RATE, "seed": seed}
+    settings = {
+        "escape_tries": tries,
+        "escape_steps": _SETTINGS.escape_steps,
+        "lr": _SETTINGS.rate,
+        "seed": seed,
+    }
     return _train(activations, start, MergeConfig(), keys, _steps(tries), **settings)
 
 
 def split_units(
-    partition: SubspacePartition, activations: Tensor, generator: torch.Generator, limit: float = _SPLIT_BELOW
+    partition: SubspacePartition, activations: Tensor, generator: torch.Generator
 ) -> SubspacePartition:
-    """Split every subspace that falls into a line and a rest that share less than ``limit`` nats.
+    """Split every subspace that falls into a line and a rest that share little (``split_below``).
 
     Args:
         activations: [N, d], N at least 1,280; the first are used.
@@ -121,7 +189,7 @@ def split_units(
         width = basis.shape[1]
         if width > 1:
             frame, information = _least_informed(activations[:1280] @ basis, generator)
-            if information < limit:
+            if information < _SETTINGS.split_below:
                 waiting[:0] = (basis @ frame).split([width - 1, 1], 1)
                 continue
         whole.append(basis)
@@ -153,37 +221,32 @@ def _train(
     """Train on from a partition, with as many keys in the pool as held out."""
     train = TrainConfig(
         keys=keys,
-        queries=_QUERIES,
+        queries=_SETTINGS.queries,
         search_every=8,
         max_steps=steps,
-        pool_rows=steps * _QUERIES + keys,  # one filling: every query is a fresh one
+        pool_rows=steps * _SETTINGS.queries + keys,  # one filling: every query is a fresh one
         heldout_keys=keys,
-        eval_every=steps,
-        checkpoint_every=steps,
         **settings,
     )
-    return train_on(start, activations, train, merge, batch=_BATCH)
+    rarely = RunSettings(eval_every=steps, checkpoint_every=steps)
+    return train_on(start, activations, train, merge, rarely, batch=_SETTINGS.batch)
 
 
 def _activations(weight: Tensor, groups: Sequence[int], steps: int, seed: int) -> Tensor:
     """[N, dim] hidden activations, as many as a training of this many steps needs."""
-    batches = steps * _QUERIES // _BATCH + 4  # held-out rows and pool share no batch
-    generator = seeded(seed, _ACTIVATIONS)
-    hidden = torch.cat([sample_features(groups, _BATCH, generator) @ weight for _ in range(batches)])
-    return hidden + _JITTER * torch.randn(hidden.shape, generator=generator)
+    batches = steps * _SETTINGS.queries // _SETTINGS.batch + 4  # held-out rows and pool share no batch
+    generator = seeded(seed, Draw.TOY_ACTIVATIONS)
+    hidden = torch.cat([sample_features(groups, _SETTINGS.batch, generator) @ weight for _ in range(batches)])
+    return hidden + _SETTINGS.jitter * torch.randn(hidden.shape, generator=generator)
 
 
-def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) -> dict[str, Any]:
+def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) -> ToyResult:
     """Train the toy model, find its subspaces, and write ``result.json`` and ``toy.png`` into a folder.
 
     Args:
         groups: sizes of the feature groups. dim: width of the hidden layer.
         seed: of model, data, start and escapes.
         out: folder, made if missing.
-
-    Returns:
-        What ``result.json`` holds: ``groups``, a row each with its best subspace and share of energy there;
-        ``widths``; ``energy`` [G, S]; losses of model and subspaces; ``figure``, its path.
 
     Raises:
         InputError: sizes that make no toy model; a folder that holds something else; no matplotlib.
@@ -194,47 +257,31 @@ def run_toy(groups: Sequence[int], dim: int, *, seed: int = 0, out: Path | str) 
     check_sizes(groups, dim)
     with style():  # says now, not after the training, that matplotlib is missing
         folder = _prepared(Path(out))
-    with _one_thread():
+    with one_thread():
         model = train_toy_model(groups, dim, seed=seed)
         partition, heldout_loss = find_subspaces(model.weight, groups, seed=seed)
     energy = energy_shares(model.weight, groups, partition)
     figure = folder / _FIGURE
-    result = {
-        "toy": {"sizes": list(groups), "dim": dim, "seed": seed},
-        "groups": _rows(groups, partition, energy),
-        "widths": list(partition.widths),
-        "energy": energy.tolist(),
-        "model_loss": model.loss,
-        "heldout_loss": heldout_loss,
-        "figure": str(figure),
-    }
+    result = ToyResult(
+        toy={"sizes": list(groups), "dim": dim, "seed": seed},
+        groups=_rows(groups, partition, energy),
+        widths=list(partition.widths),
+        energy=energy.tolist(),
+        model_loss=model.loss,
+        heldout_loss=heldout_loss,
+        figure=str(figure),
+    )
     draw_toy(model.weight, partition.rotate(model.weight), groups, partition.widths, figure)
-    write_json(folder / "result.json", result)
+    write_json(folder / "result.json", result.record())
     return result
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and lose much to waiting on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _rows(groups: Sequence[int], partition: SubspacePartition, energy: Tensor) -> list[dict[str, Any]]:
-    return [
-        {
-            "group": number,
-            "features": size,
-            "subspace": int(shares.argmax()),
-            "width": partition.widths[int(shares.argmax())],
-            "energy_share": float(shares.max()),
-        }
-        for number, (size, shares) in enumerate(zip(groups, energy, strict=True))
-    ]
+def _rows(groups: Sequence[int], partition: SubspacePartition, energy: Tensor) -> list[GroupRow]:
+    rows = []
+    for number, (size, shares) in enumerate(zip(groups, energy, strict=True)):
+        best_of = int(shares.argmax())
+        rows.append(GroupRow(number, size, best_of, partition.widths[best_of], float(shares.max())))
+    return rows
 
 
 def _prepared(folder: Path) -> Path:

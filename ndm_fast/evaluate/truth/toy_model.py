@@ -15,17 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm_fast.errors import InputError
-from ndm_fast.seeds import seeded
+from ndm_fast.seeds import Draw, seeded
 
 SILENT = 0.25
 """Probability that no feature of a group is on."""
 
-_MODELS, _MODEL_STEPS, _MODEL_BATCH, _MODEL_RATE = 4, 2000, 512, 0.1
+_MODELS = 4
+"""Trained side by side, of which the best is kept: see the rate."""
+_STEPS = 2000
+_BATCH = 512
+"""Inputs of a step."""
+_RATE = 0.1
 """At a rate of 0.01 some groups of unequal size still overlap after 4,000 steps. At 0.1 one model in three
-of 24,16,8 -> 12 does, at a higher loss; so the best of a few, trained side by side, is kept."""
-
-_MODEL, _DATA = 10, 11
-"""What the random numbers are for."""
+of 24,16,8 -> 12 does, at a higher loss."""
 
 
 class ToyModel(NamedTuple):
@@ -54,7 +56,7 @@ def sample_features(groups: Sequence[int], rows: int, generator: torch.Generator
     return torch.cat(parts, 1)
 
 
-def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: int = _MODEL_STEPS) -> ToyModel:
+def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: int = _STEPS) -> ToyModel:
     """Train ``ReLU(x W W' + b)`` to give back its input: Adam, rate decaying to 0, the best of four models.
 
     Args:
@@ -64,14 +66,14 @@ def train_toy_model(groups: Sequence[int], dim: int, *, seed: int = 0, steps: in
         InputError: sizes that make no toy model.
     """
     check_sizes(groups, dim)
-    start, data = seeded(seed, _MODEL), seeded(seed, _DATA)
+    start, data = seeded(seed, Draw.TOY_MODEL), seeded(seed, Draw.TOY_DATA)
     weight = (torch.randn(_MODELS, sum(groups), dim, generator=start) / dim**0.5).requires_grad_()
     bias = torch.zeros(_MODELS, 1, sum(groups), requires_grad=True)
-    adam = torch.optim.Adam([weight, bias], lr=_MODEL_RATE)
+    adam = torch.optim.Adam([weight, bias], lr=_RATE)
     decay = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / steps)
     recent = torch.zeros(_MODELS)
     for _ in tqdm(range(steps), "toy model", disable=None, leave=False):
-        features = sample_features(groups, _MODEL_BATCH, data)
+        features = sample_features(groups, _BATCH, data)
         losses = (torch.relu(features @ weight @ weight.mT + bias) - features).square().sum(2).mean(1)
         adam.zero_grad()
         losses.sum().backward()

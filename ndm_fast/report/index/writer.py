@@ -17,6 +17,7 @@ from ndm_fast.activations.models import load_tokenizer
 from ndm_fast.activations.rows import HarvestedRows
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable, write_atomic, write_json
+from ndm_fast.locks import LOCK_FILE, locked
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.report.index.format import (
     FORMAT,
@@ -99,18 +100,21 @@ def build_index(
         raise InputError(f"{folder} exists and is no index: delete it, or choose another folder")
     building = unfinished(folder)
     try:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        writer = _Writer(building, partition, dtype, rows_per_shard)
-        for batch in batches:
-            writer.add(batch)
-        writer.finish(tokenizer)
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder, folder.with_name(f".{folder.name}{LOCK_FILE}")):
+            try:
+                shutil.rmtree(building, ignore_errors=True)
+                building.mkdir()
+                writer = _Writer(building, partition, dtype, rows_per_shard)
+                for batch in batches:
+                    writer.add(batch)
+                writer.finish(tokenizer)
+                shutil.rmtree(folder, ignore_errors=True)
+                building.rename(folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder, error) from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return PreimageIndex(folder, verify=False)
 
 

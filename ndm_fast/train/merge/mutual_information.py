@@ -14,6 +14,7 @@ from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.ops.checks import check_rows
 from ndm_fast.ranks import Group, Ranks
 from ndm_fast.train.merge.ties import made_equal, tied_counts
+from ndm_fast.train.over_ranks import ksg_radius_and_counts
 
 
 def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[int]) -> Tensor:
@@ -71,7 +72,7 @@ def mutual_information(
     variances = torch.stack([part.sum() for part in _variance(rotated_keys, group.keys).split(widths)])
     which = torch.tensor(chosen, device=queries.device)
     arguments = (rotated_queries, rotated_keys, rotation, widths, variances, which)
-    radius, counts = group.keys.ksg_radius_and_counts(*arguments, backend)
+    radius, counts = ksg_radius_and_counts(group.keys, *arguments, backend)
     inside = torch.digamma(counts.double() + 1).sum((1, 2))
     if bool((radius == 0).any()):
         both, each = tied_counts(rotated_queries, rotated_keys, widths, which, group.keys)
