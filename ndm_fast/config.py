@@ -50,7 +50,11 @@ def _described(default: Any, meaning: str) -> Any:
 class HarvestConfig:
     """From text to activations."""
 
-    model: str = _described("", "Hugging Face model name, local folder, or 'minilm' for the embedded one")
+    model: str = _described(
+        "", "Hugging Face name, folder, .gguf file, or one of 'minilm', 'smollm2', 'gemma3-270m'"
+    )
+    revision: str | None = _described(None, "branch, tag or commit of a hub model; default: its main branch")
+    trust_remote_code: bool = _described(False, "run the Python code that comes with the model")
     site: tuple[str, ...] = _described((), "sites to train, e.g. blocks.9.hook_resid_mid, x9.mid")
     data: str = _described("", "file, folder or glob of text, HF dataset, or 'docstrings' for Python's own")
     text_field: str = _described("text", "field of a record that holds the text (jsonl, parquet, datasets)")
@@ -64,6 +68,11 @@ class HarvestConfig:
     bos: bool = _described(False, "start every row with the tokenizer's BOS token")
     repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")
     max_norm_ratio: float | None = _described(None, "drop rows whose norm exceeds this many median norms")
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Arguments of ``load_model``, ``load_tokenizer`` and ``load_config`` beside the name."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)

@@ -155,7 +155,7 @@ def run_position_shift(
     folder = RunFolder(path)
     config = folder.config().harvest
     partition = folder.partition().to(device)
-    model, tokenizer = load_model(config.model, config.dtype, device)
+    model, tokenizer = load_model(config.model, config.dtype, device, **config.hub_options)
     later = later or _next_block(model, config.site[0])
     documents = open_documents(config.data, config.text_field, folder.config().documents_seed)
     length = config.context_length or 128

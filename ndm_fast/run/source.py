@@ -45,7 +45,7 @@ def harvest_run(
     if not config.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
-    model, tokenizer = load_model(config.model, config.dtype, device)
+    model, tokenizer = load_model(config.model, config.dtype, device, **config.hub_options)
     prepare_model(model, config)
     documents = open_documents(config.data, config.text_field, config.text_seed or 0)
     return harvest_cache(
@@ -150,9 +150,10 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
     Raises:
         InputError: the model cannot be loaded, or there is no text.
     """
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
-    return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
+    harvest = config.harvest
+    model, tokenizer = load_model(harvest.model, harvest.dtype, device, **harvest.hub_options)
+    documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
+    return ActivationStream(model, tokenizer, harvest.site[0], documents, harvest)
 
 
 def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:

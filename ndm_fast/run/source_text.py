@@ -35,7 +35,8 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
 
 def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[HarvestedRows]:
     harvest, stream = config.harvest, cache.stream(config.harvest.site[0])
-    tokenizer, length = load_tokenizer(harvest.model), row_length(harvest, load_config(harvest.model))
+    tokenizer = load_tokenizer(harvest.model, **harvest.hub_options)
+    length = row_length(harvest, load_config(harvest.model, **harvest.hub_options))
     documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
     as_harvested = dataclasses.replace(cache.config, tokenize_workers=harvest.tokenize_workers)
     text = packed_text(documents, tokenizer, length, as_harvested)
