@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ndm_fast.activations.documents import DOCSTRINGS
-from ndm_fast.activations.sites import resolve_site, site_width
+from ndm_fast.activations.sites import site_width, weight_site
 from ndm_fast.config import RunConfig, TrainConfig
 from ndm_fast.run.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Efficiencies, Machine
 from ndm_fast.train.rotation.lazy import MOST_DRIFT, step_drift
@@ -105,7 +105,7 @@ def model_shape(name: str, site: str, **options: Any) -> ModelShape:
     from ndm_fast.activations.models import empty_model
 
     model = empty_model(name, **options)
-    found = resolve_site(model, site)
+    found = weight_site(model, site)
     below = _parameters_to(model, found.module)
     return ModelShape(site_width(model, found), sum(p.numel() for p in model.parameters()), below)
 
