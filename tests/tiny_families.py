@@ -90,18 +90,68 @@ SIZES: dict[str, Any] = {
 }
 """Of every size the config has, whatever the family calls it."""
 
-SPECIAL: dict[str, dict[str, Any]] = {}
+LAYER_TYPES = {"layer_types": ["linear_attention", "full_attention"] * 2}
+GLM_INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "axk2": {"head_dim": 8, **GLM_INDEXER},
+    "deepseek_v32": {"head_dim": 8, **GLM_INDEXER},
+    "glm_moe_dsa": {"head_dim": 8, **GLM_INDEXER},
+    "ernie4_5_moe": {"moe_k": 2},
+    "esmc": {"num_key_value_heads": 4},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "gemma3n_text": {"num_hidden_layers": 8, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 128},
+    "gemma4_text": {"vocab_size_per_layer_input": 128, "num_kv_shared_layers": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "reformer": {
+        "axial_pos_embds": False,
+        "is_decoder": True,
+        "attention_head_size": 16,
+        "lsh_attn_chunk_length": 4,
+        "local_attn_chunk_length": 4,
+        "num_buckets": 2,
+        "attn_layers": ["local", "lsh"] * 2,
+        "feed_forward_size": 96,
+    },
+    "longcat_flash": {
+        "expert_ffn_hidden_size": 32,
+        "ffn_hidden_size": 96,
+        "zero_expert_num": 2,
+        "moe_topk": 2,
+    },
+    "luke": {"entity_vocab_size": 32, "entity_emb_size": 16},
+    "xlm": {"emb_dim": 64, "n_words": 128, "max_position_embeddings": 64},
+    "flaubert": {"emb_dim": 64, "n_words": 128, "max_position_embeddings": 64},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid"] * 2,
+        "mamba_headdim": 16,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_mem_blocks": 1,
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "perceiver": {"d_latents": 32, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 4},
+    "falcon": {"num_kv_heads": 2},
+    "granite": {"residual_multiplier": 0.3},
+    "minicpm3": {"scale_depth": 1.4},
+    "mpnet": {"pad_token_id": 1},
+}
 """What one family needs beside."""
 
 
 def build(family: str) -> torch.nn.Module:
     """A small random model in eval mode, its norms and biases away from their trivial first values."""
-    cls = CONFIG_MAPPING[family]
-    known = _names(cls)
-    sizes = {name: value for name, value in SIZES.items() if name in known} | SPECIAL.get(family, {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = cls(**sizes)
+        config = _config(CONFIG_MAPPING[family])
         causal = family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         if causal and hasattr(config, "is_decoder") and not getattr(config, "is_encoder_decoder", False):
             config.is_decoder = True
@@ -116,6 +166,34 @@ def build(family: str) -> torch.nn.Module:
         if weight.is_floating_point():
             weight.add_(0.1 * torch.randn_like(weight))
     return model
+
+
+def vocabulary(model: torch.nn.Module) -> int:
+    """Tokens that a model knows."""
+    return int(getattr(model.config.get_text_config(), "vocab_size", 60))
+
+
+VISION: dict[str, Any] = {
+    "image_size": 16,
+    "patch_size": 8,
+    "num_channels": 3,
+    "depth": 2,
+    "num_global_layers": 1,
+    "out_hidden_size": 64,
+    "vision_output_dim": 64,
+    "projection_dim": 64,
+}
+
+
+def _config(cls: Any) -> Any:
+    """A small config of a class, with small configs of its parts (text, vision, audio)."""
+    known = _names(cls)
+    sizes = {name: value for name, value in {**SIZES, **VISION}.items() if name in known}
+    parts = getattr(cls, "sub_configs", {})
+    for name, part in parts.items():
+        if isinstance(part, type) and part.__name__ not in ("AutoConfig", cls.__name__):
+            sizes[name] = _config(part).to_dict()
+    return cls(**sizes | SPECIAL.get(cls.model_type, {}))
 
 
 def _names(cls: type) -> set[str]:

@@ -30,6 +30,8 @@ class Point:
     module: str
     end: End
     scale: float = 1.0
+    flat: bool = False
+    """The tensor is [B T, d]."""
 
 
 INPUT, OUTPUT = Point("", "input"), Point("", "output")
@@ -93,10 +95,11 @@ class _Prober:
         like = self.trace.pre
         noise = torch.randn(like.shape, generator=self._generator) * like.float().std().cpu()
         noise = noise.to(like.device, like.dtype)
-        site = Site(f"blocks.0.hook_{kind}", point.module, point.end, point.scale)
+        flat_in = "" if point.flat else None
+        site = Site(f"blocks.0.hook_{kind}", point.module, point.end, point.scale, flat_in=flat_in)
 
         def change(activation: Tensor) -> Tensor:
-            return activation.copy_(noise) if site.feeds_skip else noise
+            return activation.copy_(noise) if site.feeds_skip else noise.clone()
 
         handle = register(self._block, site, change, first=True)
         try:
@@ -141,7 +144,7 @@ def _addends(base: Tensor, total: Tensor, records: list[Record]) -> list[Point]:
     """Outputs that make a sum of its first term, the outermost first; scaled ones where no plain one does."""
     outputs = [r for r in records if r.end == "output"]
     outputs.sort(key=lambda r: (r.module.count("."), -r.order))
-    plain = [Point(r.module, "output") for r in outputs if close(total, base, r.value)]
+    plain = [_point(r) for r in outputs if close(total, base, r.value)]
     if plain:
         return plain[:_MOST_TRIES]
     scaled = []
@@ -150,7 +153,7 @@ def _addends(base: Tensor, total: Tensor, records: list[Record]) -> list[Point]:
         value = r.value.float()
         scale = float((value * difference).sum() / value.square().sum().clamp_min(1e-30))
         if abs(scale) > 1e-3 and close(total, base, value.to(total.dtype) * scale):
-            scaled.append(Point(r.module, "output", scale))
+            scaled.append(Point(r.module, "output", scale, r.flat))
     return scaled[:_MOST_TRIES]
 
 
@@ -210,8 +213,7 @@ def _parallel(prober: _Prober) -> Iterator[Found]:
             if not close(trace.post, trace.pre, one[0].value, other[0].value):
                 continue
             branches = [
-                [Point(r.module, "output") for r in sorted(value, key=_depth) if r.end == "output"]
-                for value in (one, other)
+                [_point(r) for r in sorted(value, key=_depth) if r.end == "output"] for value in (one, other)
             ]
             if _is_mlp(branches[0][0].module) or _is_attention(branches[1][0].module):
                 branches.reverse()
@@ -253,7 +255,7 @@ def _distinct(trace: BlockTrace) -> list[list[Record]]:
 
 
 def _point(record: Record) -> Point:
-    return Point(record.module, record.end)
+    return Point(record.module, record.end, flat=record.flat)
 
 
 def _depth(record: Record) -> tuple[int, int]:

@@ -13,7 +13,7 @@ with. Neither changes the train/eval mode or gradient mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ndm_fast.activations.site_hooks import register
 from ndm_fast.activations.sites import Site, resolve_sites
-from ndm_fast.activations.wrappers import unwrapped, without_compiler
-from ndm_fast.errors import InputError
+from ndm_fast.activations.wrappers import describe, unwrapped, without_compiler
+from ndm_fast.errors import InputError, StoppedError
 
 Replacement = Callable[[Tensor], Tensor]  # [B, T, d] -> [B, T, d]
 
@@ -116,6 +116,28 @@ def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement
 
             hooks.callback(register(unwrapped(model), site, change, first=True).remove)
         yield
+
+
+@contextmanager
+def forward_errors(model: nn.Module, what: str, shape: Sequence[int], name: str = "") -> Iterator[None]:
+    """One line for what a model's forward pass raises inside the `with` block.
+
+    Args:
+        what: the sites and the batch, for the message. shape: of the tokens. name: of the model.
+
+    Raises:
+        InputError: in place of any other error.
+    """
+    try:
+        yield
+    except (_StopForward, InputError, StoppedError):
+        raise
+    except Exception as error:  # a model's own code raises whatever it likes
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"model {name or describe(unwrapped(model))!r} failed on {what}, tokens {list(shape)} "
+            f"({type(error).__name__}: {said}): try a lower --context-length or --rows-per-batch"
+        ) from None
 
 
 def _checked(new: Any, old: Tensor, name: str) -> Tensor:

@@ -17,6 +17,24 @@ from ndm_fast.errors import InputError
 DEFAULT_CONTEXT = 1024
 
 
+_POSITIONS_AFTER_PADDING = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "prophetnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
+"""Families that count positions from the padding token's id on: RoBERTa's 514 serve 512 tokens."""
+
+
 def load_model(
     name: str,
     dtype: str = "float32",
@@ -166,4 +184,10 @@ def prepare_model(model: Any, config: HarvestConfig) -> None:
 
 def longest_context(config: Any) -> int:
     """Tokens that a model takes, as far as its Hugging Face config says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return sys.maxsize
+    if text.model_type in _POSITIONS_AFTER_PADDING:
+        return positions - (text.pad_token_id or 0) - 1
+    return positions

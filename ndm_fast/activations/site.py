@@ -29,10 +29,9 @@ class Site:
     name: str  # canonical name; for a module path that is none of the named points, the path itself
     module: str  # path of the module as in `model.named_modules()`
     end: End  # which side of the module
-    scale: float = (
-        1.0  # the activation is this many times the module's tensor, where a block scales what it adds
-    )
+    scale: float = 1.0  # the activation is this many times the module's tensor
     copied: bool = False  # read a copy, as the model may write to the tensor later
+    flat_in: str | None = None  # the module's tensor is [B T, d], in the block of this path
 
     @property
     def is_named(self) -> bool:

@@ -15,7 +15,7 @@ from ndm_fast.errors import InputError
 
 def register(
     model: nn.Module, site: Site, use: Callable[[Tensor], Tensor | None], *, first: bool = False
-) -> RemovableHandle:
+) -> Handles:
     """Call `use` with the activation at `site`; where it returns a tensor, the model goes on with that.
 
     `first` puts the hook before those already there: replacements come before readers, including the hooks
@@ -23,11 +23,14 @@ def register(
     """
     module = model.get_submodule(site.module)
 
+    rows: list[int] = []
+
     def scaled(tensor: Tensor) -> Tensor | None:
-        if site.scale == 1:
+        if site.scale == 1 and not rows:
             return use(tensor)
-        new = use(tensor * site.scale)
-        return None if new is None else new / site.scale
+        shown = tensor.view(*rows, -1) if rows else tensor
+        new = use(shown * site.scale if site.scale != 1 else shown)
+        return None if new is None else (new / site.scale).view(tensor.shape)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         where, key = input_place(args, kwargs)
@@ -43,9 +46,35 @@ def register(
         new = scaled(_tensor(output, key, site))
         return None if new is None else _with(output, key, new)
 
+    def note_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        where, key = input_place(args, kwargs)
+        rows[:] = where[key].shape[:2]
+
+    handles = Handles()
+    if site.flat_in is not None:
+        block = model.get_submodule(site.flat_in)
+        handles.append(block.register_forward_pre_hook(note_rows, with_kwargs=True))
     if site.end == "input":
-        return module.register_forward_pre_hook(before, prepend=first, with_kwargs=True)
-    return module.register_forward_hook(after, prepend=first)
+        handles.append(module.register_forward_pre_hook(before, prepend=first, with_kwargs=True))
+    else:
+        handles.append(module.register_forward_hook(after, prepend=first))
+    return handles
+
+
+class Handles:
+    """The hooks of one site."""
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def append(self, handle: RemovableHandle) -> None:
+        """Add a hook."""
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take them all away."""
+        for handle in self._handles:
+            handle.remove()
 
 
 def input_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.block_points import Found, find_points
+from ndm_fast.activations.block_points import ENDS, Found, find_points
 from ndm_fast.activations.site import End, Site
-from ndm_fast.activations.trace import Run, block_ends, runs
+from ndm_fast.activations.trace import LENGTH, ROWS, Run, block_ends, runs
 from ndm_fast.activations.wrappers import describe, is_empty, join, text_config
 from ndm_fast.errors import InputError
 
@@ -92,18 +92,20 @@ def number_in_config(model: nn.Module) -> int | None:
 
 def _find(model: nn.Module) -> Structure:
     with runs(model) as run:
-        path, width = _blocks(model, run)
+        path, width, ran = _blocks(model, run)
         blocks = model.get_submodule(path)
         assert isinstance(blocks, nn.ModuleList)
         kinds: dict[tuple[Any, ...], list[int]] = {}
         for number, block in enumerate(blocks):
+            if number not in ran:
+                continue
             kind = tuple((name, type(module)) for name, module in block.named_modules())
             kinds.setdefault(kind, []).append(number)
-        found: dict[int, Found] = {}
+        found = dict.fromkeys(range(len(blocks)), Found(ENDS))
         for numbers in kinds.values():
             first, *others = (blocks[number] for number in numbers)
             found |= dict.fromkeys(numbers, find_points(first, run, others))
-    points = tuple(_sites(path, number, found[number]) for number in range(len(blocks)))
+    points = tuple(_sites(path, n, found[n]) if n in ran else {} for n in range(len(blocks)))
     return Structure(path, points, tuple(found[number].form for number in range(len(blocks))), width)
 
 
@@ -116,13 +118,14 @@ def _sites(path: str, number: int, found: Found) -> dict[str, Site]:
             point.end,
             point.scale,
             copied=True,
+            flat_in=f"{path}.{number}" if point.flat else None,
         )
         for kind, point in found.points().items()
     }
 
 
-def _blocks(model: nn.Module, run: Run) -> tuple[str, int]:
-    """The list, and the width of the stream, whose blocks hand the residual stream on, each to the next.
+def _blocks(model: nn.Module, run: Run) -> tuple[str, int, set[int]]:
+    """A list of blocks that hand the residual stream on, each to the next; its width, and which ran.
 
     Raises:
         InputError: there is none, or several as long.
@@ -137,8 +140,8 @@ def _blocks(model: nn.Module, run: Run) -> tuple[str, int]:
     chains = [path for path in ran if _is_chain(model, path, ends[path])]
     if not chains:
         raise InputError(
-            f"the blocks of {describe(model)} ({ran[0]}) do not hand a residual stream [B, T, d] on, each to the "
-            "next, so it has no named sites: give a module path"
+            f"the blocks of {describe(model)} ({ran[0]}) do not hand a residual stream [B, T, d] on, each "
+            "to the next, so it has no named sites: give a module path"
         )
     longest = [path for path in chains if len(ends[path]) == max(len(ends[other]) for other in chains)]
     if len(longest) > 1:
@@ -146,17 +149,19 @@ def _blocks(model: nn.Module, run: Run) -> tuple[str, int]:
             f"{describe(model)} has {len(longest)} stacks of blocks ({join(longest)}), so a block's number "
             "does not say which: give a module path"
         )
-    return longest[0], ends[longest[0]][0][2].shape[-1]
+    chosen = ends[longest[0]]
+    return longest[0], chosen[0][2].shape[-1], {number for number, _, _ in chosen}
 
 
 def _is_chain(model: nn.Module, path: str, calls: list[tuple[int, End, Tensor]]) -> bool:
-    """Whether every block ran once, in order, and took what the one before gave."""
+    """Whether the blocks ran once, in order, and took what the one before gave; some may be passed over."""
+    ran = sorted({number for number, _, _ in calls})
     count = len(list(model.get_submodule(path).children()))
-    if [(number, end) for number, end, _ in calls] != [
-        (n, e) for n in range(count) for e in ("input", "output")
-    ]:
+    in_order = [(number, end) for number in ran for end in ("input", "output")]
+    if [(number, end) for number, end, _ in calls] != in_order or 2 * len(ran) < count:
         return False
     values = [value for _, _, value in calls]
-    if any(v.ndim != 3 or not v.is_floating_point() or v.shape != values[0].shape for v in values):
+    shape = (ROWS, LENGTH, values[0].shape[-1])
+    if any(value.shape != shape or not value.is_floating_point() for value in values):
         return False
     return all(torch.equal(gave, took) for gave, took in zip(values[1:-1:2], values[2::2], strict=True))

@@ -15,7 +15,7 @@ from ndm_fast.activations.site_hooks import first_tensor, input_place
 from ndm_fast.activations.wrappers import describe, input_device, text_config, without_compiler
 from ndm_fast.errors import InputError
 
-_ROWS, _LENGTH = 2, 6
+ROWS, LENGTH = 2, 8
 
 
 Run = Callable[[], None]
@@ -36,6 +36,8 @@ class Record:
     value: Tensor
     order: int
     """Place in the order of the run."""
+    flat: bool = False
+    """The module's own tensor is [B T, d]."""
 
 
 @dataclass
@@ -56,8 +58,8 @@ def runs(model: nn.Module) -> Iterator[Run]:
     """
     training = [module for module in model.modules() if module.training]
     vocabulary = getattr(text_config(model), "vocab_size", None) or 100
-    tokens = (torch.arange(_ROWS * _LENGTH) * 7 + 11) % min(int(vocabulary), 1000)
-    tokens = tokens.view(_ROWS, _LENGTH).to(input_device(model))
+    tokens = (torch.arange(ROWS * LENGTH) * 7 + 11) % min(int(vocabulary), 1000)
+    tokens = tokens.view(ROWS, LENGTH).to(input_device(model))
     ways: list[dict[str, Any]] = [
         {"attention_mask": torch.ones_like(tokens), "use_cache": False},
         {"attention_mask": torch.ones_like(tokens)},
@@ -74,7 +76,7 @@ def runs(model: nn.Module) -> Iterator[Run]:
                 if len(ways) == 1:
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     raise InputError(
-                        f"{describe(model)} cannot run on {_ROWS} x {_LENGTH} tokens alone "
+                        f"{describe(model)} cannot run on {ROWS} x {LENGTH} tokens alone "
                         f"({type(error).__name__}: {reason}), so its named sites are not known: give "
                         "a module path"
                     ) from None
@@ -116,7 +118,9 @@ def recording(
 def block_ends(model: nn.Module, paths: list[str], run: Run) -> dict[str, list[tuple[int, End, Tensor]]]:
     """By list of blocks: (block, end, tensor) of every call, in order."""
     found: dict[str, list[tuple[int, End, Tensor]]] = {path: [] for path in paths}
-    blocks = [(f"{p}.{name}", block) for p in paths for name, block in model.get_submodule(p).named_children()]
+    blocks = [
+        (f"{p}.{name}", block) for p in paths for name, block in model.get_submodule(p).named_children()
+    ]
 
     def note(path: str, end: End, value: Tensor) -> None:
         where, _, number = path.rpartition(".")
@@ -140,6 +144,15 @@ def record_block(block: nn.Module, run: Run, stop: bool = True) -> BlockTrace:
     with recording(block.named_modules(), note):
         run()
     pre, post = calls[("", "input")][0].value, calls[("", "output")][0].value
-    once = [found[0] for found in calls.values() if len(found) == 1]
-    inside = [r for r in once if r.module and r.value.shape == pre.shape and r.value.is_floating_point()]
-    return BlockTrace(pre, post, sorted(inside, key=lambda r: r.order))
+    once = (found[0] for found in calls.values() if len(found) == 1)
+    inside = (_in_shape(r, pre.shape) for r in once if r.module and r.value.is_floating_point())
+    return BlockTrace(pre, post, sorted((r for r in inside if r is not None), key=lambda r: r.order))
+
+
+def _in_shape(found: Record, shape: torch.Size) -> Record | None:
+    """The record, where it has the shape of the stream, or the same with all tokens in one row."""
+    if found.value.shape == shape:
+        return found
+    if found.value.shape == (shape[0] * shape[1], shape[2]):
+        return Record(found.module, found.end, found.value.view(shape), found.order, flat=True)
+    return None

@@ -15,11 +15,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         inner: Any = None
         if _is_compiled(model):
-            inner = model._orig_mod
+            inner = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = model.module
-        elif hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-            inner = model.get_base_model()
+        elif hasattr(model, "peft_config"):
+            base: Any = getattr(model, "get_base_model", None)  # transformers' own adapters are no wrapper
+            inner = None if base is None else base()
         if inner is None or inner is model:
             return model
         model = inner
