@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -90,12 +90,11 @@ SIZES: dict[str, Any] = {
 }
 """Of every size the config has, whatever the family calls it."""
 
-LAYER_TYPES = {"layer_types": ["linear_attention", "full_attention"] * 2}
-GLM_INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
+INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "axk2": {"head_dim": 8, **GLM_INDEXER},
-    "deepseek_v32": {"head_dim": 8, **GLM_INDEXER},
-    "glm_moe_dsa": {"head_dim": 8, **GLM_INDEXER},
+    "axk2": {"num_key_value_heads": 4, **INDEXER},
+    "deepseek_v32": {"num_key_value_heads": 4, **INDEXER},
+    "glm_moe_dsa": {"num_key_value_heads": 4, **INDEXER},
     "ernie4_5_moe": {"moe_k": 2},
     "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -119,25 +118,27 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 96,
         "zero_expert_num": 2,
         "moe_topk": 2,
+        "head_dim": 8,
     },
+    "moshi": {"audio_vocab_size": 64},
     "luke": {"entity_vocab_size": 32, "entity_emb_size": 16},
     "xlm": {"emb_dim": 64, "n_words": 128, "max_position_embeddings": 64},
     "flaubert": {"emb_dim": 64, "n_words": 128, "max_position_embeddings": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {
-        "layer_types": ["mamba", "hybrid"] * 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["mamba", "hybrid"] * 3,
+        "hybrid_layer_ids": [1, 3, 5],
         "mamba_headdim": 16,
         "n_mamba_heads": 8,
         "mamba_ngroups": 1,
+        "num_mem_blocks": 1,
         "attention_hidden_size": 128,
         "attention_head_dim": 32,
-        "num_mem_blocks": 1,
     },
     "zaya": {"num_experts_per_tok": 1},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_blocks": 1, "num_self_attends_per_block": 4},
     "falcon": {"num_kv_heads": 2},
     "granite": {"residual_multiplier": 0.3},
@@ -189,9 +190,10 @@ def _config(cls: Any) -> Any:
     """A small config of a class, with small configs of its parts (text, vision, audio)."""
     known = _names(cls)
     sizes = {name: value for name, value in {**SIZES, **VISION}.items() if name in known}
-    parts = getattr(cls, "sub_configs", {})
-    for name, part in parts.items():
-        if isinstance(part, type) and part.__name__ not in ("AutoConfig", cls.__name__):
+    for name, part in getattr(cls, "sub_configs", {}).items():
+        if part is AutoConfig:
+            part = type(getattr(cls(), name))
+        if part not in (cls, type(None)):
             sizes[name] = _config(part).to_dict()
     return cls(**sizes | SPECIAL.get(cls.model_type, {}))
 

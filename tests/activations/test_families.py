@@ -1,8 +1,7 @@
-"""Named sites of families that no table knows, told by their structure; slow: every family of transformers."""
+"""Named sites of families that no table knows, told by their structure; slow: every family there is."""
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Any
 
@@ -130,10 +129,8 @@ def test_every_family_adds_up_or_is_refused_in_one_line(family):
         pytest.skip("its points are in the table, see test_hooks.py")
     try:
         structure.structure_of(model)
-    except InputError as error:
-        assert re.search(r"give a module path$", str(error))
-        assert "\n" not in str(error)
-        with pytest.raises(InputError, match=r"no site 'x1\.post'"):
+    except InputError:
+        with pytest.raises(InputError, match=r"^no site 'x1\.post'.*give a module path, e\.g\. [^\n]*$"):
             resolve_site(model, "x1.post")
         return
     check_adds_up(model)
@@ -164,7 +161,7 @@ def test_streams_that_are_not_handed_on_are_refused():
         ("cpmant", r"do not hand a residual stream \[B, T, d\] on"),  # puts tokens of its own before the text
         ("albert", "has no list of blocks"),  # one block, run again and again
     ]:
-        with pytest.raises(InputError, match=f"no site 'x1.post'.*{says}.*give a module path, e.g. "):
+        with pytest.raises(InputError, match=rf"no site 'x1\.post'.*{says}.*give a module path, e\.g\. "):
             resolve_site(tiny(family), "x1.post")
         assert all(not name.startswith("blocks.") for name in list_sites(tiny(family)))
 
