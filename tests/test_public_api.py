@@ -43,7 +43,6 @@ NAMES = [
 ]
 
 OPS = [
-    "check_search",
     "ksg_counts",
     "ksg_radius",
     "ksg_radius_and_counts",

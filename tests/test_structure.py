@@ -131,7 +131,6 @@ LONGEST_MODULE, LONGEST_FUNCTION, LONGEST_TRAINER = 300, 60, 200
 LONGEST_KERNEL_MODULE, LONGEST_KERNEL = 400, 150
 
 TOO_LONG = {
-    "activations.sites": 368,
     "evaluate.circuits.circuits:run_circuits": 61,
     "evaluate.patching.patching:patch_effects": 63,
 }

@@ -13,16 +13,16 @@ with. Neither changes the train/eval mode or gradient mode.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from ndm_fast.activations.site_hooks import register
 from ndm_fast.activations.sites import Site, resolve_sites
-from ndm_fast.errors import InputError
+from ndm_fast.activations.wrappers import describe, unwrapped, without_compiler
+from ndm_fast.errors import InputError, StoppedError
 
 Replacement = Callable[[Tensor], Tensor]  # [B, T, d] -> [B, T, d]
 
@@ -59,19 +59,20 @@ def collect_activations(
     names = [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
     wanted = dict(zip(names, resolve_sites(model, names), strict=True))
     captured: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
+    with without_compiler(model), ExitStack() as hooks:
         for name, site in wanted.items():
 
             def keep(activation: Tensor, name: str = name, site: Site = site) -> None:
                 if name in captured:
                     return
-                # Nothing in the known families writes in place to a named point; other modules' outputs may
-                # be written to (Falcon adds attention onto the MLP's output), so they are copied.
-                captured[name] = activation.detach() if site.is_named else activation.detach().clone()
+                # Families of the table write in place to no named point. Other modules' outputs may be
+                # written to (Falcon adds attention onto the MLP's output), so they are copied.
+                shared = site.is_named and not site.copied
+                captured[name] = activation.detach() if shared else activation.detach().clone()
                 if stop_after_last and len(captured) == len(wanted):
                     raise _StopForward(captured)
 
-            hooks.callback(_register(model, site, keep).remove)
+            hooks.callback(register(unwrapped(model), site, keep).remove)
         try:
             yield captured
         except _StopForward as stop:
@@ -103,7 +104,7 @@ def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement
     sites = dict(zip(replacements, resolve_sites(model, replacements), strict=True))
     if len(set(sites.values())) < len(sites):
         raise InputError(f"two of {', '.join(sites)} are the same site: join their functions into one")
-    with ExitStack() as hooks:
+    with without_compiler(model), ExitStack() as hooks:
         for name, site in sites.items():
 
             def change(activation: Tensor, name: str = name, site: Site = site) -> Tensor:
@@ -113,69 +114,30 @@ def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement
                 # both, exactly. The sum that made it does not need its result for its gradient.
                 return activation.copy_(new) if site.feeds_skip else new
 
-            hooks.callback(_register(model, site, change, first=True).remove)
+            hooks.callback(register(unwrapped(model), site, change, first=True).remove)
         yield
 
 
-def _register(
-    model: nn.Module, site: Site, use: Callable[[Tensor], Tensor | None], *, first: bool = False
-) -> RemovableHandle:
-    """Call `use` with the activation at `site`; where it returns a tensor, the model goes on with that.
+@contextmanager
+def forward_errors(model: nn.Module, what: str, shape: Sequence[int], name: str = "") -> Iterator[None]:
+    """One line for what a model's forward pass raises inside the `with` block.
 
-    `first` puts the hook before those already there: replacements come before readers, including the hooks
-    with which transformers records `output_hidden_states`.
+    Args:
+        what: the sites and the batch, for the message. shape: of the tokens. name: of the model.
+
+    Raises:
+        InputError: in place of any other error.
     """
-    module = model.get_submodule(site.module)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        where, key = (args, 0) if args else (kwargs, "hidden_states")  # type: tuple[Any, Any]
-        new = use(_tensor(where, key, site))
-        if new is None:
-            return None
-        return (_with(args, 0, new), kwargs) if args else (args, _with(kwargs, key, new))
-
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return use(output)
-        key = _first_tensor(output)
-        new = use(_tensor(output, key, site))
-        return None if new is None else _with(output, key, new)
-
-    if site.end == "input":
-        return module.register_forward_pre_hook(before, prepend=first, with_kwargs=True)
-    return module.register_forward_hook(after, prepend=first)
-
-
-def _first_tensor(output: Any) -> Any:
-    """Key or index of the first tensor in a tuple, list or mapping (transformers' ModelOutput); else None."""
-    if isinstance(output, Mapping):
-        return next((key for key, value in output.items() if isinstance(value, Tensor)), None)
-    if isinstance(output, tuple | list):
-        return next((i for i, value in enumerate(output) if isinstance(value, Tensor)), None)
-    return None
-
-
-def _tensor(container: Any, key: Any, site: Site) -> Tensor:
     try:
-        value = container[key]
-    except (KeyError, IndexError, TypeError):
-        value = None
-    if not isinstance(value, Tensor):
+        yield
+    except (_StopForward, InputError, StoppedError):
+        raise
+    except Exception as error:  # a model's own code raises whatever it likes
+        said = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"the {site.end} of {site.module!r} holds no activation (it is a {type(container).__name__}): "
-            "name a module that takes and returns hidden states"
-        )
-    return value
-
-
-def _with(container: Any, key: Any, value: Tensor) -> Any:
-    """A shallow copy of `container` with `value` at `key`."""
-    if isinstance(container, tuple):
-        items = (*container[:key], value, *container[key + 1 :])
-        return type(container)(*items) if hasattr(container, "_fields") else items
-    changed = copy.copy(container)
-    changed[key] = value
-    return changed
+            f"model {name or describe(unwrapped(model))!r} failed on {what}, tokens {list(shape)} "
+            f"({type(error).__name__}: {said}): try a lower --context-length or --rows-per-batch"
+        ) from None
 
 
 def _checked(new: Any, old: Tensor, name: str) -> Tensor:

@@ -12,169 +12,68 @@ Forms accepted for block 3:
 The first column (TransformerLens) is canonical. In pre-norm families `resid_mid = resid_pre + attn_out` and
 `resid_post = resid_mid + mlp_out`; with parallel attention `resid_post = resid_pre + attn_out + mlp_out` and
 there is no resid_mid. BERT normalises after each sum: `resid_mid = LayerNorm(resid_pre + attn_out)`,
-`resid_post = LayerNorm(resid_mid + mlp_out)`.
+`resid_post = LayerNorm(resid_mid + mlp_out)`. attn_out is what the first branch adds; hybrid
+models have a mixer of another kind there. What a family multiplies before it adds it counts multiplied.
+
+A few families are in a table (`families`). Those of all others are told by their structure in a run on a few
+tokens (`structure`), the first time a site of the model is asked for.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
 
 from torch import nn
 
+from ndm_fast.activations.block_points import HIDDEN_SUM, PARALLEL
+from ndm_fast.activations.families import family_of
+from ndm_fast.activations.site import FORMS, Site, canonical_name, parse
+from ndm_fast.activations.structure import likely_blocks, number_in_config, structure_of
+from ndm_fast.activations.wrappers import describe, is_empty, join, text_config, unwrapped
 from ndm_fast.errors import InputError
 
-End = Literal["input", "output"]
-
-_BLOCK_INPUT: tuple[str, End] = ("", "input")
-
-
-_BLOCK_OUTPUT: tuple[str, End] = ("", "output")
-
-
-_FORMS = (
-    "blocks.3.hook_resid_pre|resid_mid|resid_post|attn_out|mlp_out, x3.pre|mid|post, a3, m3, or a module path"
-)
-
-
-_CANONICAL = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)")
-
-
-_SHORT = re.compile(r"x(\d+)\.(pre|mid|post)|([am])(\d+)")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a model whose activation [B, T, d] can be read and replaced."""
-
-    name: str  # canonical name; for a module path that is none of the named points, the path itself
-    module: str  # path of the module as in `model.named_modules()`
-    end: End  # which side of the module
-
-    @property
-    def is_named(self) -> bool:
-        """Whether this is one of the named points of a known family, not just some module."""
-        return self.name != self.module
-
-    @property
-    def feeds_skip(self) -> bool:
-        """Whether the module's input tensor is also read by a skip connection around the module."""
-        return self.end == "input" and self.name.endswith(".hook_resid_mid")
-
-
-@dataclass(frozen=True)
-class _Family:
-    """Where the named points of one architecture live."""
-
-    blocks: tuple[str, ...]  # paths the list of blocks may have: under a head first, bare last
-    mid: tuple[str, End] | None  # module inside the block and its end; None: no such point
-    attn_out: str
-    mlp_out: str
-    parallel_flag: str | None = None  # config field that, when true, leaves the block without resid_mid
-    attention: str = ""  # the attention module itself, where attn_out is a module after it
-
-    def points(self, config: Any) -> dict[str, tuple[str, End]]:
-        """Point -> (module inside the block, end), in the order of the forward pass."""
-        parallel = self.parallel_flag is not None and bool(getattr(config, self.parallel_flag))
-        mid = {} if self.mid is None or parallel else {"resid_mid": self.mid}
-        return {
-            "resid_pre": _BLOCK_INPUT,
-            "attn_out": (self.attn_out, "output"),
-            **mid,
-            "mlp_out": (self.mlp_out, "output"),
-            "resid_post": _BLOCK_OUTPUT,
-        }
-
-
-_LLAMA_LIKE = _Family(
-    blocks=("model.layers", "layers"),
-    mid=("post_attention_layernorm", "input"),
-    attn_out="self_attn",
-    mlp_out="mlp",
-)
-
-
-# Gemma normalises each branch before adding it, so what is added is the output of these norms.
-_GEMMA = _Family(
-    blocks=(
-        "model.language_model.layers",
-        "language_model.model.layers",
-        "language_model.layers",
-        "model.layers",
-        "layers",
-    ),
-    mid=("pre_feedforward_layernorm", "input"),
-    attn_out="post_attention_layernorm",
-    mlp_out="post_feedforward_layernorm",
-    attention="self_attn",
-)
-
-
-# `config.model_type` -> family.
-_FAMILIES: dict[str, _Family] = {
-    "gpt2": _Family(("transformer.h", "h"), mid=("ln_2", "input"), attn_out="attn", mlp_out="mlp"),
-    "llama": _LLAMA_LIKE,
-    "mistral": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
-    "qwen3": _LLAMA_LIKE,
-    "gemma2": _GEMMA,
-    "gemma3": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "phi": _Family(("model.layers", "layers"), mid=None, attn_out="self_attn", mlp_out="mlp"),
-    "gpt_neox": _Family(
-        ("gpt_neox.layers", "layers"),
-        mid=("post_attention_layernorm", "input"),
-        attn_out="post_attention_dropout",
-        mlp_out="post_mlp_dropout",
-        parallel_flag="use_parallel_residual",
-        attention="attention",
-    ),
-    "bert": _Family(
-        ("bert.encoder.layer", "encoder.layer"),
-        mid=("attention.output", "output"),
-        attn_out="attention.output.dropout",
-        mlp_out="output.dropout",
-    ),
-}
+__all__ = [
+    "Site",
+    "blocks_without",
+    "canonical_name",
+    "list_sites",
+    "number_of_blocks",
+    "parts_below",
+    "resolve_site",
+    "resolve_sites",
+    "site_width",
+    "weight_site",
+]
 
 
 def resolve_site(model: nn.Module, name: str) -> Site:
     """The site that `name` stands for in `model`.
 
     Args:
-        model: a Hugging Face model, with or without its head; any `nn.Module` for module paths.
+        model: a Hugging Face model, with or without its head or wrappers; any `nn.Module` for module paths.
         name: one of the forms in the module's docstring. A module path may be given with or without the
             prefix that a head puts before it (`transformer.h.3` and `h.3` both work on either model).
 
     Raises:
         InputError: no such site; the message says what exists.
     """
-    point = _parse(name)
+    model = unwrapped(model)
+    point = parse(name)
     if point is None:
         return _resolve_path(model, name)
     index, kind = point
-    family = _family(model)
-    if family is None:
-        raise InputError(
-            f"{_describe(model)} is not a family with named sites, so {name!r} means nothing in it: "
-            f"give a module path, e.g. {_join(_near_paths(model, f'layers.{index}'))}"
-        )
-    blocks, points = _blocks_path(model, family), family.points(model.config)
-    count = number_of_blocks(model)
+    try:
+        count, points = number_of_blocks(model), _points(model, index)
+    except InputError as error:
+        near = join(_near_paths(model, f"layers.{index}"))
+        raise InputError(f"no site {name!r}: {error}, e.g. {near}") from None
     if index >= count:
-        raise InputError(f"no site {name!r}: {_describe(model)} has {count} blocks, use 0 to {count - 1}")
+        raise InputError(f"no site {name!r}: {describe(model)} has {count} blocks, use 0 to {count - 1}")
     if kind not in points:
         exist = [f"blocks.{index}.hook_{other}" for other in points]
-        raise InputError(
-            f"no site {name!r}: {_describe(model)} runs attention and MLP in parallel, with nothing between; "
-            f"use {_join(exist)}"
-        )
-    inner, end = points[kind]
-    module = f"{blocks}.{index}.{inner}" if inner else f"{blocks}.{index}"
-    return Site(canonical_name(name), module, end)
+        raise InputError(f"no site {name!r}: {_why_not(model, index, kind)}; use {join(exist)}")
+    return points[kind]
 
 
 def resolve_sites(model: nn.Module, names: str | Iterable[str]) -> list[Site]:
@@ -185,40 +84,31 @@ def resolve_sites(model: nn.Module, names: str | Iterable[str]) -> list[Site]:
     """
     sites = [resolve_site(model, name) for name in ([names] if isinstance(names, str) else names)]
     if not sites:
-        raise InputError(f"no site given: name at least one, as {_FORMS}")
+        raise InputError(f"no site given: name at least one, as {FORMS}")
     return sites
 
 
-def canonical_name(name: str) -> str:
-    """`name` in its canonical form as far as that is told without a model: short names, not module paths."""
-    point = _parse(name)
-    return f"blocks.{point[0]}.hook_{point[1]}" if point else name
-
-
 def list_sites(model: nn.Module) -> list[str]:
-    """Canonical names of all named sites in forward order; the module paths if the family is unknown."""
-    family = _family(model)
-    if family is None:
+    """Canonical names of all named sites in forward order; the module paths where there are none."""
+    model = unwrapped(model)
+    try:
+        blocks = range(number_of_blocks(model)) if _blocks_path(model) else ()
+    except InputError:
         return [path for path, _ in model.named_modules() if path]
-    points = family.points(model.config)
-    return [f"blocks.{i}.hook_{kind}" for i in range(number_of_blocks(model)) for kind in points]
+    return [f"blocks.{i}.hook_{kind}" for i in blocks for kind in _points(model, i)]
 
 
 def number_of_blocks(model: nn.Module) -> int:
     """How many transformer blocks the model has.
 
     Raises:
-        InputError: unknown family whose config does not say.
+        InputError: neither its structure nor its config says.
     """
-    family = _family(model)
-    if family is not None:
-        blocks = model.get_submodule(_blocks_path(model, family))
-        assert isinstance(blocks, nn.ModuleList)
-        return len(blocks)
-    count = getattr(_text_config(model), "num_hidden_layers", None)
-    if count is None:
-        raise InputError(f"{_describe(model)} does not say how many blocks it has: name sites by module path")
-    return int(count)
+    model = unwrapped(model)
+    if family_of(model) is not None:
+        return len(_blocks(model))
+    count = number_in_config(model)
+    return len(_blocks(model)) if count is None else int(count)
 
 
 def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Module | None] | None:
@@ -226,14 +116,15 @@ def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Modul
 
     Returns:
         The blocks wholly below the site and, for a resid_mid, its block's attention, which is below too; None
-        where a part of a block's sum lies on either side (attn_out, mlp_out, post-norm families, paths).
+        where a part of a block's sum lies on either side (attn_out, mlp_out, post-norm families, paths), and
+        in families outside of the table, whose blocks may hand on more than the stream.
     """
-    family, point = _family(model), _parse(site.name)
-    if family is None or point is None or _is_post_norm(family):
+    model = unwrapped(model)
+    family, point = family_of(model), parse(site.name)
+    if family is None or point is None or family.is_post_norm:
         return None
     index, kind = point
-    blocks = model.get_submodule(_blocks_path(model, family))
-    assert isinstance(blocks, nn.ModuleList)
+    blocks = _blocks(model)
     if kind == "resid_mid":
         inner = family.attention or family.attn_out
         return list(blocks[:index]), blocks[index].get_submodule(inner)
@@ -246,17 +137,13 @@ def blocks_without(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
     """The transformer blocks that no site lies inside of; a block's own input and output are not inside.
 
     Raises:
-        InputError: the family is unknown, so that the blocks are not known either.
+        InputError: the blocks are not known.
     """
-    family = _family(model)
-    if family is None:
-        raise InputError(
-            f"the blocks of {_describe(model)} are not known, as its family has no named sites: leave "
-            "--compile-model away"
-        )
-    path = _blocks_path(model, family)
-    blocks = model.get_submodule(path)
-    assert isinstance(blocks, nn.ModuleList)
+    model = unwrapped(model)
+    try:
+        path, blocks = _blocks_path(model), _blocks(model)
+    except InputError as error:
+        raise InputError(f"{error}; and leave --compile-model away") from None
     inside = [site.module for site in sites]
     return [
         block
@@ -271,6 +158,7 @@ def site_width(model: nn.Module, site: Site) -> int:
     Raises:
         InputError: the width cannot be told without a forward pass.
     """
+    model = unwrapped(model)
     if not site.is_named:
         module = model.get_submodule(site.module)
         own = _output_width(module)
@@ -284,21 +172,61 @@ def site_width(model: nn.Module, site: Site) -> int:
             )
         if width is not None:
             return width
-    hidden = getattr(_text_config(model), "hidden_size", None)
+    elif family_of(model) is None and not is_empty(model):
+        return structure_of(model).width
+    hidden = getattr(text_config(model), "hidden_size", None)
     if hidden is None:
-        raise InputError(f"{_describe(model)} has no hidden_size in its config: name a linear layer's path")
+        raise InputError(f"{describe(model)} has no hidden_size in its config: name a linear layer's path")
     return int(hidden)
 
 
-def _parse(name: str) -> tuple[int, str] | None:
-    """(block, point) of a canonical or short name; None for anything else."""
-    if match := _CANONICAL.fullmatch(name):
-        return int(match[1]), match[2]
-    if match := _SHORT.fullmatch(name):
-        if match[1]:
-            return int(match[1]), f"resid_{match[2]}"
-        return int(match[4]), "attn_out" if match[3] == "a" else "mlp_out"
-    return None
+def weight_site(model: nn.Module, name: str) -> Site:
+    """A site of a model without weights, near enough to count what lies below it: it may be its whole block.
+
+    Raises:
+        InputError: no such site.
+    """
+    model, point = unwrapped(model), parse(name)
+    if point is None or family_of(model) is not None or not is_empty(model):
+        return resolve_site(model, name)
+    paths, count = likely_blocks(model), number_of_blocks(model)
+    if point[0] >= count or not paths:
+        raise InputError(f"no site {name!r}: {describe(model)} has {count} blocks, use 0 to {count - 1}")
+    return Site(canonical_name(name), f"{paths[0]}.{point[0]}", "output")
+
+
+def _points(model: nn.Module, index: int) -> dict[str, Site]:
+    """Point -> site of one block; of a block that does not exist nothing."""
+    family = family_of(model)
+    if family is None:
+        points = structure_of(model).points
+        return points[index] if index < len(points) else {}
+    path = family.blocks_path(model)
+    return {
+        kind: Site(f"blocks.{index}.hook_{kind}", f"{path}.{index}.{inner}".rstrip("."), end)
+        for kind, (inner, end) in family.points(model.config).items()
+    }
+
+
+def _why_not(model: nn.Module, index: int, kind: str) -> str:
+    """Why a block has no such point."""
+    form = PARALLEL if family_of(model) else structure_of(model).forms[index]
+    if kind == "resid_mid" and form == PARALLEL:
+        return f"{describe(model)} runs attention and MLP in parallel, with nothing between"
+    if kind == "resid_mid" and form == HIDDEN_SUM:
+        return f"in {describe(model)} no module takes or gives the sum between attention and MLP"
+    return f"no module of block {index} of {describe(model)} gives a {kind} that adds up"
+
+
+def _blocks_path(model: nn.Module) -> str:
+    family = family_of(model)
+    return structure_of(model).blocks if family is None else family.blocks_path(model)
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    blocks = model.get_submodule(_blocks_path(model))
+    assert isinstance(blocks, nn.ModuleList)
+    return blocks
 
 
 def _resolve_path(model: nn.Module, path: str) -> Site:
@@ -310,15 +238,24 @@ def _resolve_path(model: nn.Module, path: str) -> Site:
     if found is None:
         near = difflib.get_close_matches(path, list_sites(model), n=2) + _near_paths(model, path)
         raise InputError(
-            f"no site {path!r} in {_describe(model)}: accepted are {_FORMS}; near it: {_join(near[:5])}"
+            f"no site {path!r} in {describe(model)}: accepted are {FORMS}; near it: {join(near[:5])}"
         )
-    if (family := _family(model)) is not None:
-        start = f"{_blocks_path(model, family)}."
-        index, _, inner = found.removeprefix(start).partition(".")
-        for kind, where in family.points(model.config).items():
-            if found.startswith(start) and where == (inner, "output"):
-                return Site(f"blocks.{index}.hook_{kind}", found, "output")
-    return Site(found, found, "output")
+    return _named_output(model, found) or Site(found, found, "output")
+
+
+def _named_output(model: nn.Module, path: str) -> Site | None:
+    """The named point that a module's output is."""
+    if family_of(model) is None and (is_empty(model) or not hasattr(model, "config")):
+        return None
+    try:
+        start = f"{_blocks_path(model)}."
+        if not path.startswith(start):
+            return None
+        points = _points(model, int(path.removeprefix(start).partition(".")[0]))
+    except InputError:
+        return None  # no named points
+    outputs = (site for site in points.values() if (site.module, site.end, site.scale) == (path, "output", 1))
+    return next(outputs, None)
 
 
 def _near_paths(model: nn.Module, path: str) -> list[str]:
@@ -326,43 +263,8 @@ def _near_paths(model: nn.Module, path: str) -> list[str]:
     return difflib.get_close_matches(path, paths, n=4, cutoff=0.3) or paths[:4]
 
 
-def _family(model: nn.Module) -> _Family | None:
-    return _FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
-
-
-def _is_post_norm(family: _Family) -> bool:
-    """Whether the family normalises after each sum, so that resid_mid is a module's output, not a sum."""
-    return family.mid is not None and family.mid[1] == "output"
-
-
-def _blocks_path(model: nn.Module, family: _Family) -> str:
-    paths = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    for path in family.blocks:
-        if path in paths:
-            return path
-    raise InputError(
-        f"the blocks of {_describe(model)} are not at {_join(family.blocks)}: load it with AutoModel or "
-        "AutoModelForCausalLM"
-    )
-
-
-def _text_config(model: nn.Module) -> Any:
-    """The config that has the language model's sizes (multimodal models nest it)."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def _output_width(module: nn.Module) -> int | None:
     """Last dimension of the output of a matrix or embedding; None for other modules."""
     # `nf` is transformers' Conv1D, GPT-2's transposed linear layer.
     names = ("out_features", "nf", "embedding_dim")
     return next((int(w) for n in names if isinstance(w := getattr(module, n, None), int)), None)
-
-
-def _describe(model: nn.Module) -> str:
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return f"{type(model).__name__} ({kind})" if kind else type(model).__name__
-
-
-def _join(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_fast.activations.hooks import collect_activations
+from ndm_fast.activations.hooks import collect_activations, forward_errors
 from ndm_fast.activations.models import DEFAULT_CONTEXT, longest_context
 from ndm_fast.activations.packing import PackedRows, packed_text
 from ndm_fast.activations.rows import HarvestedRows, TokenRows, token_columns
 from ndm_fast.activations.sites import resolve_sites, site_width
+from ndm_fast.activations.wrappers import input_device, unwrapped
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
 
@@ -42,6 +43,7 @@ class Harvester:
         open_documents: Callable[[], Iterator[str]],
         config: HarvestConfig,
     ) -> None:
+        model = unwrapped(model)
         resolved = resolve_sites(model, sites)
         self.widths = {site.name: site_width(model, site) for site in resolved}
         """Site in its canonical form -> width."""
@@ -64,9 +66,14 @@ class Harvester:
 
     @torch.no_grad()
     def _forward(self, rows: PackedRows, number: int) -> dict[str, HarvestedRows]:
-        device = next(self._model.parameters()).device
+        device = input_device(self._model)
         tokens = rows.tokens.to(device)
-        with collect_activations(self._model, self.widths) as captured, self._autocast(device.type):
+        what = f"{', '.join(self.widths)}, batch {number}"
+        with (
+            collect_activations(self._model, self.widths) as captured,
+            self._autocast(device.type),
+            forward_errors(self._model, what, tokens.shape, self._config.model),
+        ):
             self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         return {site: self._found(site, rows, captured.pop(site), number) for site in self.widths}
 

@@ -126,7 +126,7 @@ def _plan(options: argparse.Namespace) -> None:
     config = run_settings(options)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.4.hook_resid_post")
-    shape = model_shape(config.harvest.model, config.harvest.site[0])
+    shape = model_shape(config.harvest.model, config.harvest.site[0], **config.harvest.hub_options)
     machine = machine_of(options.device)
     plan = make_plan(config, shape, machine)
     print(json.dumps(dataclasses.asdict(plan), indent=2) if options.json else describe(plan, machine))

@@ -156,7 +156,7 @@ def run_position_shift(
     settings = folder.config()
     config = settings.harvest
     partition = folder.partition().to(device)
-    model, tokenizer = load_model(config.model, config.dtype, device)
+    model, tokenizer = load_model(config.model, config.dtype, device, **config.hub_options)
     later = later or _next_block(model, config.site[0])
     length = config.context_length or 128
     packed = pack(documents(settings)(), tokenizer, length, config.rows_per_batch, bos=config.bos)

@@ -67,7 +67,7 @@ class Explorer:
     def __init__(self, path: Path, *, rows: int, device: str = "cpu") -> None:
         self._configs: dict[str, RunConfig] = {}
         self._indexes: dict[str, PreimageIndex] = {}
-        self._models: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._models: dict[tuple[str, str, str | None], tuple[Any, Any]] = {}
         self._device = device
         for folder in _run_folders(path):
             index = run_index(folder, rows=rows, device=device)
@@ -183,9 +183,9 @@ class Explorer:
 
     def _model(self, site: str) -> tuple[Any, Any]:
         config = self._configs[site].harvest
-        key = (config.model, config.dtype)
+        key = (config.model, config.dtype, config.revision)
         if key not in self._models:
-            self._models[key] = load_model(*key, self._device)
+            self._models[key] = load_model(config.model, config.dtype, self._device, **config.hub_options)
         return self._models[key]
 
     def _first_token(self, site: str) -> int:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from ndm_fast.activations.documents import DOCSTRINGS
-from ndm_fast.activations.sites import resolve_site, site_width
+from ndm_fast.activations.sites import site_width, weight_site
 from ndm_fast.config import RunConfig, TrainConfig
-from ndm_fast.errors import InputError
 from ndm_fast.run.hardware import CPU_EFFICIENCY, GPU_EFFICIENCY, Efficiencies, Machine
 from ndm_fast.train.rotation.lazy import MOST_DRIFT, step_drift
 from ndm_fast.train.rotation.lie import restores_every_step
@@ -93,33 +92,20 @@ class Plan:
         return sum(self.memory.values())
 
 
-def model_shape(name: str, site: str) -> ModelShape:
+def model_shape(name: str, site: str, **options: Any) -> ModelShape:
     """Reads a config and builds the model without memory for its weights.
 
     Args:
-        name: folder with a ``config.json``, Hugging Face name, or ``"minilm"``.
+        name, options: as for ``ndm_fast.activations.models.load_config``.
         site: any name of ``ndm_fast.activations.sites``.
 
     Raises:
         InputError: no such config, or no such site.
     """
-    from transformers import AutoConfig, AutoModel
+    from ndm_fast.activations.models import empty_model
 
-    from ndm_fast.activations.models import EMBEDDED_MODEL, embedded_folder
-
-    if not name:
-        raise InputError("no model given: pass --model with a folder that holds config.json, or a name")
-    try:
-        config = AutoConfig.from_pretrained(embedded_folder() if name == EMBEDDED_MODEL else name)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(
-            f"cannot read the config of {name!r} ({reason[0] if reason else type(error).__name__}): "
-            "give a folder that holds config.json, or check the network for a hub model"
-        ) from None
-    found = resolve_site(model, site)
+    model = empty_model(name, **options)
+    found = weight_site(model, site)
     below = _parameters_to(model, found.module)
     return ModelShape(site_width(model, found), sum(p.numel() for p in model.parameters()), below)
 

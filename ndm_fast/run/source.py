@@ -52,7 +52,7 @@ def harvest_run(
     if not config.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
-    model, tokenizer = load_model(config.model, config.dtype, device)
+    model, tokenizer = load_model(config.model, config.dtype, device, **config.hub_options)
     prepare_model(model, config)
     text = documents(RunConfig(harvest=config))
     return harvest_cache(
@@ -156,8 +156,9 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
     Raises:
         InputError: the model cannot be loaded, or there is no text.
     """
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    return ActivationStream(model, tokenizer, config.harvest.site[0], documents(config), config.harvest)
+    harvest = config.harvest
+    model, tokenizer = load_model(harvest.model, harvest.dtype, device, **harvest.hub_options)
+    return ActivationStream(model, tokenizer, harvest.site[0], documents(config), harvest)
 
 
 def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:

@@ -34,7 +34,8 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
 
 def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[HarvestedRows]:
     harvest, stream = config.harvest, cache.stream(config.harvest.site[0])
-    tokenizer, length = load_tokenizer(harvest.model), row_length(harvest, load_config(harvest.model))
+    tokenizer = load_tokenizer(harvest.model, **harvest.hub_options)
+    length = row_length(harvest, load_config(harvest.model, **harvest.hub_options))
     as_harvested = dataclasses.replace(cache.config, tokenize_workers=harvest.tokenize_workers)
     text = packed_text(documents(config), tokenizer, length, as_harvested)
     for rows in stream.token_rows():

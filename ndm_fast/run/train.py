@@ -57,11 +57,12 @@ def train_run(
         return _train_streams(config, cached, out, launch, resume, device, show_progress)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
-    model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    prepare_model(model, config.harvest)
+    harvest = config.harvest
+    model, tokenizer = load_model(harvest.model, harvest.dtype, device, **harvest.hub_options)
+    prepare_model(model, harvest)
+    text = documents(config)
     streams: list[SiteStream] = [
-        ActivationStream(model, tokenizer, site, documents(config), config.harvest)
-        for site in config.harvest.site
+        ActivationStream(model, tokenizer, site, text, harvest) for site in harvest.site
     ]
     if launch.size > 1:  # each rank runs the model: to run it once, harvest first, and train --acts
         return _train_streams(config, streams, out, launch, resume, device, show_progress)

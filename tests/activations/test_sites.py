@@ -154,7 +154,7 @@ def test_an_unknown_family_works_through_module_paths() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 6)))
     assert list_sites(model) == ["0", "1", "1.0", "1.1"]
     assert [site_width(model, resolve_site(model, path)) for path in ("0", "1", "1.1")] == [8, 6, 6]
-    with pytest.raises(InputError, match=r"not a family with named sites.*module path, e\.g\. 1\.1"):
+    with pytest.raises(InputError, match=r"'x1\.mid': Sequential.*give a module path, e\.g\. 1\.1"):
         resolve_site(model, "x1.mid")
     with pytest.raises(InputError, match="how many blocks"):
         number_of_blocks(model)

@@ -88,7 +88,7 @@ def test_the_cpu_is_measured():
     ("arguments", "message"),
     [
         (("--site", "x4.post"), "no model given"),
-        (("--model", "/nowhere", "--site", "x4.post"), "cannot read the config of '/nowhere'"),
+        (("--model", "/nowhere", "--site", "x4.post"), "cannot load model '/nowhere'"),
         (("--model", "GPT2"), "no site given"),
         (("--model", "GPT2", "--site", "x99.post"), "x99"),
         (("--model", "GPT2", "--site", "x4.post", "--device", "abacus"), "unknown device 'abacus'"),

@@ -52,8 +52,8 @@ class Log(Observer):
 
 def test_the_loss_falls_and_is_a_geometric_mean() -> None:
     log = Log()
-    stream = TensorStream(clustered(6000).split(500))
-    config = TrainConfig(**{**SETTINGS, "start": "random", "lr": 2e-2, "max_steps": 120, "pool_rows": 4000})
+    stream = TensorStream(clustered(30000).split(500))
+    config = TrainConfig(**{**SETTINGS, "start": "random", "lr": 3e-2, "max_steps": 160})
     trainer = Trainer(stream, config, settings=RunSettings(eval_every=40, log_every=4))
     trainer.run(log)
     held = [r for r in log.records if r["event"] == "evaluate"]

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.hooks import collect_activations, replace_activations
+from ndm_fast.activations.hooks import collect_activations, forward_errors, replace_activations
+from ndm_fast.activations.models import longest_context
 from ndm_fast.activations.sites import Site, parts_below, resolve_site, site_width
+from ndm_fast.activations.wrappers import unwrapped
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.patching.prompts import Prompts
 from ndm_fast.partition import SubspacePartition
@@ -29,7 +31,7 @@ class LayersAbove:
     """
 
     def __init__(self, model: nn.Module, site: str) -> None:
-        self._model = model
+        self._model: Any = unwrapped(model)
         self.site: Site = resolve_site(model, site)
         self._below = parts_below(model, self.site)
         self._tuples = True
@@ -51,7 +53,17 @@ class LayersAbove:
     @torch.no_grad()
     def below(self, prompts: Prompts) -> Tensor:
         """[N, T, d] activations at the site; nothing above it runs."""
-        with self._watching(), collect_activations(self._model, [self.site.name]) as captured:
+        longest, shape = longest_context(self._model.config), prompts.tokens.shape
+        if shape[1] > longest:
+            raise InputError(
+                f"a prompt has {shape[1]} tokens, the model takes up to {longest}: shorten it, or take "
+                "another model"
+            )
+        with (
+            self._watching(),
+            collect_activations(self._model, [self.site.name]) as captured,
+            forward_errors(self._model, f"{self.site.name}, prompts", shape),
+        ):
             self._model(**prompts.model_inputs(), use_cache=False)
         return captured[self.site.name]
 

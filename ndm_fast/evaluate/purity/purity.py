@@ -162,7 +162,8 @@ def run_purity(
     metric = folder.config().train.metric
     options: dict[str, Any] = {"metric": metric, "top": top}
     if labels is not None:
-        of_token = read_labels(labels, load_tokenizer(folder.config().harvest.model))
+        harvest = folder.config().harvest
+        of_token = read_labels(labels, load_tokenizer(harvest.model, **harvest.hub_options))
         options["labels"] = {"label": (of_token[queries.token], of_token[keys.token])}
     tables = {"ndm": neighbor_purity(queries, keys, partition, **options)}
     for kind in baselines:

@@ -61,7 +61,7 @@ def run_index(
         return index
     config = folder.config()
     batches = text_batches(run_text(config, rows, device), rows)
-    tokenizer = load_tokenizer(config.harvest.model)
+    tokenizer = load_tokenizer(config.harvest.model, **config.harvest.hub_options)
     return build_index(batches, partition, folder.index_folder, tokenizer, dtype=dtype)
 
 
