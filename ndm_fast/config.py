@@ -38,8 +38,10 @@ MODES = ("grow", "split")
 PARALLEL = ("auto", "sites", "queries", "keys")
 
 
-CHANGES_NO_RESULT = ("tokenize_workers",)
-"""Settings that may be others when a run or a harvest is gone on with."""
+BAD_TEXT = ("error", "skip", "replace")
+
+
+SPLITS = ("auto", "blank-lines", "lines", "none")
 
 
 def _described(default: Any, meaning: str) -> Any:
@@ -53,25 +55,30 @@ class HarvestConfig:
     model: str = _described("", "Hugging Face model name, local folder, or 'minilm' for the embedded one")
     site: tuple[str, ...] = _described((), "sites to train, e.g. blocks.9.hook_resid_mid, x9.mid")
     data: str = _described("", "file, folder or glob of text, HF dataset, or 'docstrings' for Python's own")
-    text_field: str = _described("text", "field of a record that holds the text (jsonl, parquet, datasets)")
+    text_field: str = _described("text", "field of a record that holds the text, data.text for a nested one")
+    encoding: str = _described("utf-8", "of files without a byte-order mark: a name, or auto to detect it")
+    bad_text: str = _described("error", f"what to do with text that cannot be read: {', '.join(BAD_TEXT)}")
+    split_documents: str = _described(
+        "auto", f"where .txt and .md files part: {', '.join(SPLITS)}; auto: only those over 1 MiB do"
+    )
+    chat_template: bool = _described(False, "the field holds messages, for the tokenizer's chat template")
     text_seed: int | None = _described(None, "order of 'docstrings'; default: the run's seed")
     context_length: int | None = _described(None, "tokens in a packed row; default: the model's own limit")
     rows_per_batch: int = _described(16, "packed rows in one forward pass")
     dtype: str = _described("float32", f"dtype the model runs in: {', '.join(DTYPES)}")
     autocast: str | None = _described(None, f"dtype of the model's products: {', '.join(DTYPES[1:])}")
     compile_model: bool = _described(False, "torch.compile the model's blocks, save those with a site inside")
-    tokenize_workers: int = _described(0, "processes that tokenize ahead of the model; 0: none")
     bos: bool = _described(False, "start every row with the tokenizer's BOS token")
     repeat_data: bool = _described(False, "start the text over when it ends, instead of an error")
     max_norm_ratio: float | None = _described(None, "drop rows whose norm exceeds this many median norms")
 
     def __post_init__(self) -> None:
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("bad_text", self.bad_text, BAD_TEXT)
+        _one_of("split_documents", self.split_documents, SPLITS)
         _positive("rows_per_batch", self.rows_per_batch)
         if self.autocast is not None:
             _one_of("autocast", self.autocast, DTYPES[1:])
-        if self.tokenize_workers < 0:
-            raise InputError(f"tokenize_workers is {self.tokenize_workers}: give 0 or more")
         if self.context_length is not None and self.context_length < 4:
             raise InputError(f"context_length is {self.context_length}: give at least 4 tokens")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
@@ -220,7 +227,7 @@ class RunConfig:
 
     @property
     def documents_seed(self) -> int:
-        """Order of the documents, for ``text.open_documents``."""
+        """Order of the documents, for ``documents.open_documents``."""
         return self.train.seed if self.harvest.text_seed is None else self.harvest.text_seed
 
     def flat(self) -> dict[str, Any]:

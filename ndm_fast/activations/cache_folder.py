@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ndm_fast.activations.cache import COLUMNS, FORMAT, MANIFEST, held_rows, read_manifest
 from ndm_fast.activations.stream import Harvester
-from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig
+from ndm_fast.config import HarvestConfig, RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable, write_json
 from ndm_fast.provenance import provenance
@@ -33,7 +33,7 @@ def new_manifest(
         raise InputError(f"rows is {rows}: give at least 1")
     if not shard_mib > 0:
         raise InputError(f"shard_mib is {shard_mib}: give a number above 0")
-    names = [field.name for field in dataclasses.fields(HarvestConfig) if field.name not in CHANGES_NO_RESULT]
+    names = [field.name for field in dataclasses.fields(HarvestConfig)]
     flat = RunConfig(harvest=config).flat()
     about = provenance()
     batch_bytes = harvester.largest_batch * max(harvester.widths.values()) * getattr(torch, dtype).itemsize

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_fast.activations.documents import Document
 from ndm_fast.activations.hooks import collect_activations
 from ndm_fast.activations.models import DEFAULT_CONTEXT, longest_context
 from ndm_fast.activations.packing import PackedRows, packed_text
@@ -28,7 +29,7 @@ class Harvester:
         model, tokenizer: as from :func:`load_model`.
         sites: any names of ``ndm_fast.activations.sites``.
         open_documents: as from ``ndm_fast.activations.documents.open_documents``.
-        config: context length, rows per batch, BOS, repetition, outlier filter, autocast, workers.
+        config: context length, rows per batch, BOS, repetition, outlier filter, autocast.
 
     Raises:
         InputError: unknown site; activations that are not finite.
@@ -39,7 +40,7 @@ class Harvester:
         model: Any,
         tokenizer: Any,
         sites: Sequence[str],
-        open_documents: Callable[[], Iterator[str]],
+        open_documents: Callable[[], Iterator[Document]],
         config: HarvestConfig,
     ) -> None:
         resolved = resolve_sites(model, sites)
@@ -112,7 +113,7 @@ class ActivationStream:
         model: Any,
         tokenizer: Any,
         site: str,
-        open_documents: Callable[[], Iterator[str]],
+        open_documents: Callable[[], Iterator[Document]],
         config: HarvestConfig,
     ) -> None:
         self.harvester = Harvester(model, tokenizer, [site], open_documents, config)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.documents import harvest_documents
 from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.packing import pack
@@ -157,7 +157,7 @@ def run_position_shift(
     partition = folder.partition().to(device)
     model, tokenizer = load_model(config.model, config.dtype, device)
     later = later or _next_block(model, config.site[0])
-    documents = open_documents(config.data, config.text_field, folder.config().documents_seed)
+    documents = harvest_documents(config, folder.config().documents_seed)
     length = config.context_length or 128
     packed = pack(documents(), tokenizer, length, config.rows_per_batch, bos=config.bos)
     parts: list[Tensor] = []

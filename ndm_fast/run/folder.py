@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ndm_fast.config import CHANGES_NO_RESULT, RunConfig, from_flat
+from ndm_fast.config import RunConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.files import unwritable, write_json
 from ndm_fast.partition import SubspacePartition
@@ -105,7 +105,7 @@ class RunFolder:
 
     def _check_same(self, config: RunConfig) -> None:
         saved, asked = self.config().flat(), config.flat()
-        differing = [name for name in asked if asked[name] != saved[name] and name not in CHANGES_NO_RESULT]
+        differing = [name for name in asked if asked[name] != saved[name]]
         if differing:
             name = differing[0]
             raise InputError(

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from ndm_fast.activations.cache import ActivationCache, CachedActivations, held_rows
 from ndm_fast.activations.cache_folder import cache_bytes, free_bytes
 from ndm_fast.activations.cache_writer import SHARD_MIB, harvest_cache
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.documents import harvest_documents
 from ndm_fast.activations.models import load_model, prepare_model
 from ndm_fast.activations.stream import ActivationStream, Harvester
-from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig, TrainConfig
+from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
 
-_FREE = ("site", "repeat_data", *CHANGES_NO_RESULT)
+_FREE = ("site", "repeat_data")
 """Settings of the harvest that a run from a cache may choose for itself."""
 
 
@@ -45,9 +45,9 @@ def harvest_run(
     if not config.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
+    documents = harvest_documents(config, config.text_seed or 0)
     model, tokenizer = load_model(config.model, config.dtype, device)
     prepare_model(model, config)
-    documents = open_documents(config.data, config.text_field, config.text_seed or 0)
     return harvest_cache(
         Harvester(model, tokenizer, config.site, documents, config),
         config,
@@ -72,7 +72,7 @@ def share_harvest(
         InputError, StoppedError: see ``cache_writer.harvest_cache``.
     """
     harvest = dataclasses.replace(config.harvest, text_seed=config.documents_seed)
-    documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
+    documents = harvest_documents(harvest, config.documents_seed)
     harvester = Harvester(model, tokenizer, harvest.site, documents, harvest)
     rows = rows_drawn(config.train, harvester.largest_batch)
     needed, free = cache_bytes(harvester.widths, rows, harvest.dtype), free_bytes(folder)
@@ -150,8 +150,8 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
     Raises:
         InputError: the model cannot be loaded, or there is no text.
     """
+    documents = harvest_documents(config.harvest, config.documents_seed)
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     return ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
 
 

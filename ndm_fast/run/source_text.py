@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.activations.cache import ActivationCache
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.documents import harvest_documents
 from ndm_fast.activations.models import load_config, load_tokenizer
 from ndm_fast.activations.packing import PackedRows, packed_text
 from ndm_fast.activations.rows import HarvestedRows, TokenRows, token_columns
@@ -36,9 +35,8 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
 def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[HarvestedRows]:
     harvest, stream = config.harvest, cache.stream(config.harvest.site[0])
     tokenizer, length = load_tokenizer(harvest.model), row_length(harvest, load_config(harvest.model))
-    documents = open_documents(harvest.data, harvest.text_field, config.documents_seed)
-    as_harvested = dataclasses.replace(cache.config, tokenize_workers=harvest.tokenize_workers)
-    text = packed_text(documents, tokenizer, length, as_harvested)
+    documents = harvest_documents(harvest, config.documents_seed)
+    text = packed_text(documents, tokenizer, length, cache.config)
     for rows in stream.token_rows():
         packed = next(text, None)
         kept = None if packed is None else kept_tokens(packed, rows)

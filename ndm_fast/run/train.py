@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from ndm_fast.activations.cache import ActivationCache
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.documents import harvest_documents
 from ndm_fast.activations.models import load_model, prepare_model
 from ndm_fast.activations.rows import SiteStream
 from ndm_fast.activations.stream import ActivationStream
@@ -57,9 +57,9 @@ def train_run(
         return _train_streams(config, cached, out, launch, resume, device, show_progress)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
+    documents = harvest_documents(config.harvest, config.documents_seed)
     model, tokenizer = load_model(config.harvest.model, config.harvest.dtype, device)
     prepare_model(model, config.harvest)
-    documents = open_documents(config.harvest.data, config.harvest.text_field, config.documents_seed)
     streams: list[SiteStream] = [
         ActivationStream(model, tokenizer, site, documents, config.harvest) for site in config.harvest.site
     ]

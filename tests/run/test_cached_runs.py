@@ -134,7 +134,7 @@ def test_an_index_needs_the_text_of_the_cache(ndm, train_flags, harvest_flags, c
     flags = {"acts": tmp_path / "acts", "model": None, "data": None, "site": "m1", "max_steps": 4}
     assert ndm(*train_flags(tmp_path / "run", **flags)).code == 0
     for file in sorted(data.iterdir())[changed]:
-        file.write_text("")
+        file.write_text("cat")
     said = ndm("index", tmp_path / "run", "--rows", "3000").refusal()
     assert f"the text {data} has changed since {tmp_path / 'acts'} was harvested: bring it back" in said
     assert not (tmp_path / "run" / "preimages").exists()
