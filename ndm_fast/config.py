@@ -127,6 +127,7 @@ class TrainConfig:
     checkpoint_every: int = _described(200, "steps between checkpoints")
     seed: int = _described(0, "seed of data order, random starts and escapes")
     acts: str = _described("", "folder of `ndm-fast harvest` to train from; the model is not run")
+    partial: bool = _described(False, "train from a harvest (acts) that is not finished, on what there is")
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -37,7 +37,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])["__metadata__"]
         state = json.loads(header["state"])
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
     if header.get("format") != str(_FORMAT):
         raise InputError(f"the checkpoint {path} has format {header.get('format')}, not {_FORMAT}: {remedy}")

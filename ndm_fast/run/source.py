@@ -170,7 +170,7 @@ def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
     if not Path(folder).exists():
         tqdm.write(f"ndm-fast: {folder} is gone: the model is run instead", file=sys.stderr)
         return None
-    cache = ActivationCache(folder)
+    cache = ActivationCache(folder, partial=config.train.partial)
     for field in dataclasses.fields(HarvestConfig):
         had, harvested = getattr(config.harvest, field.name), getattr(cache.config, field.name)
         if field.name not in _FREE and had != harvested:

@@ -51,7 +51,7 @@ def train_run(
     """
     launch = launched()
     if config.train.acts:
-        cache = ActivationCache(config.train.acts)
+        cache = ActivationCache(config.train.acts, partial=config.train.partial)
         config = with_cache(config, cache)
         cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
         return _train_streams(config, cached, out, launch, resume, device, show_progress)

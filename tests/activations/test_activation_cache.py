@@ -26,7 +26,7 @@ from ndm_fast.activations.rows import TensorStream
 from ndm_fast.activations.stream import ActivationStream, Harvester
 from ndm_fast.config import HarvestConfig, TrainConfig
 from ndm_fast.errors import InputError
-from ndm_fast.files import write_atomic
+from ndm_fast.files import sealed, write_atomic, write_json
 from ndm_fast.run.source import rows_drawn
 from ndm_fast.train.trainer import Trainer
 
@@ -285,7 +285,7 @@ def test_damaged_shards_are_named_and_mended(
         ('{"format": 1', "manifest.json is damaged .*delete .* and harvest anew"),
         ('{"format": 1, "complete": true, "shards": [{}], "sites": {"a": {}}}', "manifest.json is damaged"),
         ("[]", "manifest.json is damaged"),
-        ('{"format": 9}', "have format 9, not 1: harvest them anew"),
+        (json.dumps(sealed({"format": 9})), "have format 9, not 1: harvest them anew"),
     ],
 )
 def test_damaged_manifests_are_refused(ndm, train_flags, tmp_path, whole, files, content, says):
@@ -364,7 +364,7 @@ def test_unfinished_harvests_are_not_trained_on(ndm, train_flags, tmp_path, whol
     out = shutil.copytree(whole, tmp_path / "acts")
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["shards"].pop()
-    (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    write_json(out / "manifest.json", {**manifest, "complete": False}, seal=True)
     said = ndm(*train_flags(tmp_path / "run", acts=out, model=None, data=None)).refusal()
     assert re.search(r"is not finished \(\d+ of 3000 rows\): `ndm-fast harvest --out .* --resume`", said)
 

@@ -73,6 +73,7 @@ OTHER: dict[str, Any] = {
     "checkpoint_every": 6,
     "seed": 13,
     "acts": "a",
+    "partial": True,
     "merge_threshold": -0.5,
     "merge_start": 14,
     "merge_interval": 15,

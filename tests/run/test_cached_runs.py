@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ndm_fast.evaluate.purity.purity import SHARES
+from ndm_fast.files import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def cached(whole: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(whole, tmp_path / "cached"))
     config = json.loads((folder / "run" / "config.json").read_text())
     config["settings"]["acts"] = str(folder / "acts")
-    (folder / "run" / "config.json").write_text(json.dumps(config))
+    write_json(folder / "run" / "config.json", config, seal=True)
     return folder
 
 

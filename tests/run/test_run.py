@@ -21,6 +21,7 @@ import torch
 
 from ndm_fast.config import from_flat
 from ndm_fast.errors import InputError
+from ndm_fast.files import write_json
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from ndm_fast.run.folder import RunFolder
@@ -388,9 +389,9 @@ DAMAGES: list[tuple[str, Callable[[Path], object], str]] = [
     ("checkpoint.safetensors", lambda p: p.write_bytes(b""), "is damaged"),
     ("config.json", cut, "config.json is damaged .*start the run anew in another folder"),
     ("config.json", lambda p: p.write_text("[1]"), "config.json is damaged"),
-    ("config.json", lambda p: p.write_text('{"settings": 5}'), "config.json is damaged"),
+    ("config.json", lambda p: write_json(p, {"settings": 5}, seal=True), "config.json is damaged"),
     ("config.json", lambda p: p.write_bytes(b"\xff\xfe"), "config.json is damaged"),
-    ("config.json", lambda p: p.write_text('{"settings": {"kees": 5}}'), "unknown setting 'kees'"),
+    ("config.json", lambda p: write_json(p, {"settings": {"kees": 5}}, seal=True), "unknown setting 'kees'"),
     ("log.jsonl", directory, "cannot write .*log.jsonl"),
 ]
 
