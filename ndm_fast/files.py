@@ -201,8 +201,10 @@ def check_writable(folder: Path) -> None:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:  # the whole path is too long, or a part of it is not to be entered
         raise unwritable(folder, error) from None
-    if not there.is_dir() and there != folder:
-        raise InputError(f"cannot write {folder} ({there} is no folder): choose another place")
+    if not there.is_dir():
+        if there != folder:
+            raise unwritable(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+        return  # the command says what it expected there
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(
             f"cannot write to {there}, which is read-only: choose another place, or make it yours"

@@ -133,7 +133,7 @@ def test_places_that_cannot_be_written_to(tmp_path, monkeypatch):
         (tmp_path / ("x" * 256), "longer than 255 bytes"),
         (tmp_path / ("ü" * 128), "longer than 255 bytes"),
         (tmp_path / os.fsdecode(b"caf\xe9"), "is no UTF-8"),
-        (tmp_path / "file" / "run", "is no folder"),
+        (tmp_path / "file" / "run", "Not a directory"),
         (Path("/" + "x/" * 3000), "cannot write"),
     ):
         with pytest.raises(InputError, match=says) as refusal:

@@ -7,6 +7,7 @@ import logging
 import socket
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -36,7 +37,7 @@ class Connection(H11Protocol):
 
     def _answering(self) -> bool:
         """Whether a whole request has come."""
-        return self.cycle is not None and not self.cycle.more_body
+        return self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
 
     def _expect(self) -> None:
         self._deadline = self.loop.call_later(REQUEST_SECONDS, self._give_up)

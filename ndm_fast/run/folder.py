@@ -30,7 +30,7 @@ _RESULT = {
     "steps": int,
     "heldout_loss": float,
     "widths": [int],
-    "variance_share": [float],
+    "variance_share": [object],  # NaN where nothing varies
     "heldout_distance": [float],
     "log_events": int,
 }

@@ -468,3 +468,30 @@ def test_runs_that_are_none_or_unfinished_say_so(tmp_path, finished):
     with pytest.raises(InputError, match=r"result\.json is damaged"):
         done.result()
     assert isinstance(done.partition(), SubspacePartition)
+
+
+def test_a_folder_of_our_own_leftovers_is_ours(ndm, train_flags, tmp_path, finished):
+    """Killed while ``config.json`` was written."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".config.json.999999999.tmp").write_text('{"sett')
+    assert ndm(*train_flags(out, merging=True), "--resume").code == 0
+    assert_same_run(out, finished["lie"])
+
+
+def test_leftovers_are_swept_wherever_a_run_writes(ndm, tmp_path, finished):
+    out = shutil.copytree(finished["lie"], tmp_path / "run")
+    (out / "result.json").unlink()
+    for name in ("result.json", "checkpoint.safetensors", "partition/partition.safetensors", "deep/x.png"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).with_name(f".{Path(name).name}.999999999.tmp").write_text("")
+    assert ndm("train", "--quiet", "--out", out, "--resume").code == 0
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_other_hidden_files_are_not_ours(ndm, train_flags, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".notes.tmp").write_text("mine")
+    assert "is no run of ndm-fast" in ndm(*train_flags(out), "--resume").refusal()
+    assert (out / ".notes.tmp").read_text() == "mine"
