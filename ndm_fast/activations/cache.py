@@ -41,6 +41,7 @@ _MANIFEST = {
     "sites": {str: {"width": int, "scale": object}},
     "shard_mib": float,
     "batches_per_shard": int,
+    "text_skipped": {str: int},
     "shards": [{str: {"batches": [int], "outliers": [int], "bytes": int, "sha256": str}}],
 }
 
@@ -124,6 +125,7 @@ class CachedActivations:
         about = cache.manifest["sites"][site]
         self.site, self.width = site, int(about["width"])
         self.outliers_dropped = 0
+        self.text_skipped: dict[str, int] = dict(cache.manifest["text_skipped"])
         self._cache, self._repeat, self._scale = cache, repeat, about["scale"]
         self._shards = len(cache.manifest["shards"])
         self._batches_per_shard = int(cache.manifest["batches_per_shard"])

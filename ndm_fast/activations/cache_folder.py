@@ -46,6 +46,7 @@ def new_manifest(
         "sites": {site: {"width": width, "scale": None} for site, width in harvester.widths.items()},
         "shard_mib": shard_mib,
         "batches_per_shard": max(1, int(shard_mib * 2**20) // batch_bytes),
+        "text_skipped": {},
         "made_with": {"versions": about["versions"], "commit": about["commit"]},
         "shards": [],
     }

@@ -144,6 +144,7 @@ class _Writer:
             raise InputError("the text gave no activations: give more text, or lower --context-length")
         # Together with the last shard, which may hold fewer batches: what is gone on with has whole ones.
         self.manifest["complete"] = True
+        self.manifest["text_skipped"] = self._harvester.text_skipped
         self._add(pending)
 
     def _batches(self, shards: int) -> Iterator[dict[str, HarvestedRows]]:

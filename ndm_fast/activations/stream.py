@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ndm_fast.activations.documents import Document
+from ndm_fast.activations.documents import Document, Documents
 from ndm_fast.activations.hooks import collect_activations
 from ndm_fast.activations.models import DEFAULT_CONTEXT, longest_context
 from ndm_fast.activations.packing import PackedRows, packed_text
@@ -56,6 +56,12 @@ class Harvester:
     def largest_batch(self) -> int:
         """Rows that a batch holds at most."""
         return self._config.rows_per_batch * self._length
+
+    @property
+    def text_skipped(self) -> dict[str, int]:
+        """Records and documents that the latest reading of the text left out so far, by reason."""
+        documents = self._open_documents
+        return dict(documents.skipped) if isinstance(documents, Documents) else {}
 
     def batches(self, start: int = 0) -> Iterator[dict[str, HarvestedRows]]:
         """Site -> its rows, from batch number ``start`` on."""
@@ -119,6 +125,11 @@ class ActivationStream:
         self.harvester = Harvester(model, tokenizer, [site], open_documents, config)
         ((self.site, self.width),) = self.harvester.widths.items()
         self.outliers_dropped = 0
+
+    @property
+    def text_skipped(self) -> dict[str, int]:
+        """See ``Harvester.text_skipped``."""
+        return self.harvester.text_skipped
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """[n, d] activations, from batch number ``start`` on; n varies a little."""

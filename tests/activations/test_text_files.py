@@ -313,6 +313,15 @@ def test_large_text_files_are_split_by_default_and_it_is_said(tmp_path, joint, p
     assert f"by {'lines' if joint == chr(10) else 'blank-lines'}: choose with --split-documents" in said
 
 
+def test_the_result_of_a_run_says_what_was_skipped(ndm, train_flags, corpus, tmp_path):
+    data = Path(shutil.copytree(corpus, tmp_path / "data"))
+    (data / "0.txt").write_bytes(b"caf\xe9")
+    (data / "00.jsonl").write_text('{"text": null}\n{"text": ""}\n')
+    assert ndm(*train_flags(tmp_path / "run", data=data, bad_text="skip", max_steps=4)).code == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["text_skipped"] == {"empty": 2, "not readable": 1}
+
+
 def test_a_harvest_says_what_it_skipped_and_gives_each_part_a_document(ndm, harvest_flags, corpus, tmp_path):
     from ndm_fast.activations.cache import ActivationCache
 
@@ -327,5 +336,6 @@ def test_a_harvest_says_what_it_skipped_and_gives_each_part_a_document(ndm, harv
     assert outcome.code == 0
     assert "1 not readable" in outcome.err
     cache = ActivationCache(tmp_path / "acts")
+    assert cache.stream("x0.mid").text_skipped == {"empty": 1, "not readable": 1}
     seen = {int(n) for rows in cache.stream("x0.mid").token_rows() for n in rows.document}
     assert len(seen) >= 58
