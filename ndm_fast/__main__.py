@@ -19,7 +19,8 @@ def command() -> int:
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
     """End at once: an exception would be taken for one of its own by a library that is being loaded."""
-    os.write(2, b"ndm-fast: interrupted; what was saved before is whole\n")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one is enough
+        os.write(2, b"ndm-fast: interrupted; what was saved before is whole\n")
     os._exit(130)
 
 

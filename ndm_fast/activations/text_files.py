@@ -48,6 +48,9 @@ _HEAD, _CHUNK, _SAMPLE = 4096, 1 << 20, 1 << 17
 _CHECKED_BYTES = 1 << 30
 """Bytes that are decoded before anything else is done; a second or two."""
 
+_DETECTED_BYTES = 1 << 26
+"""Bytes of a file that have to be UTF-8 for it to be taken for that; beyond them an odd byte is bad text."""
+
 SKIP_MARK = "ndm_fast.mark"
 """Error handler of a decoder that puts half a character, which no text holds, in place of bad bytes."""
 
@@ -201,7 +204,7 @@ def _sixteen_bits(head: bytes) -> str | None:
 
 
 def _detected(path: Path) -> str:
-    bad = first_bad_byte(path, "utf-8")
+    bad, _ = _decode(path, "utf-8", _DETECTED_BYTES)
     if bad is None:
         return "utf-8"
     start = max(0, bad - _SAMPLE // 2)

@@ -12,7 +12,7 @@ from ndm_fast.files import read_json
 _TEST = {
     "what": str,
     "site": str,
-    "methods": {"ndm": {"effect": [float], "whole": float, "gini": {"dimension": float}}},
+    "methods": {"ndm": {"effect": [float], "whole": float, "gini": {"dimension": object}}},
 }
 
 

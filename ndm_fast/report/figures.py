@@ -90,7 +90,7 @@ def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
 
 def purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
     """``purity.json``: rows of ``neighbor_purity`` by method."""
-    row = {"subspace": int, "width": int, "variance_share": float, **dict.fromkeys(SHARES, float)}
+    row = {"subspace": int, "width": int, "variance_share": object, **dict.fromkeys(SHARES, float)}
     return read_json(file, {str: [row]}, remedy=f"run `ndm-fast evaluate purity {file.parent}` again")
 
 
