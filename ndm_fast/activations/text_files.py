@@ -51,6 +51,9 @@ _CHECKED_BYTES = 1 << 30
 _DETECTED_BYTES = 1 << 26
 """Bytes of a file that have to be UTF-8 for it to be taken for that; beyond them an odd byte is bad text."""
 
+_WIDE = ("utf_16", "utf_16_le", "utf_16_be", "utf_32", "utf_32_le", "utf_32_be", "utf_7")
+"""What a detector makes of a few odd bytes; wide text is known by its mark or its zeros."""
+
 SKIP_MARK = "ndm_fast.mark"
 """Error handler of a decoder that puts half a character, which no text holds, in place of bad bytes."""
 
@@ -213,7 +216,7 @@ def _detected(path: Path) -> str:
         sample = file.read(_SAMPLE)
     if start:
         sample = sample[sample.find(b"\n") + 1 :]  # not from the middle of a character
-    best = _detector()(sample).best()
+    best = _detector()(sample, cp_exclusion=list(_WIDE)).best()
     if best is None:
         return "utf-8"
     say_once(f"{path} is read as {best.encoding}, as detected, and others like it")

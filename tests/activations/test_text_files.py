@@ -91,6 +91,8 @@ def test_encodings_by_name_and_by_detection(tmp_path, capsys):
     (tmp_path / "a.txt").write_bytes("½ cup of flour, crème fraîche".encode("cp1252"))
     assert read(tmp_path, encoding="cp1252") == ["½ cup of flour, crème fraîche"]
     pytest.importorskip("charset_normalizer")
+    (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
+    assert read(tmp_path, encoding="auto")[0].startswith("caf"), "four bytes are no UTF-16"
     russian = "Все счастливые семьи похожи друг на друга. " * 30
     (tmp_path / "a.txt").write_bytes(russian.encode("cp1251"))
     (tmp_path / "b.txt").write_text(russian, encoding="utf-8")
