@@ -18,9 +18,6 @@ Metric = Literal["euclidean", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 METRICS, DTYPES = get_args(Metric), get_args(Dtype)
 
-CHANGES_NO_RESULT = ("tokenize_workers",)
-"""Settings you may change when resuming."""
-
 
 @dataclass(frozen=True)
 class HarvestConfig:
@@ -37,7 +34,15 @@ class HarvestConfig:
     data: str = ""
     """File, folder or glob of text, HF dataset, or 'docstrings' for Python's own."""
     text_field: str = "text"
-    """Field of a record that holds the text (jsonl, parquet, datasets)."""
+    """Field of a record that holds the text, data.text for a nested one."""
+    encoding: str = "utf-8"
+    """Of files without a byte-order mark: a name, or auto to detect it."""
+    bad_text: Literal["error", "skip", "replace"] = "error"
+    """What to do with text that cannot be read."""
+    split_documents: Literal["auto", "blank-lines", "lines", "none"] = "auto"
+    """Where .txt and .md files part; auto: only those over 1 MiB do."""
+    chat_template: bool = False
+    """The field holds messages, for the tokenizer's chat template."""
     text_seed: int | None = None
     """Order of 'docstrings'; none: the run's seed."""
     context_length: int | None = None
@@ -50,8 +55,6 @@ class HarvestConfig:
     """Dtype of the model's products."""
     compile_model: bool = False
     """torch.compile the model's blocks, save those with a site inside."""
-    tokenize_workers: int = 0
-    """Processes that tokenize ahead of the model; 0: none."""
     bos: bool = False
     """Start every row with the tokenizer's BOS token."""
     repeat_data: bool = False
@@ -67,8 +70,6 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         check_words(self)
         check_positive(self, "rows_per_batch")
-        if self.tokenize_workers < 0:
-            raise InputError(f"tokenize_workers is {self.tokenize_workers}: give 0 or more")
         if self.context_length is not None and self.context_length < 4:
             raise InputError(f"context_length is {self.context_length}: give at least 4 tokens")
         if self.max_norm_ratio is not None and self.max_norm_ratio <= 1:
@@ -205,6 +206,8 @@ class RunSettings:
 
     acts: str = ""
     """Folder of `ndm-fast harvest` to train from; the model is not run."""
+    partial: bool = False
+    """Train from a harvest (acts) that is not finished, on what there is."""
     parallel: Literal["auto", "sites", "queries", "keys"] = "auto"
     """What torchrun's ranks share; auto: sites, or queries if these are too few."""
     cuda_graph: bool = False
@@ -240,7 +243,7 @@ class RunConfig:
 
     @property
     def documents_seed(self) -> int:
-        """Order of the documents, for ``text.open_documents``."""
+        """Order of the documents, for ``documents.open_documents``."""
         return self.train.seed if self.harvest.text_seed is None else self.harvest.text_seed
 
     def flat(self) -> dict[str, Any]:

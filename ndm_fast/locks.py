@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable
+from ndm_fast.files import is_leftover, unwritable
 
 logger = logging.getLogger("ndm_fast")
 
@@ -81,6 +81,11 @@ class Lock:
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(descriptor), os.stat(self._file))
         return False
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a file is what a process leaves that was killed at once: its lock, or a write in the middle."""
+    return path.name == LOCK_FILE or is_leftover(path)
 
 
 @contextmanager

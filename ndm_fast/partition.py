@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ndm_fast.errors import InputError
-from ndm_fast.files import write_atomic
+from ndm_fast.files import digest, read_json, write_atomic, write_json
 
 ORTHOGONALITY_TOLERANCE = 1e-4
 """Largest ``|RᵀR - I|`` accepted from outside; our own rotations stay within 1e-5."""
@@ -29,6 +28,10 @@ WEIGHTS_NAME = "partition.safetensors"
 
 
 CONFIG_NAME = "config.json"
+
+
+_CONFIG = {"widths": [int], "source": {str: object}, "weights_sha256": str}
+_AGAIN = "save or download it again"
 
 
 def orthogonality_error(rotation: Tensor) -> float:
@@ -148,9 +151,10 @@ class SubspacePartition(
             )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_atomic(save_directory / WEIGHTS_NAME, save({"rotation": self.rotation.cpu().contiguous()}))
+        weights = save({"rotation": self.rotation.cpu().contiguous()})
+        write_atomic(save_directory / WEIGHTS_NAME, weights)
         config = {"widths": list(self.widths), "width": self.width, "source": self.source}
-        write_atomic(save_directory / CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+        write_json(save_directory / CONFIG_NAME, {**config, "weights_sha256": digest(weights)}, seal=True)
 
     @classmethod
     def _from_pretrained(
@@ -182,9 +186,13 @@ class SubspacePartition(
                 )
             )
 
-        config = json.loads(find(CONFIG_NAME).read_text())
-        rotation = load_file(find(WEIGHTS_NAME))["rotation"]
-        return cls(rotation, config["widths"], config.get("source"))
+        config = read_json(find(CONFIG_NAME), _CONFIG, remedy=_AGAIN)
+        weights = find(WEIGHTS_NAME).read_bytes()
+        if digest(weights) != config["weights_sha256"]:
+            raise InputError(
+                f"the partition in {model_id} is damaged (its checksum does not match): {_AGAIN}"
+            )
+        return cls(load(weights)["rotation"], config["widths"], config["source"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> SubspacePartition:
@@ -206,9 +214,7 @@ class SubspacePartition(
         except EntryNotFoundError as error:
             raise InputError(f"{name} is not a saved partition ({error}): check the name") from None
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"the partition in {name} is damaged ({error}): save or download it again"
-            ) from None
+            raise InputError(f"the partition in {name} is damaged ({error}): {_AGAIN}") from None
 
 
 def _check(rotation: Tensor, widths: tuple[int, ...]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ndm_fast.activations.pool import ActivationPool
 from ndm_fast.activations.rows import TensorStream
-from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.train.trainer import Observer, Trainer
 
 NANO = Path(__file__).parents[1] / "examples" / "nano_ndm.py"
@@ -76,14 +76,13 @@ def test_same_loss_as_the_package_at_every_step(nano, monkeypatch, one_thread):
         heldout_queries=64,
         heldout_keys=256,
         max_steps=steps,
-        log_every=1,
     )
     merge = MergeConfig(merge_threshold=-1.0, merge_start=20, merge_interval=15, mi_keys=keys, mi_queries=64)
     batches = recorded_batches(monkeypatch)
     ours = Recorder()
-    trainer = Trainer(TensorStream(list(rows.split(500))), train, merge)
+    trainer = Trainer(TensorStream(list(rows.split(500))), train, merge, RunSettings(log_every=1))
     partition = trainer.run(ours)
-    heldout = trainer._heldout[:64]
+    heldout = trainer.heldout.queries
 
     start = nano.Partition(torch.eye(12), [3, 3, 2, 2, 2])
     found, losses = nano.train(

@@ -118,7 +118,7 @@ def test_two_runs_in_one_folder_do_not_both_go_on(driver, ndm, train_flags, tmp_
     assert driver.wait()[0] == -signal.SIGKILL
     for file in out.glob("[!.]*"):
         file.unlink()
-    (out / ".config.json.123.tmp").write_text("half")
+    (out / ".config.json.999999999.tmp").write_text("half")
     assert (out / LOCK_FILE).exists()  # both are ours, so the folder is free
     assert ndm(*train_flags(out, max_steps=8)).code == 0
     assert not (out / LOCK_FILE).exists()

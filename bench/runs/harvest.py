@@ -4,7 +4,7 @@
 
 MiniLM on Python's docstrings, rows of 40 tokens. Each way reads the same text; that the rows are the same is
 checked first. Ratios are within a round, and of this process's core seconds, which other work on the machine
-changes less than the clock; seconds of tokenizing processes are not in them.
+changes less than the clock.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def harvest_rows(repeats: int, batches: int) -> list[dict[str, object]]:
         for _ in islice(source.batches(), batches):
             pass
 
-    def packed(workers: int) -> None:
-        for _ in islice(pack(documents(), tokenizer, 40, CONFIG.rows_per_batch, workers=workers), batches):
+    def packed() -> None:
+        for _ in islice(pack(documents(), tokenizer, 40, CONFIG.rows_per_batch), batches):
             pass
 
     together = next(harvester(*SITES).batches())
@@ -63,10 +63,8 @@ def harvest_rows(repeats: int, batches: int) -> list[dict[str, object]]:
         "one site": lambda: read(harvester(SITES[2])),
         "three sites, one pass": lambda: read(harvester(*SITES)),
         "three sites, three passes": lambda: [read(harvester(site)) for site in SITES],
-        "one site, 1 tokenizing process": lambda: read(harvester(SITES[2], tokenize_workers=1)),
         "one site, autocast bfloat16": lambda: read(harvester(SITES[2], autocast="bfloat16")),
-        "packing alone": lambda: packed(0),
-        "packing alone, 1 process": lambda: packed(1),
+        "packing alone": packed,
     }
     clock: dict[str, list[float]] = {name: [] for name in ways}
     core: dict[str, list[float]] = {name: [] for name in ways}

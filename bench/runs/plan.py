@@ -28,7 +28,8 @@ from ndm_fast.activations.stream import ActivationStream
 from ndm_fast.run.plan import make_plan, model_shape
 from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
-from ndm_fast.activations.documents import _all_docstrings, open_documents
+from ndm_fast.activations.docstrings import all_docstrings
+from ndm_fast.activations.documents import open_documents
 
 
 WITHIN = 0.25
@@ -84,7 +85,7 @@ def compare(name: str, config: RunConfig) -> dict[str, Any]:
     )
     trainers: list[TimedTrainer] = []
 
-    _all_docstrings.cache_clear()  # every run reads its text, as a command does
+    all_docstrings.cache_clear()  # every run reads its text, as a command does
 
     def run() -> None:
         trainers.append(TimedTrainer(stream, config.train, config.merge, config.run))

@@ -8,8 +8,6 @@ that training from a cache is training from the model.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from ndm_fast.activations.rows import TokenRows
 from ndm_fast.activations.sites import canonical_name
 from ndm_fast.config import HarvestConfig, from_flat
 from ndm_fast.errors import InputError
+from ndm_fast.files import digest, read_json
 
 FORMAT = 1
 """Of the files; a cache of another format is refused."""
@@ -33,6 +32,20 @@ COLUMNS = TokenRows._fields[1:]
 """Names of the token columns beside ``rows`` in a shard."""
 
 
+_MANIFEST = {
+    "format": int,
+    "complete": bool,
+    "settings": {"site": [str]},
+    "rows": int,
+    "dtype": str,
+    "sites": {str: {"width": int, "scale": object}},
+    "shard_mib": float,
+    "batches_per_shard": int,
+    "text_skipped": {str: int},
+    "shards": [{str: {"batches": [int], "outliers": [int], "bytes": int, "sha256": str}}],
+}
+
+
 class ActivationCache:
     """A finished harvest.
 
@@ -40,18 +53,20 @@ class ActivationCache:
 
     Args:
         folder: as given to ``ndm-fast harvest``.
+        partial: take a harvest that is not finished as it is now.
 
     Raises:
         InputError: there is none, it is not finished, or a shard is missing or cut; the message names it.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, partial: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        if not self.manifest["complete"]:
+        held = held_rows(self.manifest)
+        if not self.manifest["complete"] and not (partial and held):
             raise InputError(
-                f"the harvest in {self.folder} is not finished ({held_rows(self.manifest)} of "
-                f"{self.manifest['rows']} rows): {remedy(self.folder)}"
+                f"the harvest in {self.folder} is not finished ({held} of {self.manifest['rows']} rows): "
+                f"{remedy(self.folder)}" + (", --partial trains on the rows there are" if held else "")
             )
         for shard in self.manifest["shards"]:
             for name, about in shard.items():
@@ -110,6 +125,7 @@ class CachedActivations:
         about = cache.manifest["sites"][site]
         self.site, self.width = site, int(about["width"])
         self.outliers_dropped = 0
+        self.text_skipped: dict[str, int] = dict(cache.manifest["text_skipped"])
         self._cache, self._repeat, self._scale = cache, repeat, about["scale"]
         self._shards = len(cache.manifest["shards"])
         self._batches_per_shard = int(cache.manifest["batches_per_shard"])
@@ -164,30 +180,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         InputError: there is none, or it is damaged.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        again = f"delete {folder} and harvest anew"
+        manifest = read_json(folder / MANIFEST, {"format": int}, remedy=again)
         if manifest["format"] != FORMAT:
             raise InputError(
                 f"the activations in {folder} have format {manifest['format']}, not {FORMAT}: harvest "
                 "them anew"
             )
-        lists_shards = all(
-            isinstance(shard[shard_name(site, number)]["batches"], list)
-            for number, shard in enumerate(manifest["shards"])
-            for site in manifest["sites"]
-        )
-        if not (lists_shards and isinstance(manifest["complete"], bool) and manifest["settings"]["site"]):
-            raise TypeError("a part of it is missing")
+        return read_json(folder / MANIFEST, _MANIFEST, remedy=again)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder} holds no activations (it has no {MANIFEST}): make them with `ndm-fast harvest`"
         ) from None
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / MANIFEST} is damaged ({error}): delete {folder} and harvest anew"
-        ) from None
-    return manifest
 
 
 def check_size(folder: Path, name: str, about: dict[str, Any]) -> None:
@@ -197,15 +201,6 @@ def check_size(folder: Path, name: str, about: dict[str, Any]) -> None:
         raise damaged(folder, name, "missing")
     if path.stat().st_size != about["bytes"]:
         raise damaged(folder, name, f"{path.stat().st_size} bytes instead of {about['bytes']}")
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def damaged(folder: Path, name: str, why: str) -> InputError:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from ndm_fast.activations.cache import COLUMNS, FORMAT, MANIFEST, held_rows, read_manifest
 from ndm_fast.activations.stream import Harvester
-from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig
+from ndm_fast.config import HarvestConfig, RunConfig
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable, write_json
-from ndm_fast.locks import LOCK_FILE, locked
+from ndm_fast.files import sweep, unwritable, write_json
+from ndm_fast.locks import is_trace, locked
 from ndm_fast.provenance import provenance
 
 _COLUMN_BYTES = 4 * len(COLUMNS)
@@ -36,7 +36,7 @@ def new_manifest(
         raise InputError(f"rows is {rows}: give at least 1")
     if not shard_mib > 0:
         raise InputError(f"shard_mib is {shard_mib}: give a number above 0")
-    names = [field.name for field in dataclasses.fields(HarvestConfig) if field.name not in CHANGES_NO_RESULT]
+    names = [field.name for field in dataclasses.fields(HarvestConfig)]
     flat = RunConfig(harvest=config).flat()
     about = provenance()
     batch_bytes = harvester.largest_batch * max(harvester.widths.values()) * getattr(torch, dtype).itemsize
@@ -49,6 +49,7 @@ def new_manifest(
         "sites": {site: {"width": width, "scale": None} for site, width in harvester.widths.items()},
         "shard_mib": shard_mib,
         "batches_per_shard": max(1, int(shard_mib * 2**20) // batch_bytes),
+        "text_skipped": {},
         "made_with": {"versions": about["versions"], "commit": about["commit"]},
         "shards": [],
     }
@@ -96,6 +97,7 @@ def claim(folder: Path, new: dict[str, Any], *, resume: bool, quiet: bool = Fals
                 f"{folder} holds activations already: pass --resume to go on with them, or another --out"
             )
         _check_same(folder, begun, new)
+        begun["rows"] = min(begun["rows"], new["rows"])  # it may end earlier than was planned
     elif begun is None and not _is_free(folder, new):
         raise InputError(f"{folder} exists and holds no activations: choose another --out")
     manifest = begun if begun is not None and begun["shards"] else new
@@ -106,17 +108,16 @@ def claim(folder: Path, new: dict[str, Any], *, resume: bool, quiet: bool = Fals
                 shutil.rmtree(folder / site, ignore_errors=True)
         for site in manifest["sites"]:
             (folder / site).mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("**/.*.tmp"):  # of a write that was killed
-            path.unlink(missing_ok=True)
+        sweep(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     if manifest is new:
-        write_json(folder / MANIFEST, new)
+        write_json(folder / MANIFEST, new, seal=True)
     return manifest
 
 
 def _check_same(folder: Path, begun: dict[str, Any], new: dict[str, Any]) -> None:
-    names = ("rows", "dtype", "batches_per_shard")
+    names = ("dtype", "batches_per_shard")
     before = {**begun["settings"], **{name: begun[name] for name in names}}
     asked = {**new["settings"], **{name: new[name] for name in names}}
     for name in asked:
@@ -126,6 +127,12 @@ def _check_same(folder: Path, begun: dict[str, Any], new: dict[str, Any]) -> Non
                 f"{asked[name]!r}): choose another --out, or delete it"
             )
 
+    if new["rows"] > begun["rows"]:
+        raise InputError(
+            f"{folder} holds a harvest of {begun['rows']} rows, asked for {new['rows']}: ask for as many or "
+            "fewer, or choose another --out"
+        )
+
 
 def _is_free(folder: Path, new: dict[str, Any]) -> bool:
     """Whether there is nothing but what a harvest leaves that was killed before its first manifest."""
@@ -133,7 +140,7 @@ def _is_free(folder: Path, new: dict[str, Any]) -> bool:
     def leftover(path: Path) -> bool:
         if path.is_dir():
             return path.name in new["sites"] and not any(path.iterdir())
-        return path.name == LOCK_FILE or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp")
+        return is_trace(path)
 
     return not folder.exists() or (folder.is_dir() and all(map(leftover, folder.iterdir())))
 

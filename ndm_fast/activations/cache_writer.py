@@ -7,7 +7,6 @@ same bytes as one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from ndm_fast.activations.cache import (
     ActivationCache,
     check_size,
     damaged,
-    digest,
     held_rows,
     shard_name,
 )
@@ -35,7 +33,7 @@ from ndm_fast.activations.rows import HarvestedRows, fitting_scale
 from ndm_fast.activations.stream import Harvester
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError, StoppedError
-from ndm_fast.files import write_atomic, write_json
+from ndm_fast.files import digest, write_atomic, write_json
 from ndm_fast.signals import stop_on_signal
 
 SHARD_MIB = 64.0
@@ -147,6 +145,7 @@ class _Writer:
             raise InputError("the text gave no activations: give more text, or lower --context-length")
         # Together with the last shard, which may hold fewer batches: what is gone on with has whole ones.
         self.manifest["complete"] = True
+        self.manifest["text_skipped"] = self._harvester.text_skipped
         self._add(pending)
 
     def _batches(self, shards: int) -> Iterator[dict[str, HarvestedRows]]:
@@ -176,7 +175,7 @@ class _Writer:
         self._save()
 
     def _save(self) -> None:
-        write_json(self._folder / MANIFEST, self.manifest)
+        write_json(self._folder / MANIFEST, self.manifest, seal=True)
 
     def _write(self, number: int, batches: list[dict[str, HarvestedRows]]) -> dict[str, dict[str, Any]]:
         """Write a shard of every site; what the manifest says about each file."""
@@ -191,7 +190,7 @@ class _Writer:
                 "batches": [len(one.rows.token) for one in found],
                 "outliers": [one.outliers for one in found],
                 "bytes": len(content),
-                "sha256": hashlib.sha256(content).hexdigest(),
+                "sha256": digest(content),
             }
         return shard
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable
+from ndm_fast.files import is_alive, unwritable
 
 EMBEDDED_MODEL = "minilm"
 """Name of the model that comes in Hugging Face format: all-MiniLM-L6-v2, 6 layers, 384 wide."""
@@ -157,15 +157,5 @@ def _sweep(cache: Path, name: str) -> None:
     """Remove what killed processes left behind."""
     for left in cache.glob(f".{name}.*"):
         process = left.name.removeprefix(f".{name}.").split(".")[0]
-        if process.isdigit() and not _runs(int(process)):
+        if process.isdigit() and not is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

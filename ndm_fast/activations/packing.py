@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ndm_fast.activations.tokenizing import tokenize
+from ndm_fast.activations.documents import Document
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
+
+_DOCUMENTS_AT_ONCE = 64
 
 
 class PackedRows(NamedTuple):
@@ -50,14 +53,38 @@ def frame(tokenizer: Any, bos: bool = False) -> Frame:
     return Frame(first, [separator] if encoder else [], separator)
 
 
+def tokenize(documents: Iterable[Document], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document, without special tokens around it.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+
+    Raises:
+        InputError: it has no chat template, and a document is a conversation.
+    """
+    source = iter(documents)
+    while group := list(islice(source, _DOCUMENTS_AT_ONCE)):
+        texts = [one if isinstance(one, str) else _conversation(one, tokenizer) for one in group]
+        yield from tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _conversation(messages: list[dict[str, Any]], tokenizer: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # templates are programs of their own
+        raise InputError(
+            f"the tokenizer's chat template does not take the messages ({error}): take the chat version of "
+            "the model, or leave --chat-template away"
+        ) from None
+
+
 def pack(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: Any,
     length: int,
     rows_per_batch: int,
     *,
     bos: bool = False,
-    workers: int = 0,
 ) -> Iterator[PackedRows]:
     """Documents one after the other, cut into rows of exactly ``length`` tokens; a last short row is dropped.
 
@@ -68,7 +95,6 @@ def pack(
         tokenizer: a fast Hugging Face tokenizer.
         length: tokens in a row, the special ones included.
         rows_per_batch: rows yielded at once; the last batch may hold fewer.
-        workers: processes that tokenize ahead, see ``ndm_fast.activations.tokenizing``.
     """
     first, last, separator = frame(tokenizer, bos)
     special_ids = torch.tensor(sorted(set(tokenizer.all_special_ids)))
@@ -83,7 +109,7 @@ def pack(
         rows.clear()
         return PackedRows(stacked, owned, torch.isin(stacked, special_ids))
 
-    for number, ids in enumerate(tokenize(documents, tokenizer, workers)):
+    for number, ids in enumerate(tokenize(documents, tokenizer)):
         tokens += [*ids, separator]
         owners += [number] * (len(ids) + 1)
         taken = 0
@@ -99,7 +125,7 @@ def pack(
 
 
 def packed_text(
-    open_documents: Callable[[], Iterator[str]], tokenizer: Any, length: int, config: HarvestConfig
+    open_documents: Callable[[], Iterator[Document]], tokenizer: Any, length: int, config: HarvestConfig
 ) -> Iterator[PackedRows]:
     """The batches of rows that a harvest runs the model on.
 
@@ -109,8 +135,7 @@ def packed_text(
     useful = True
     while useful:
         useful = False
-        documents, size = open_documents(), config.rows_per_batch
-        for rows in pack(documents, tokenizer, length, size, bos=config.bos, workers=config.tokenize_workers):
+        for rows in pack(open_documents(), tokenizer, length, config.rows_per_batch, bos=config.bos):
             useful = useful or not bool(rows.special.all())
             yield rows
         if not config.repeat_data:

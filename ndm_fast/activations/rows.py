@@ -60,6 +60,11 @@ class SiteStream(Stream, Protocol):
     width: int
     outliers_dropped: int
 
+    @property
+    def text_skipped(self) -> dict[str, int]:
+        """Records and documents of its text that were left out, by reason."""
+        ...
+
 
 @dataclass(frozen=True)
 class TensorStream:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ndm_fast.activations.documents import Document, Documents
 from ndm_fast.activations.hooks import collect_activations, forward_errors
 from ndm_fast.activations.models import DEFAULT_CONTEXT, longest_context
 from ndm_fast.activations.packing import PackedRows, packed_text
@@ -29,7 +30,7 @@ class Harvester:
         model, tokenizer: as from :func:`load_model`.
         sites: any names of ``ndm_fast.activations.sites``.
         open_documents: as from ``ndm_fast.activations.documents.open_documents``.
-        config: context length, rows per batch, BOS, repetition, outlier filter, autocast, workers.
+        config: context length, rows per batch, BOS, repetition, outlier filter, autocast.
 
     Raises:
         InputError: unknown site; activations that are not finite.
@@ -40,7 +41,7 @@ class Harvester:
         model: Any,
         tokenizer: Any,
         sites: Sequence[str],
-        open_documents: Callable[[], Iterator[str]],
+        open_documents: Callable[[], Iterator[Document]],
         config: HarvestConfig,
     ) -> None:
         model = unwrapped(model)
@@ -57,6 +58,12 @@ class Harvester:
     def largest_batch(self) -> int:
         """Rows that a batch holds at most."""
         return self._config.rows_per_batch * self._length
+
+    @property
+    def text_skipped(self) -> dict[str, int]:
+        """Records and documents that the latest reading of the text left out so far, by reason."""
+        documents = self._open_documents
+        return dict(documents.skipped) if isinstance(documents, Documents) else {}
 
     def batches(self, start: int = 0) -> Iterator[dict[str, HarvestedRows]]:
         """Site -> its rows, from batch number ``start`` on."""
@@ -119,12 +126,17 @@ class ActivationStream:
         model: Any,
         tokenizer: Any,
         site: str,
-        open_documents: Callable[[], Iterator[str]],
+        open_documents: Callable[[], Iterator[Document]],
         config: HarvestConfig,
     ) -> None:
         self.harvester = Harvester(model, tokenizer, [site], open_documents, config)
         ((self.site, self.width),) = self.harvester.widths.items()
         self.outliers_dropped = 0
+
+    @property
+    def text_skipped(self) -> dict[str, int]:
+        """See ``Harvester.text_skipped``."""
+        return self.harvester.text_skipped
 
     def batches(self, start: int = 0) -> Iterator[Tensor]:
         """[n, d] activations, from batch number ``start`` on; n varies a little."""

@@ -14,6 +14,7 @@ from ndm_fast.cli.evaluate import add_evaluate
 from ndm_fast.cli.report import add_report
 from ndm_fast.cli.train import add_harvest, add_plan, add_train
 from ndm_fast.errors import InputError, RanksError, StoppedError
+from ndm_fast.files import check_writable
 from ndm_fast.version import __version__
 
 _EXIT_RANKS, _EXIT_INPUT, _EXIT_STOPPED = 1, 2, 130
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         options = _parser().parse_args(arguments)
+        _check_places(options)
+        _quiet_monitor(options)
         options.run(options)
     except InputError as error:
         return _failed(error, _EXIT_INPUT)
@@ -38,7 +41,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(message, _EXIT_STOPPED)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError, RuntimeError) as error:
+        said = _of_the_machine(error)
+        if said is None:
+            raise
+        return _failed(said, _EXIT_INPUT)
     return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of an error of disk or memory; None for any other."""
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot use{where} ({error.strerror or error}): check that it is there, yours and not full"
+    no_memory = ("can't allocate memory", "not enough memory", "out of memory")
+    if isinstance(error, MemoryError) or any(words in str(error) for words in no_memory):
+        return "not enough memory: lower --pool-rows, --keys or --rows-per-batch, or end other programs"
+    return None
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Refuse folders that the command will write to, but cannot, before its work."""
+    if getattr(options, "out", None):
+        check_writable(Path(options.out))
+    elif options.command in ("report", "index") or getattr(options, "kind", None) == "purity":
+        check_writable(Path(options.folder))
+
+
+def _quiet_monitor(options: argparse.Namespace) -> None:
+    """Without bars there is no need of the thread that tqdm starts for them."""
+    if getattr(options, "quiet", False):
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0
 
 
 def _failed(message: object, code: int) -> int:

@@ -75,7 +75,7 @@ def save_json(content: Any, folder: str, name: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(path.parent, error) from None
-    write_json(path, content)
+    write_json(path, content, seal=isinstance(content, dict))
     return path
 
 

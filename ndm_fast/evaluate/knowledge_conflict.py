@@ -73,7 +73,7 @@ def read_ravel(entities: str | Path, prompts: str | Path) -> Attributes:
 def _read(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path} ({error}): give a JSON file of RAVEL's form") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no object: give a JSON file of RAVEL's form")

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ndm_fast.errors import InputError
+from ndm_fast.files import read_json
+
+_TEST = {
+    "what": str,
+    "site": str,
+    "methods": {"ndm": {"effect": [float], "whole": float, "gini": {"dimension": object}}},
+}
 
 
 class CircuitColumn(NamedTuple):
@@ -33,18 +39,15 @@ def circuit_columns(path: Path, widths: Sequence[int]) -> list[CircuitColumn]:
     if not path.exists():
         return []
     remedy = "delete it, or run `ndm-fast evaluate circuits RUN --out RUN` again"
-    try:
-        partitions = json.loads(path.read_text())
-        columns = [
-            CircuitColumn(
-                name, test["what"], test["site"], tuple(ndm["effect"]), ndm["whole"], ndm["gini"]["dimension"]
-            )
-            for tests in partitions.values()
-            for name, test in tests.items()
-            for ndm in [test["methods"]["ndm"]]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no result of circuit tests ({error!r}): {remedy}") from None
+    partitions = read_json(path, {str: {str: _TEST}}, remedy=remedy)
+    columns = [
+        CircuitColumn(
+            name, test["what"], test["site"], tuple(ndm["effect"]), ndm["whole"], ndm["gini"]["dimension"]
+        )
+        for tests in partitions.values()
+        for name, test in tests.items()
+        for ndm in [test["methods"]["ndm"]]
+    ]
     if len(partitions) != 1 or any(len(column.effects) != len(widths) for column in columns):
         raise InputError(f"{path} is not of this run's {len(widths)} subspaces alone: {remedy}")
     return columns

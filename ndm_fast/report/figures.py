@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from ndm_fast.drawing import (
 )
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.purity import SHARES
+from ndm_fast.files import read_json
 from ndm_fast.report.merge_figures import Event, information_figure, tree_figure
 from ndm_fast.run.folder import RunFolder
 
@@ -90,12 +90,8 @@ def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
 
 def purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
     """``purity.json``: rows of ``neighbor_purity`` by method."""
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} is damaged ({error}): run `ndm-fast evaluate purity {file.parent}` again"
-        ) from None
+    row = {"subspace": int, "width": int, "variance_share": object, **dict.fromkeys(SHARES, float)}
+    return read_json(file, {str: [row]}, remedy=f"run `ndm-fast evaluate purity {file.parent}` again")
 
 
 def loss_figure(events: Sequence[Event], metric: str = "euclidean") -> Figure:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ndm_fast.errors import InputError
 from ndm_fast.report.explorer import Explorer
+from ndm_fast.report.index.tokens import shown
 from ndm_fast.report.site import templates
 from ndm_fast.version import __version__
 
@@ -59,25 +60,24 @@ def serve(path: Path, *, host: str, port: int, allow_remote: bool, rows: int, de
     listening = _listen(host, port, allow_remote)
     with listening:
         try:
-            import uvicorn
+            from ndm_fast.report.web_server import make_server
         except ImportError:
             raise InputError(
                 "exploring needs starlette and uvicorn: pip install 'ndm-fast[explore]'"
             ) from None
         hosts = ["*"] if allow_remote else [*LOCAL_HOSTS, host]
         app = application(Explorer(path, rows=rows, device=device), hosts)
-        shown = f"[{host}]" if ":" in host else host
-        print(f"explore: http://{shown}:{listening.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
-        config = uvicorn.Config(
+        address = f"[{host}]" if ":" in host else host
+        server = make_server(
             app,
-            log_level="warning",
+            f"explore: http://{address}:{listening.getsockname()[1]}/  (Ctrl-C ends it)",
             server_header=False,
             limit_concurrency=_CONNECTIONS,
             h11_max_incomplete_event_size=_REQUEST_BYTES,
             timeout_keep_alive=10,
             timeout_graceful_shutdown=3,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])
 
 
 def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
@@ -103,9 +103,9 @@ def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starl
             return JSONResponse({"error": "too many requests at once: try again in a moment"}, 503, _HEADERS)
         async with one_at_a_time:
             try:
-                return JSONResponse(await run_in_threadpool(work), headers=_HEADERS)
+                return JSONResponse(shown(await run_in_threadpool(work)), headers=_HEADERS)
             except InputError as error:
-                return JSONResponse({"error": str(error)}, 400, _HEADERS)
+                return JSONResponse({"error": shown(str(error))}, 400, _HEADERS)
             except Exception as error:  # the page must say something, the terminal has the rest
                 print(f"explore: {type(error).__name__}: {error}", file=sys.stderr)
                 return JSONResponse(

@@ -13,6 +13,7 @@ from ndm_fast.files import unwritable, write_atomic
 from ndm_fast.report.circuit_results import CircuitColumn, circuit_columns
 from ndm_fast.report.figures import draw_run, purity_tables
 from ndm_fast.report.index.format import PreimageIndex
+from ndm_fast.report.index.tokens import shown
 from ndm_fast.report.index.writer import run_index
 from ndm_fast.report.survey import SAMPLE, SubspaceSurvey, survey
 from ndm_fast.run.folder import RunFolder
@@ -93,8 +94,9 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
 
 
 def templates() -> jinja2.Environment:
-    """The pages' templates; everything that enters them is escaped."""
+    """The pages' templates; everything that enters them is escaped, and shown where it would not be seen."""
     return jinja2.Environment(
+        finalize=lambda value: shown(value) if isinstance(value, str) else value,
         loader=jinja2.PackageLoader("ndm_fast.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -140,21 +142,25 @@ def _name(s: SubspaceSurvey) -> str:
 def _facts(folder: RunFolder, index: PreimageIndex) -> dict[str, Any]:
     source, result, config = index.partition.source, folder.result(), folder.config()
     shown = [
-        ("text", source.get("data", config.harvest.data)),
+        ("text", _name_only(source.get("data", config.harvest.data))),
         ("steps", f"{result['steps']:,}"),
         ("held-out distance", f"{result['heldout_loss']:.4f}"),
         ("activations shown", f"{len(index):,}"),
         ("metric", config.train.metric),
     ]
     return {
-        "model": source.get("model", config.harvest.model),
+        "model": _name_only(source.get("model", config.harvest.model)),
         "site": source.get("site", config.harvest.site[0]),
-        "run": str(folder.path),
         "width": index.partition.width,
         "rows": f"{len(index):,}",
         "sample": f"{min(SAMPLE, len(index) // 2):,}",
         "shown": shown,
     }
+
+
+def _name_only(place: str) -> str:
+    """The last part of a path, as pages are sent to people whom the rest does not concern."""
+    return Path(place).name if Path(place).is_absolute() else place
 
 
 def _saved_purity(folder: RunFolder, index: PreimageIndex) -> list[dict[str, Any]] | None:

@@ -54,13 +54,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         tensors = load(content)
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])["__metadata__"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
     if header.get("format") != str(_FORMAT):
         raise InputError(f"the checkpoint {path} has format {header.get('format')}, not {_FORMAT}: {remedy}")
     try:
         record = json.loads(header["record"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"the checkpoint {path} is damaged ({error}): {remedy}") from None
     if header.get("sha256") != _digest(tensors, record):
         raise InputError(f"the checkpoint {path} is damaged (its checksum does not match): {remedy}")

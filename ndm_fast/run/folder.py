@@ -3,19 +3,55 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ndm_fast.config import CHANGES_NO_RESULT, RunConfig, from_flat
+from ndm_fast.config import RunConfig, from_flat
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable, write_json
-from ndm_fast.locks import LOCK_FILE, Lock
+from ndm_fast.files import digest, parse_json, read_json, sweep, unwritable, write_json
+from ndm_fast.locks import Lock, is_trace
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.provenance import provenance
 from ndm_fast.run.checkpoint import Checkpoint, load_checkpoint
 
-_UNFINISHED = ".*.tmp"
-"""Files that ``files.write_atomic`` had not renamed yet."""
+_ANEW = "put back a copy, or start the run anew in another folder"
+
+_RESULT = {
+    "steps": int,
+    "heldout_loss": float,
+    "widths": [int],
+    "variance_share": [object],  # NaN where nothing varies
+    "heldout_distance": [float],
+    "log_events": int,
+}
+
+_EVENTS: dict[str, dict[str, object]] = {
+    "train": {"step": int, "loss": object},
+    "evaluate": {"step": int, "heldout_loss": object, "widths": [int]},
+    "merge": {"step": int, "mutual_information": [[object]], "pairs": [[int]], "widths_before": [int]},
+    "escape": {"step": int, "kept": bool},
+}
+"""What readers of the log rely on."""
+
+
+def log_line(record: Mapping[str, Any]) -> bytes:
+    """A line of the log, with a checksum of all but its time."""
+    timeless = {name: value for name, value in record.items() if name != "time"}
+    return json.dumps({**record, "sum": _line_sum(timeless)}).encode() + b"\n"
+
+
+def _line_sum(record: Mapping[str, Any]) -> str:
+    return digest(json.dumps(record).encode())[:16]
+
+
+def _parse_line(line: bytes) -> dict[str, Any]:
+    record = parse_json(line, {"event": str}, seal=False)
+    timeless = {name: value for name, value in record.items() if name not in ("time", "sum")}
+    if record.pop("sum", None) != _line_sum(timeless):
+        raise ValueError("its checksum does not match")
+    parse_json(line, _EVENTS.get(record["event"], {}), seal=False)
+    return record
 
 
 class RunFolder:
@@ -50,7 +86,7 @@ class RunFolder:
         """
         if self.result_file.exists():
             self._refuse_other(config, resume)
-            self._sweep()
+            sweep(self.path)
             return
         if not self.config_file.exists() and self.path.exists() and not self._is_free():
             raise InputError(f"{self.path} exists and is no run of ndm-fast: choose another --out")
@@ -75,18 +111,17 @@ class RunFolder:
         begun = self.config_file.exists()
         if begun:
             self._refuse_other(config, resume)
-        self._sweep()
+        try:
+            sweep(self.path)
+        except OSError as error:
+            raise unwritable(self.path, error) from None
         if not begun:
-            write_json(self.config_file, {"settings": config.flat(), "made_with": provenance()})
-
-    def _sweep(self) -> None:
-        """Remove what is left of a write that was killed."""
-        for leftover in self.path.glob(_UNFINISHED):
-            leftover.unlink(missing_ok=True)
+            about = {"settings": config.flat(), "made_with": provenance()}
+            write_json(self.config_file, about, seal=True)
 
     def config(self) -> RunConfig:
         """The settings of the run in this folder."""
-        return from_flat(self._settings())
+        return from_flat(self._read(self.config_file, {"settings": {str: object}})["settings"])
 
     def partition(self) -> SubspacePartition:
         """The result of the run in this folder."""
@@ -100,13 +135,27 @@ class RunFolder:
     def result(self) -> dict[str, Any]:
         """``result.json`` of a finished run."""
         self.partition()
-        return self._read(self.result_file)
+        return self._read(self.result_file, _RESULT)
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """Lines of the log, all or those of one kind."""
+        """Lines of the log, all or those of one kind.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
         if not self.log_file.exists():
             raise InputError(f"{self.log_file} is missing: {self.path} is no run, or has not started")
-        records = [json.loads(line) for line in self.log_file.read_text().splitlines() if line.endswith("}")]
+        records = []
+        *lines, _ = self.log_file.read_bytes().split(b"\n")  # one that is being written, or was cut by a kill
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(_parse_line(line))
+            except ValueError as error:
+                raise InputError(f"{self.log_file} is damaged at line {number} ({error}): {_ANEW}") from None
+        if self.result_file.exists():
+            written = self._read(self.result_file, _RESULT)["log_events"]
+            if written != len(records):
+                raise InputError(f"{self.log_file} is damaged ({len(records)} of {written} events): {_ANEW}")
         return [record for record in records if kind is None or record["event"] == kind]
 
     def checkpoint(self) -> Checkpoint | None:
@@ -125,20 +174,11 @@ class RunFolder:
             partition.save_pretrained(self.partition_folder)
         except OSError as error:
             raise unwritable(self.partition_folder, error) from None
-        write_json(self.result_file, figures)
+        write_json(self.result_file, {**figures, "log_events": len(self.events())}, seal=True)
 
     def _is_free(self) -> bool:
         """Whether the folder holds nothing but what a process leaves that was killed at once."""
-        leftovers = {self.path / LOCK_FILE, *self.path.glob(_UNFINISHED)}
-        return self.path.is_dir() and leftovers.issuperset(self.path.iterdir())
-
-    def _settings(self) -> dict[str, Any]:
-        settings = self._read(self.config_file).get("settings")
-        if not isinstance(settings, dict):
-            raise InputError(
-                f"{self.config_file} is damaged (no settings): start the run anew in another folder"
-            )
-        return settings
+        return self.path.is_dir() and all(map(is_trace, self.path.iterdir()))
 
     def _refuse_other(self, config: RunConfig, resume: bool) -> None:
         """Refuse a run that is not to be resumed, or that has other settings."""
@@ -146,22 +186,17 @@ class RunFolder:
             raise InputError(
                 f"{self.path} holds a run already: pass --resume to go on with it, or another --out"
             )
-        saved, asked = self._settings(), config.flat()
-        differing = [n for n in asked if asked[n] != saved.get(n) and n not in CHANGES_NO_RESULT]
+        saved, asked = self.config().flat(), config.flat()
+        differing = [name for name in asked if asked[name] != saved[name]]
         if differing:
             name = differing[0]
             raise InputError(
-                f"{self.path} holds a run with other settings ({name} is {saved.get(name)!r}, asked for "
+                f"{self.path} holds a run with other settings ({name} is {saved[name]!r}, asked for "
                 f"{asked[name]!r}): choose another --out, or leave the settings away to go on with it"
             )
 
-    def _read(self, file: Path) -> dict[str, Any]:
+    def _read(self, file: Path, shape: Any) -> dict[str, Any]:
         try:
-            content = json.loads(file.read_text())
-        except FileNotFoundError:
+            return read_json(file, shape, remedy=_ANEW)
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(f"{file} is missing: {self.path} is no run of ndm-fast") from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} is damaged ({error}): start the run anew in another folder") from None
-        if not isinstance(content, dict):
-            raise InputError(f"{file} is damaged (no object): start the run anew in another folder")
-        return content

@@ -145,7 +145,7 @@ def _harvest(
 ) -> Part:
     flops = 2.0 * shape.run_parameters * rows
     peak = machine.single if config.harvest.dtype == "float32" else machine.half
-    text = 0.0 if config.harvest.tokenize_workers else rows * _TOKEN_SECONDS
+    text = rows * _TOKEN_SECONDS
     if config.harvest.data == DOCSTRINGS:
         text += _DOCSTRINGS_SECONDS
     return Part("harvest", flops, text + flops / (peak * efficiency.forward))

@@ -8,19 +8,21 @@ under ``R.parametrizations.weight.0.base`` and is used as ``h @ R``; the JSON fi
 from __future__ import annotations
 
 import io
-import json
-import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable, write_atomic, write_json
+from ndm_fast.files import read_json, unwritable, write_atomic, write_json
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.train.rotation.exp import ExpRotation
 
 _MATRIX = "R.parametrizations.weight.0.base"
+
+_SMALL = 1 << 20
+"""Bytes that any file may unpack to."""
 
 
 def import_published(path: str | Path) -> SubspacePartition:
@@ -35,17 +37,11 @@ def import_published(path: str | Path) -> SubspacePartition:
     model, site = _parts(path)
     rotation = _matrix(path)
     config_file = _config_file(path)
+    remedy = f'get the file {{"partition": [widths]}} that came with {path.name}'
     try:
-        widths = json.loads(config_file.read_text())["partition"]
-        widths = [int(width) for width in widths]
-    except OSError as error:
-        raise InputError(
-            f"cannot read {config_file} ({error.strerror}): the widths of {path.name} are kept there"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f'{config_file} holds no {{"partition": [widths]}}: get the file that came with {path.name}'
-        ) from None
+        widths = read_json(config_file, {"partition": [int]}, remedy=remedy, seal=False)["partition"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{config_file} is missing: {remedy}") from None
     return SubspacePartition(rotation, widths, {"model": model, "site": site, "imported_from": path.name})
 
 
@@ -84,12 +80,15 @@ def _config_file(path: Path) -> Path:
 
 
 def _matrix(path: Path) -> Tensor:
+    _check_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}): check the path") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{path} is no plain torch dictionary of tensors ({reason}): download it again"
         ) from None
@@ -98,4 +97,37 @@ def _matrix(path: Path) -> Tensor:
         raise InputError(
             f"{path} holds no tensor {_MATRIX!r}: give a file R-<model>-<site>.pt of the authors"
         )
+    if odd := _oddity(matrix):
+        raise InputError(f"the matrix in {path} is {odd}: save it again as a dense one of real numbers")
     return matrix
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a small file that unpacks to a large one; torch itself packs nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return  # torch says more about it
+    if unpacked > 2 * path.stat().st_size + _SMALL:
+        raise InputError(
+            f"{path} is {path.stat().st_size:,} bytes and unpacks to {unpacked:,}, which no file of torch "
+            "does: download it again"
+        )
+
+
+def _oddity(matrix: Tensor) -> str | None:
+    """What keeps a tensor from being a matrix to compute with."""
+    if matrix.is_meta:
+        return "without values (on the meta device)"
+    if matrix.layout != torch.strided:
+        return "sparse"
+    if matrix.is_quantized:
+        return "quantised"
+    if matrix.is_complex() or not matrix.is_floating_point():
+        return f"of {matrix.dtype}"
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        return f"of shape {list(matrix.shape)}"
+    if matrix.numel() * matrix.element_size() > matrix.untyped_storage().nbytes():
+        return f"of shape {list(matrix.shape)} but has {matrix.untyped_storage().nbytes()} bytes"
+    return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -10,7 +9,7 @@ from typing import Any
 
 from ndm_fast.files import unwritable
 from ndm_fast.run.checkpoint import Checkpoint, save_checkpoint
-from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.folder import RunFolder, log_line
 from ndm_fast.run.progress import Progress
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -43,7 +42,7 @@ class Recorder(Stoppable):
 
     def event(self, record: dict[str, Any]) -> None:
         try:
-            self._log.write(json.dumps({**record, "time": round(time.time(), 3)}).encode() + b"\n")
+            self._log.write(log_line({**record, "time": round(time.time(), 3)}))
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
 

@@ -115,4 +115,5 @@ def _figures(trainer: Trainer, partition: SubspacePartition, stream: SiteStream)
         "heldout_distance": trainer.heldout_distance().tolist(),
         "orthogonality_error": partition.orthogonality_error(),
         "outliers_dropped": stream.outliers_dropped,
+        "text_skipped": stream.text_skipped,
     }

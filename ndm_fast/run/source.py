@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,23 @@ from tqdm import tqdm
 from ndm_fast.activations.cache import ActivationCache, CachedActivations, held_rows
 from ndm_fast.activations.cache_folder import cache_bytes, free_bytes
 from ndm_fast.activations.cache_writer import SHARD_MIB, harvest_cache
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.documents import Documents, harvest_documents
 from ndm_fast.activations.models import load_model, prepare_model
 from ndm_fast.activations.stream import ActivationStream, Harvester
-from ndm_fast.config import CHANGES_NO_RESULT, HarvestConfig, RunConfig, TrainConfig
+from ndm_fast.config import HarvestConfig, RunConfig, TrainConfig
 from ndm_fast.errors import InputError
 
-_FREE = ("site", "repeat_data", *CHANGES_NO_RESULT)
+_FREE = ("site", "repeat_data")
 """Settings of the harvest that a run from a cache may choose for itself."""
 
 
-def documents(config: RunConfig) -> Callable[[], Iterator[str]]:
-    """Opens the text of a run, always in the same order."""
-    harvest = config.harvest
-    return open_documents(harvest.data, harvest.text_field, config.documents_seed)
+def documents(config: RunConfig) -> Documents:
+    """The text of a run, always in the same order.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    return harvest_documents(config.harvest, config.documents_seed)
 
 
 def harvest_run(
@@ -52,9 +54,9 @@ def harvest_run(
     if not config.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     config = dataclasses.replace(config, text_seed=config.text_seed or 0)
+    text = documents(RunConfig(harvest=config))
     model, tokenizer = load_model(config.model, config.dtype, device, **config.hub_options)
     prepare_model(model, config)
-    text = documents(RunConfig(harvest=config))
     return harvest_cache(
         Harvester(model, tokenizer, config.site, text, config),
         config,
@@ -156,9 +158,9 @@ def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:
     Raises:
         InputError: the model cannot be loaded, or there is no text.
     """
-    harvest = config.harvest
+    harvest, text = config.harvest, documents(config)
     model, tokenizer = load_model(harvest.model, harvest.dtype, device, **harvest.hub_options)
-    return ActivationStream(model, tokenizer, harvest.site[0], documents(config), harvest)
+    return ActivationStream(model, tokenizer, harvest.site[0], text, harvest)
 
 
 def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
@@ -176,7 +178,7 @@ def run_cache(config: RunConfig, rows: int) -> ActivationCache | None:
     if not Path(folder).exists():
         tqdm.write(f"ndm-fast: {folder} is gone: the model is run instead", file=sys.stderr)
         return None
-    cache = ActivationCache(folder)
+    cache = ActivationCache(folder, partial=config.run.partial)
     for field in dataclasses.fields(HarvestConfig):
         had, harvested = getattr(config.harvest, field.name), getattr(cache.config, field.name)
         if field.name not in _FREE and had != harvested:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +35,7 @@ def _cached_text(cache: ActivationCache, config: RunConfig) -> Iterator[Harveste
     harvest, stream = config.harvest, cache.stream(config.harvest.site[0])
     tokenizer = load_tokenizer(harvest.model, **harvest.hub_options)
     length = row_length(harvest, load_config(harvest.model, **harvest.hub_options))
-    as_harvested = dataclasses.replace(cache.config, tokenize_workers=harvest.tokenize_workers)
-    text = packed_text(documents(config), tokenizer, length, as_harvested)
+    text = packed_text(documents(config), tokenizer, length, cache.config)
     for rows in stream.token_rows():
         packed = next(text, None)
         kept = None if packed is None else kept_tokens(packed, rows)

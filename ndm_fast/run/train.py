@@ -51,16 +51,15 @@ def train_run(
     """
     launch = launched()
     if config.run.acts:
-        cache = ActivationCache(config.run.acts)
+        cache = ActivationCache(config.run.acts, partial=config.run.partial)
         config = with_cache(config, cache)
         cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
         return _train_streams(config, cached, out, launch, resume, device, show_progress)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
-    harvest = config.harvest
+    harvest, text = config.harvest, documents(config)
     model, tokenizer = load_model(harvest.model, harvest.dtype, device, **harvest.hub_options)
     prepare_model(model, harvest)
-    text = documents(config)
     streams: list[SiteStream] = [
         ActivationStream(model, tokenizer, site, text, harvest) for site in harvest.site
     ]

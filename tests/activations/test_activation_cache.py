@@ -20,13 +20,13 @@ import pytest
 import torch
 
 from ndm_fast.activations import cache_folder, cache_writer
-from ndm_fast.activations.cache import ActivationCache, read_manifest
+from ndm_fast.activations.cache import ActivationCache, held_rows, read_manifest
 from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.rows import TensorStream
 from ndm_fast.activations.stream import ActivationStream, Harvester
 from ndm_fast.config import HarvestConfig, TrainConfig
 from ndm_fast.errors import InputError
-from ndm_fast.files import write_atomic
+from ndm_fast.files import sealed, write_atomic, write_json
 from ndm_fast.run.source import rows_drawn
 from ndm_fast.train.trainer import Trainer
 
@@ -285,7 +285,7 @@ def test_damaged_shards_are_named_and_mended(
         ('{"format": 1', "manifest.json is damaged .*delete .* and harvest anew"),
         ('{"format": 1, "complete": true, "shards": [{}], "sites": {"a": {}}}', "manifest.json is damaged"),
         ("[]", "manifest.json is damaged"),
-        ('{"format": 9}', "have format 9, not 1: harvest them anew"),
+        (json.dumps(sealed({"format": 9})), "have format 9, not 1: harvest them anew"),
     ],
 )
 def test_damaged_manifests_are_refused(ndm, train_flags, tmp_path, whole, files, content, says):
@@ -326,7 +326,7 @@ def test_a_text_that_has_changed_is_noticed(ndm, tmp_path, harvest_flags, corpus
     ("changes", "resume", "says"),
     [
         ({}, False, "holds activations already: pass --resume"),
-        ({"rows": 2999}, True, "rows is 3000, asked for 2999"),
+        ({"rows": 3001}, True, "holds a harvest of 3000 rows, asked for 3001"),
         ({"site": ["m1"]}, True, "holds another harvest .site is"),
         ({"context_length": 16}, True, "context_length is 32, asked for 16"),
         ({"store_dtype": "float16"}, True, "dtype is 'float32', asked for 'float16'"),
@@ -364,7 +364,7 @@ def test_unfinished_harvests_are_not_trained_on(ndm, train_flags, tmp_path, whol
     out = shutil.copytree(whole, tmp_path / "acts")
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["shards"].pop()
-    (out / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    write_json(out / "manifest.json", {**manifest, "complete": False}, seal=True)
     said = ndm(*train_flags(tmp_path / "run", acts=out, model=None, data=None)).refusal()
     assert re.search(r"is not finished \(\d+ of 3000 rows\): `ndm-fast harvest --out .* --resume`", said)
 
@@ -541,3 +541,60 @@ def test_training_draws_no_more_rows_than_are_harvested(seed):
     trainer.run()
     assert trainer.step == config.max_steps
     assert max(drawn) > 0.4 * len(batches)
+
+
+# A harvest that ends earlier than was planned
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> Path:
+    """A copy without its last two shards, as Ctrl-C leaves it."""
+    out = Path(shutil.copytree(whole, tmp_path / "stopped"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    for shard in manifest["shards"][-2:]:
+        for name in shard:
+            (out / name).unlink()
+    manifest["shards"] = manifest["shards"][:-2]
+    write_json(out / "manifest.json", {**manifest, "complete": False}, seal=True)
+    return out
+
+
+def test_a_stopped_harvest_ends_at_fewer_rows(ndm, train_flags, tmp_path, stopped, passes):
+    held = rows_of(stopped)
+    assert held < 3000
+    said = ndm("harvest", "--quiet", "--out", stopped, "--resume", "--rows", 3001).refusal()
+    assert "holds a harvest of 3000 rows, asked for 3001: ask for as many or fewer" in said
+    passes.clear()
+    outcome = ndm("harvest", "--quiet", "--out", stopped, "--resume", "--rows", held)
+    assert outcome.code == 0
+    assert not passes, "what is there is enough"
+    assert f"{held:,} activations each" in outcome.out
+    assert (
+        ndm(
+            *train_flags(tmp_path / "run", acts=stopped, model=None, data=None, site="x1.post", max_steps=8)
+        ).code
+        == 0
+    )
+
+
+def test_a_stopped_harvest_goes_on_to_fewer_rows(ndm, stopped, whole):
+    held = rows_of(stopped)
+    assert ndm("harvest", "--quiet", "--out", stopped, "--resume", "--rows", held + 1).code == 0
+    cache = ActivationCache(stopped)
+    assert cache.manifest["rows"] == held + 1
+    for site in cache.sites:
+        ours, theirs = cache.stream(site).batches(), ActivationCache(whole).stream(site).batches()
+        assert sum(torch.equal(a, b) for a, b in zip(ours, theirs, strict=False)) == 17
+
+
+def test_a_stopped_harvest_is_trained_on_as_it_is_when_asked(ndm, train_flags, tmp_path, stopped):
+    flags = train_flags(tmp_path / "run", acts=stopped, model=None, data=None, site="x1.post", max_steps=8)
+    said = ndm(*flags).refusal()
+    assert f"is not finished ({rows_of(stopped)} of 3000 rows)" in said
+    assert "--partial trains on the rows there are" in said
+    assert ndm(*flags, "--partial").code == 0
+    assert ndm("evaluate", "purity", tmp_path / "run").code == 0
+
+
+def rows_of(folder: Path) -> int:
+    return held_rows(read_manifest(folder))

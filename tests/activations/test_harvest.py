@@ -128,8 +128,8 @@ def test_text_without_a_row_is_not_repeated_for_ever(loaded, tmp_path, text):
         next(stream.batches())
 
 
-def test_empty_documents_give_empty_batches(loaded, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 200)
+def test_documents_of_special_tokens_give_empty_batches(loaded, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "<|endoftext|>"}\n' * 100)
     config = HarvestConfig(context_length=LENGTH, rows_per_batch=ROWS, max_norm_ratio=2.0)
     stream = ActivationStream(*loaded, "x0.post", open_documents(str(tmp_path)), config)
     assert [len(batch) for batch in stream.batches()] == [0, 0, 0]

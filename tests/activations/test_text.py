@@ -222,7 +222,7 @@ def test_unreadable_files_are_refused(tmp_path, name, content, says):
         ("", "pass --data"),
         ("{}/none.txt", "check the path"),
         ("{}/*.txt", "check the path"),
-        ("{}", "matches no .txt"),
+        ("{}", "matches no file that is read"),
         ("{}/e.csv", "convert it or rename it"),
         ("no/such-dataset", "no/such-dataset"),
     ],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from ndm_fast.activations import stream
+from ndm_fast.cli import main
 from ndm_fast.config import GROUPS, RunConfig
 from ndm_fast.fields import meanings
 from ndm_fast.version import __version__
@@ -40,7 +43,10 @@ OTHER: dict[str, Any] = {
     "autocast": "bfloat16",
     "compile_model": True,
     "cuda_graph": True,
-    "tokenize_workers": 2,
+    "encoding": "cp1252",
+    "bad_text": "skip",
+    "split_documents": "lines",
+    "chat_template": True,
     "bos": True,
     "repeat_data": True,
     "max_norm_ratio": 7.5,
@@ -72,6 +78,7 @@ OTHER: dict[str, Any] = {
     "checkpoint_every": 6,
     "seed": 13,
     "acts": "a",
+    "partial": True,
     "merge_threshold": -0.5,
     "merge_start": 14,
     "merge_interval": 15,
@@ -185,7 +192,7 @@ def test_bad_settings_files_are_refused(ndm, tmp_path, text, says):
         (["train", "--out", "x", "--metric", "taxi"], "take one of euclidean, cosine"),
         (["train", "--out", "x", "--keys", "-3"], "keys is -3: give a finite number above 0"),
         (["train", "--out", "x"], "pass --site"),
-        (["train", "--out", "x", "--site", "x0.post"], "pass --model"),
+        (["train", "--out", "x", "--site", "x0.post", "--data", "docstrings"], "pass --model"),
         (["evaluate", "purity", "nowhere"], "is no run of ndm-fast"),
         (["evaluate", "purity", "nowhere", "--baseline", "best"], "identity, random, pca"),
         (["toy", "--groups", "a,b"], "is no list of sizes"),
@@ -222,12 +229,16 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("escapes", {"escape_tries": 3, "escape_steps": 60}, "lower escape_tries or raise merge_start"),
     ("no path", {"data": "nowhere/a.txt"}, "check the path"),
     ("no dataset", {"data": "someone/no-data"}, "someone/no-data"),
-    ("empty folder", {"data": lambda f: f}, "matches no .txt"),
-    ("empty file", {"data": text("")}, "ended after 0 activations.*--repeat-data"),
-    ("empty file repeated", {"data": text(""), "repeat_data": True}, "does not fill one row of 32 tokens"),
+    ("empty folder", {"data": lambda f: f}, "matches no file that is read"),
+    ("no row of text", {"data": text("cat")}, "ended after 0 activations.*--repeat-data"),
+    (
+        "no row of text repeated",
+        {"data": text("cat"), "repeat_data": True},
+        "does not fill one row of 32 tokens",
+    ),
     ("short text", {"data": text("the cat sees " * 200)}, "give more text.*--repeat-data"),
     ("other file", {"data": text("a,b", "a.csv")}, "convert it or rename it"),
-    ("bad UTF-8", {"data": text(b"caf\xe9" * 99)}, "text must be UTF-8"),
+    ("bad UTF-8", {"data": text(b"caf\xe9" * 99)}, "is not UTF-8"),
     ("bad line", {"data": text('{"text": "a"}\n{oops\n', "a.jsonl")}, "a.jsonl:2 is not JSON"),
     ("no field", {"data": text('{"body": "a"}\n', "a.jsonl")}, "set --text-field to one of .'body'"),
     ("bad parquet", {"data": damaged_parquet}, "whole parquet file"),
@@ -321,3 +332,75 @@ def test_the_module_is_the_command():
     )
     assert found.returncode == 2
     assert re.fullmatch(r"ndm-fast: argument --lr: invalid float value: 'x'.*\n", found.stderr)
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*given: object, **options: object) -> None:
+        raise error
+
+    return fail
+
+
+OF_THE_MACHINE = [
+    (PermissionError(13, "Permission denied", "/runs/a"), "cannot use /runs/a (Permission denied): check"),
+    (OSError(5, "Input/output error"), "cannot use (Input/output error): check"),
+    (MemoryError(), "not enough memory: lower --pool-rows"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "not enough memory"),
+]
+
+
+@pytest.mark.parametrize(("error", "says"), OF_THE_MACHINE, ids=range(len(OF_THE_MACHINE)))
+def test_errors_of_disk_and_memory_are_one_line(ndm, train_flags, tmp_path, monkeypatch, error, says):
+    monkeypatch.setattr("ndm_fast.run.train.train_run", failing(error))
+    assert says in ndm(*train_flags(tmp_path / "run")).refusal()
+
+
+def test_errors_of_our_own_keep_their_traceback(train_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("ndm_fast.run.train.train_run", failing(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(train_flags(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("x" * 300, "longer than 255 bytes"),
+        (os.fsdecode(b"caf\xe9"), "is no UTF-8"),
+        ("a/b", "Not a directory"),
+    ],
+)
+def test_places_are_looked_at_before_the_work(ndm, train_flags, harvest_flags, tmp_path, name, says):
+    (tmp_path / "a").write_text("")
+    for make in (train_flags, harvest_flags):
+        assert says in ndm(*make(tmp_path / name, model="no/such-model")).refusal()
+
+
+@pytest.mark.parametrize("command", [["report"], ["index"], ["evaluate", "purity"]])
+def test_a_read_only_run_is_refused_by_what_writes_into_it(ndm, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root may write anywhere
+    assert "which is read-only" in ndm(*command, tmp_path).refusal()
+
+
+INTERRUPT = """
+import os, signal, sys
+import ndm_fast.__main__ as entry
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:  # as a library that is being loaded may
+                pass
+sys.meta_path.insert(0, Finder())
+sys.argv = ["ndm-fast", "doctor"]
+sys.exit(entry.command())
+""".replace("sys.argv[1]", "NAME")
+
+
+@pytest.mark.parametrize("module", ["argparse", "ndm_fast.cli.main", "torch", "torch.nn"])
+def test_ctrl_c_while_libraries_are_loaded_is_one_line(module):
+    script = INTERRUPT.replace("NAME", repr(module))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "ndm-fast: interrupted; what was saved before is whole\n"

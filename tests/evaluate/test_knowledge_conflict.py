@@ -167,6 +167,6 @@ def test_the_command(model, loaded, tmp_path, ndm):
     assert outcome.code == 0, outcome.err
     assert "corrupt context param rate" in outcome.out
     saved = json.loads((tmp_path / "out" / "conflict.json").read_text())
-    assert list(saved) == ["ndm", "identity", "random"]
+    assert list(saved) == ["ndm", "identity", "random", "sha256"]
     assert saved["ndm"] == saved["identity"]
     assert "needs a text" in ndm(*command, "--attribute", "Colour").refusal()

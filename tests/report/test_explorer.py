@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -187,3 +188,112 @@ def test_command_line_refusals(run: Path, tmp_path: Path, ndm: Callable[..., Any
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "cannot listen" in ndm("explore", run, "--port", taken.getsockname()[1]).refusal()
+
+
+class Insides:
+    """Stands for an explorer."""
+
+    def about(self) -> dict[str, Any]:
+        return {"names": ["a\u202eb\x00", "\u2028\n"], "sites": {"one": ("\u2066",)}}
+
+    def random(self, site: str) -> int:
+        return 1
+
+    def query(self, asked: Any) -> dict[str, Any]:
+        return {"text": asked.get("text")}
+
+
+@pytest.fixture
+def bare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """Address of a server as ``explore`` starts it, around no run; it waits half a second for a request."""
+    from ndm_fast.report import web_server
+    from ndm_fast.report.server import application
+
+    monkeypatch.setattr(web_server, "REQUEST_SECONDS", 0.5)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = listening.getsockname()
+        server = web_server.make_server(
+            application(Insides()),
+            "here it is",
+            limit_concurrency=8,
+            timeout_graceful_shutdown=1,
+            log_config=None,
+        )
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
+        assert "here it is" not in capsys.readouterr().out
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        said = ""
+        while "here it is" not in said:
+            said += capsys.readouterr().out
+            assert thread.is_alive()
+        yield address
+        server.should_exit = True
+        thread.join(10)
+
+
+def ask(address: tuple[str, int], request: bytes) -> bytes:
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(request)
+        return connection.recv(100)
+
+
+def test_connections_are_accepted_when_the_address_is_said(bare: tuple[str, int]) -> None:
+    assert ask(bare, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+HOST = b"\r\nHost: 127.0.0.1\r\n"
+MALFORMED = [
+    b"\xff\xfe\r\n\r\n",
+    b"GET /\xff HTTP/1.1" + HOST + b"\r\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: [::1\r\n\r\n",
+    b"POST /api/about HTTP/1.1" + HOST + b"Content-Length: -3\r\n\r\n",
+    b"POST /api/about HTTP/1.1" + HOST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    b"GET / HTTP/1.1" + HOST + b"A: " + b"a" * 200_000 + b"\r\n\r\n",
+]
+
+
+def test_malformed_requests_print_no_traceback(
+    bare: tuple[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    for request in MALFORMED:
+        assert ask(bare, request).startswith(b"HTTP/1.1 4"), request
+    assert ask(bare, b"GET /api/query?text=%ff%00 HTTP/1.1" + HOST + b"\r\n").startswith(b"HTTP/1.1 200")
+    deadline = time.monotonic() + 10
+    while "LocalProtocolError" not in caplog.text:  # of an answer to a request that broke off
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "Traceback" not in caplog.text
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", b"GET / HTTP/1.1" + HOST])
+def test_half_open_requests_do_not_keep_others_out(bare: tuple[str, int], sent: bytes) -> None:
+    held = [socket.create_connection(bare, timeout=5) for _ in range(8)]
+    for connection in held:
+        connection.sendall(sent)
+    deadline = time.monotonic() + 10
+    while not ask(bare, b"GET / HTTP/1.1" + HOST + b"\r\n").startswith(b"HTTP/1.1 200"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    for connection in held:
+        connection.close()
+
+
+def test_a_second_request_may_be_half_open_no_longer_than_the_first(bare: tuple[str, int]) -> None:
+    with socket.create_connection(bare, timeout=5) as connection:
+        connection.sendall(b"GET /api/about HTTP/1.1" + HOST + b"\r\n")
+        assert connection.recv(10_000).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET / HT")
+        with suppress(ConnectionResetError):
+            while connection.recv(10_000):  # the rest of the answer, then the end
+                pass
+
+
+def test_what_would_not_be_seen_is_written_out(bare: tuple[str, int]) -> None:
+    about = json.loads(get(f"http://{bare[0]}:{bare[1]}/api/about")[1])
+    assert about["names"] == ["a⟨U+202E⟩b⟨U+0000⟩", "⟨U+2028⟩\n"]
+    assert about["sites"] == {"one": ["⟨U+2066⟩"]}

@@ -1,6 +1,5 @@
 """Figures of a run and of the toy model, from made-up logs."""
 
-import json
 import sys
 
 import numpy as np
@@ -12,10 +11,11 @@ from ndm_fast.drawing import style, thinned
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.purity import SHARES
 from ndm_fast.evaluate.truth.toy_figure import draw_toy, toy_figure
+from ndm_fast.files import write_json
 from ndm_fast.partition import SubspacePartition, merged_order
 from ndm_fast.report.figures import draw_run, loss_figure, purity_figure
 from ndm_fast.report.merge_figures import information_figure, merge_tree, tree_figure
-from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.folder import RunFolder, log_line
 from ndm_fast.train.merge.pairs import choose_pairs, merge_scores
 
 pytest.importorskip("matplotlib")
@@ -66,9 +66,9 @@ def merges():
 def folder(tmp_path, merges):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.log_file.write_text("".join(json.dumps(event) + "\n" for event in _events(merges)))
-    folder.config_file.write_text(json.dumps({"settings": from_flat({"merge_threshold": 0.06}).flat()}))
-    folder.purity_file.write_text(json.dumps({kind: _purity([24, 8]) for kind in ("ndm", "random")}))
+    folder.log_file.write_bytes(b"".join(map(log_line, _events(merges))))
+    write_json(folder.config_file, {"settings": from_flat({"merge_threshold": 0.06}).flat()}, seal=True)
+    write_json(folder.purity_file, {kind: _purity([24, 8]) for kind in ("ndm", "random")}, seal=True)
     return folder
 
 
@@ -117,7 +117,7 @@ def test_vector_figures_come_beside(folder):
 def test_only_what_the_files_allow(folder):
     folder.purity_file.unlink()
     folder.config_file.unlink()
-    folder.log_file.write_text("".join(json.dumps(event) + "\n" for event in _events([])))
+    folder.log_file.write_bytes(b"".join(map(log_line, _events([]))))
     assert [path.name for path in draw_run(folder)] == ["loss.png"]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartition, open_documents
+from ndm_fast.files import write_json
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.report.index.faiss_export import export_faiss
 from ndm_fast.report.index.format import PreimageIndex
@@ -264,7 +265,7 @@ def test_manifest_of_another_format_is_refused(built: Path, tmp_path: Path) -> N
     folder = tmp_path / "preimages"
     shutil.copytree(built, folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    write_json(folder / "manifest.json", {**manifest, "format": 99}, seal=True)
     with pytest.raises(InputError, match="format 99"):
         PreimageIndex(folder)
 

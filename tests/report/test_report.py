@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from ndm_fast.evaluate.purity.purity import SHARES
+from ndm_fast.files import sealed, write_json
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.survey import diverse_points, survey
 
@@ -70,7 +72,7 @@ def circuit_results(subspaces: int) -> dict[str, Any]:
 
 def test_effects_of_circuit_tests_are_on_the_pages(copy: Path, ndm: Callable[..., Any]) -> None:
     widths = json.loads((copy / "result.json").read_text())["widths"]
-    (copy / "circuits.json").write_text(json.dumps(circuit_results(len(widths))))
+    write_json(copy / "circuits.json", circuit_results(len(widths)), seal=True)
     assert ndm("report", copy).code == 0
     overview = (copy / "report" / "index.html").read_text()
     assert '<th scope="col" title="names &lt;END&gt;, x8.post">test 3b</th>' in overview
@@ -81,7 +83,11 @@ def test_effects_of_circuit_tests_are_on_the_pages(copy: Path, ndm: Callable[...
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "is no result of circuit tests"), (json.dumps(circuit_results(99)), "is not of this run's")],
+    [
+        ("{", "circuits.json is damaged"),
+        (json.dumps(circuit_results(99)), "its checksum does not match"),
+        (json.dumps(sealed(circuit_results(99))), "is not of this run's"),
+    ],
 )
 def test_circuit_results_of_another_run_are_refused(
     copy: Path, ndm: Callable[..., Any], content: str, words: str
@@ -165,3 +171,93 @@ def test_fewer_different_points_than_queries() -> None:
     chosen, shares = diverse_points(torch.tensor([[1.0], [1.0], [2.0]]), 5, seed=0)
     assert len(chosen) == 2
     assert float(shares.sum()) == pytest.approx(1)
+
+
+def page_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "report").iterdir()}
+
+
+def test_pages_do_not_depend_on_where_the_run_is(copy: Path, ndm: Callable[..., Any], tmp_path: Path) -> None:
+    assert ndm("report", copy).code == 0
+    elsewhere = Path(shutil.copytree(copy, tmp_path / "far" / "away" / "run"))
+    shutil.rmtree(elsewhere / "report")
+    assert ndm("report", elsewhere).code == 0
+    assert page_files(elsewhere) == page_files(copy)
+    for name, page in page_files(copy).items():
+        assert str(tmp_path).encode() not in page, name
+        assert b"/tmp/" not in page, name
+
+
+def test_a_crafted_index_cannot_put_unseen_characters_into_pages(copy: Path, ndm: Callable[..., Any]) -> None:
+    from ndm_fast.files import digest
+
+    assert ndm("report", copy).code == 0
+    index = copy / "preimages"
+    pieces = json.loads((index / "pieces.json").read_text())
+    crafted = {
+        n: [f"\u202e{text}\x00\u2028", f"\u2066{name}", kind] for n, (text, name, kind) in pieces.items()
+    }
+    (index / "pieces.json").write_text(json.dumps(crafted))
+    manifest = json.loads((index / "manifest.json").read_text())
+    content = (index / "pieces.json").read_bytes()
+    manifest["files"]["pieces.json"] = {"bytes": len(content), "sha256": digest(content)}
+    write_json(index / "manifest.json", manifest, seal=True)
+    assert ndm("report", copy).code == 0
+    for page in page_files(copy).values():
+        text = page.decode()
+        assert not set("\u202e\x00\u2028\u2066") & set(text)
+    assert "⟨U+202E⟩" in (copy / "report" / "subspace-00.html").read_text()
+
+
+def set_nan(path: Path) -> None:
+    content = json.loads(path.read_text())
+    write_json(path, {**content, "heldout_loss": float("nan")}, seal=True)
+
+
+def flip_a_digit(path: Path) -> None:
+    """The first digit of the first number that a reader would see."""
+    content = path.read_bytes()
+    place = content.index(b"0.") + 2
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+
+
+def without_last_line(path: Path) -> None:
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def flip_last_bit(path: Path) -> None:
+    """Of a mantissa: a change of one part in ten million."""
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+
+
+def flip_widths(path: Path) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "widths": content["widths"][::-1], "source": {}}))
+
+
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("result.json", set_nan, "result.json is damaged .*'heldout_loss' is no finite number"),
+    ("result.json", flip_a_digit, "result.json is damaged .*checksum"),
+    ("result.json", lambda p: p.write_bytes(p.read_bytes()[:90]), "result.json is damaged"),
+    ("purity.json", flip_a_digit, "purity.json is damaged .*evaluate purity"),
+    ("purity.json", lambda p: p.write_text("[" * 99_999), "purity.json is damaged .*nested too deep"),
+    ("log.jsonl", flip_a_digit, r"log.jsonl is damaged at line \d+ .*checksum"),
+    ("log.jsonl", lambda p: p.write_bytes(bytes(p.stat().st_size) + b"\n"), "log.jsonl is damaged at line 1"),
+    ("log.jsonl", lambda p: p.write_bytes(b'{"step": 1}\n'), "log.jsonl is damaged at line 1 .*no 'event'"),
+    ("log.jsonl", lambda p: p.write_bytes(b'{"event": \xff}\n'), "log.jsonl is damaged at line 1"),
+    ("log.jsonl", lambda p: p.write_bytes(b"{oops}\n"), "log.jsonl is damaged at line 1"),
+    ("log.jsonl", without_last_line, r"log.jsonl is damaged \(\d+ of \d+ events\)"),
+    ("partition/partition.safetensors", flip_last_bit, "is damaged .*checksum"),
+    ("partition/config.json", flip_widths, "config.json is damaged .*checksum"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "says"), DAMAGE, ids=range(len(DAMAGE)))
+def test_damaged_results_go_into_no_report(
+    copy: Path, ndm: Callable[..., Any], name: str, damage: Callable[[Path], object], says: str
+) -> None:
+    assert name != "purity.json" or ndm("evaluate", "purity", copy).code == 0
+    damage(copy / name)
+    assert re.search(says, ndm("report", copy).refusal())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ndm_fast.evaluate.purity.purity import SHARES
+from ndm_fast.files import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +41,7 @@ def cached(whole: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(whole, tmp_path / "cached"))
     config = json.loads((folder / "run" / "config.json").read_text())
     config["settings"]["acts"] = str(folder / "acts")
-    (folder / "run" / "config.json").write_text(json.dumps(config))
+    write_json(folder / "run" / "config.json", config, seal=True)
     return folder
 
 
@@ -134,7 +135,7 @@ def test_an_index_needs_the_text_of_the_cache(ndm, train_flags, harvest_flags, c
     flags = {"acts": tmp_path / "acts", "model": None, "data": None, "site": "m1", "max_steps": 4}
     assert ndm(*train_flags(tmp_path / "run", **flags)).code == 0
     for file in sorted(data.iterdir())[changed]:
-        file.write_text("")
+        file.write_text("cat")
     said = ndm("index", tmp_path / "run", "--rows", "3000").refusal()
     assert f"the text {data} has changed since {tmp_path / 'acts'} was harvested: bring it back" in said
     assert not (tmp_path / "run" / "preimages").exists()

@@ -1,6 +1,7 @@
 """The authors' file format, both ways, and what of it is refused."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -77,11 +78,62 @@ def test_damaged_or_missing_files(saved):
     torch.save({"R.parametrizations.weight.0.base": ROTATION}, saved)
     config = saved.with_name("R_config-tiny-gpt2-x4.post.json")
     config.write_text("{}")
-    with pytest.raises(InputError, match="holds no"):
+    with pytest.raises(InputError, match=r"it has no 'partition'.*get the file"):
         import_published(saved)
     config.write_text('{"partition": [6, 4]}')
     with pytest.raises(InputError, match="sum to 10"):
         import_published(saved)
     config.unlink()
-    with pytest.raises(InputError, match="the widths of"):
+    with pytest.raises(InputError, match=r"json is missing: get the file"):
         import_published(saved)
+
+
+KEY = "R.parametrizations.weight.0.base"
+ODD = [
+    (lambda: torch.empty(0, 0), r"of shape \[0, 0\]"),
+    (lambda: torch.empty(12), r"of shape \[12\]"),
+    (lambda: ROTATION[:, :6], r"of shape \[12, 6\]"),
+    (ROTATION.to_sparse, "sparse"),
+    (ROTATION.to_sparse_csr, "sparse"),
+    (lambda: ROTATION.to("meta"), "without values"),
+    (lambda: torch.quantize_per_tensor(ROTATION, 0.01, 0, torch.qint8), "quantised"),
+    (lambda: ROTATION.to(torch.complex64), "of torch.complex64"),
+    (lambda: torch.eye(12, dtype=torch.int64), "of torch.int64"),
+    (lambda: torch.ones(1).expand(1 << 20, 1 << 20), r"of shape \[1048576, 1048576\] but has 4 bytes"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("content", "says"), ODD, ids=range(len(ODD)))
+def test_what_is_no_dense_real_matrix_is_refused(saved, content, says):
+    torch.save({KEY: content()}, saved)
+    with pytest.raises(InputError, match=f"the matrix in .* is {says}.*: save it again"):
+        import_published(saved)
+
+
+def test_a_small_file_that_unpacks_to_a_large_one_is_refused(saved, monkeypatch):
+    """Before torch reads it."""
+    torch.save({KEY: torch.zeros(600, 600)}, saved)
+    with zipfile.ZipFile(saved) as plain:
+        parts = {name: plain.read(name) for name in plain.namelist()}
+    with zipfile.ZipFile(saved, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, part in parts.items():
+            packed.writestr(name, part)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(InputError, match="which no file of torch does"):
+        import_published(saved)
+
+
+def test_noise_for_the_widths_or_the_matrix_is_refused(saved):
+    config = saved.with_name("R_config-tiny-gpt2-x4.post.json")
+    for content in (b"\xff\xfe", b"[" * 100_000, b"[]", b'{"partition": [6, "4"]}', b'{"partition": {}}'):
+        config.write_bytes(content)
+        with pytest.raises(InputError, match=r"is damaged .*: get the file") as refusal:
+            import_published(saved)
+        assert "\n" not in str(refusal.value)
+    content = saved.read_bytes()
+    for place in range(0, len(content), 97):
+        saved.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        with pytest.raises(InputError) as refusal:
+            import_published(saved)
+        assert "\n" not in str(refusal.value)

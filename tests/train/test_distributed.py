@@ -468,9 +468,9 @@ def said(error: str) -> list[str]:
 
 
 def test_torchrun_prints_an_error_once(tmp_path):
-    """The real thing; `no model given` comes before the imports that take seconds."""
+    """The real thing; `no text given` comes before the imports that take seconds."""
     error = torchrun(2, ["train", "--site", "x0.mid", "--out", str(tmp_path / "run")]).communicate()[1]
-    assert said(error) == ["ndm-fast: no model given: pass --model with a Hugging Face name or a folder"]
+    assert said(error) == ["ndm-fast: no text given: pass --data with a file, folder, glob or dataset name"]
     assert re.search(r"exitcode *: 2", error)
 
 

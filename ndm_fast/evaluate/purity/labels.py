@@ -84,7 +84,7 @@ def read_labels(path: str | Path, tokenizer: Any) -> Tensor:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         items = {str(token): str(label) for token, label in content.items()}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"cannot read {path} ({error}): give a JSON file {{token: label}}") from None
     numbers = {label: number for number, label in enumerate(sorted(set(items.values())))}
     vocabulary = tokenizer.get_vocab()

@@ -169,5 +169,5 @@ def run_purity(
     for kind in baselines:
         other = baseline_partition(kind, partition.widths, keys.activations).to(device)
         tables[kind] = neighbor_purity(queries, keys, other, **options)
-    write_json(folder.purity_file, tables)
+    write_json(folder.purity_file, tables, seal=True)
     return tables

@@ -8,8 +8,6 @@ plain cache of activations; :meth:`PreimageIndex.batches` gives them back, to bu
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from ndm_fast.activations.rows import TokenRows
 from ndm_fast.errors import InputError
+from ndm_fast.files import digest, read_json
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.report.index.rows import RotatedRows, Shard
 from ndm_fast.report.index.tokens import Piece
@@ -29,6 +28,17 @@ FORMAT = 1
 
 
 MANIFEST, PARTITION, PIECES = "manifest.json", "partition.safetensors", "pieces.json"
+
+
+_BUILD_AGAIN = "build it again with `ndm-fast index RUN`"
+
+_MANIFEST = {
+    "format": int,
+    "widths": [int],
+    "spread": [float],
+    "source": {str: object},
+    "files": {str: {"bytes": int, "sha256": str}},
+}
 
 
 class TextBatch(NamedTuple):
@@ -63,7 +73,7 @@ class PreimageIndex:
         try:
             parts = [_map(self.folder / name) for name in names]
             about = _map(self.folder / PARTITION)
-            pieces = json.loads((self.folder / PIECES).read_text())
+            pieces = read_json(self.folder / PIECES, {str: [object]}, remedy=_BUILD_AGAIN, seal=False)
             self.pieces = {int(number): Piece(*piece) for number, piece in pieces.items()}
             self.partition = SubspacePartition(
                 about["rotation"], self.manifest["widths"], self.manifest["source"]
@@ -75,7 +85,9 @@ class PreimageIndex:
             self.tokens = torch.cat([part["tokens"] for part in parts]).long()
             self.documents = torch.cat([part["documents"] for part in parts]).long()
             self.spread: list[float] = self.manifest["spread"]
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except InputError:
+            raise
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise _damaged(self.folder, str(error)) from None
 
     def __len__(self) -> int:
@@ -141,20 +153,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         state = "was not finished" if unfinished(folder).exists() else "does not exist"
         raise InputError(f"the index {folder} {state}: {build}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_json(folder / MANIFEST, {"format": int}, remedy=f"{build} again")
         if manifest["format"] != FORMAT:
             raise InputError(
                 f"the index {folder} has format {manifest['format']}, not {FORMAT}: {build} again"
             )
-        if not isinstance(manifest["files"], dict):
-            raise TypeError("no list of files")
+        return read_json(folder / MANIFEST, _MANIFEST, remedy=f"{build} again")
     except FileNotFoundError:
         raise InputError(f"{folder} is no index (it has no {MANIFEST}): delete it, then {build}") from None
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / MANIFEST, str(error)) from None
-    return manifest
 
 
 def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -> None:
@@ -164,17 +170,12 @@ def _check_files(folder: Path, files: dict[str, dict[str, Any]], verify: bool) -
             raise _damaged(path, "missing")
         if path.stat().st_size != about["bytes"]:
             raise _damaged(path, f"{path.stat().st_size} bytes instead of {about['bytes']}")
-        if verify:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
-            if digest.hexdigest() != about["sha256"]:
-                raise _damaged(path, "its checksum does not match")
+        if verify and digest(path) != about["sha256"]:
+            raise _damaged(path, "its checksum does not match")
 
 
 def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"the index is damaged at {path} ({why}): build it again with `ndm-fast index RUN`")
+    return InputError(f"the index is damaged at {path} ({why}): {_BUILD_AGAIN}")
 
 
 def _map(path: Path) -> dict[str, Tensor]:

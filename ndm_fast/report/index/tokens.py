@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from markupsafe import Markup
+
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -57,6 +59,17 @@ def token_pieces(tokenizer: Any, ids: Iterable[int]) -> dict[int, Piece]:
 def visible(text: str) -> str:
     """The text with characters that would not be seen, or would move others, written out."""
     return "".join(_shown(character) for character in text)
+
+
+def shown(content: Any) -> Any:
+    """Any content of a page in which no control or direction character is left but line ends and tabs."""
+    if isinstance(content, str):
+        if content.isprintable() or isinstance(content, Markup):
+            return content
+        return "".join(c if c in "\n\t" else _shown(c) for c in content)
+    if isinstance(content, dict):
+        return {name: shown(value) for name, value in content.items()}
+    return [shown(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def _shown(character: str) -> str:

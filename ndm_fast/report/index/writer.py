@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from torch import Tensor
 from ndm_fast.activations.models import load_tokenizer
 from ndm_fast.activations.rows import HarvestedRows
 from ndm_fast.errors import InputError
-from ndm_fast.files import unwritable, write_atomic, write_json
+from ndm_fast.files import digest, unwritable, write_atomic, write_json
 from ndm_fast.locks import LOCK_FILE, locked
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.report.index.format import (
@@ -161,7 +160,7 @@ class _Writer:
             "source": self._partition.source,
             "files": self._files,
         }
-        write_json(self._folder / MANIFEST, manifest)
+        write_json(self._folder / MANIFEST, manifest, seal=True)
 
     def _write_shard(self) -> None:
         batches, self._pending, self._pending_rows = self._pending, [], 0
@@ -202,7 +201,7 @@ class _Writer:
 
     def _write(self, name: str, content: bytes) -> None:
         write_atomic(self._folder / name, content)
-        self._files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        self._files[name] = {"bytes": len(content), "sha256": digest(content)}
 
 
 def _lengths(rows: Tensor, origin: Tensor, widths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
