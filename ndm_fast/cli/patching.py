@@ -8,6 +8,48 @@ from typing import Any
 from ndm_fast.cli.options import add_kind, print_json, save_json
 
 
+def add_trace(kinds: Any) -> None:
+    """Add ``trace``."""
+    about = "patch the whole activation after every block: where does each circuit test's information sit?"
+    trace = add_kind(kinds, "trace", about, _trace)
+    trace.add_argument("--model", default="gpt2", help="Hugging Face name or folder, with its head")
+    trace.add_argument("--tests", nargs="+", default=None, metavar="TEST", help="of 1 2 3 3b 4; default: all")
+    trace.add_argument("--prompts", type=int, default=48, help="prompts of each test")
+    trace.add_argument("--layers", type=int, nargs="+", default=None, help="blocks; default: all")
+    trace.add_argument("--positions", action="store_true", help="also each kind of position by itself")
+    trace.add_argument("--templates", default="all", help="a, b or all: two disjoint sets of templates")
+    trace.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    trace.add_argument("--rows", type=int, default=48, help="prompts in one forward pass")
+    trace.add_argument("--out", default="runs/trace", help="folder for trace.json and trace.png")
+
+
+def _trace(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.circuits.figure import draw_trace
+    from ndm_fast.evaluate.circuits.trace import run_trace, trace_rows
+    from ndm_fast.table import text_table
+
+    found = run_trace(
+        options.model,
+        tests=options.tests,
+        prompts=options.prompts,
+        seed=options.seed,
+        templates=options.templates,
+        layers=options.layers,
+        kinds=options.positions,
+        rows=options.rows,
+        device=options.device,
+    )
+    out = save_json(found.to_json(), options.out, "trace")
+    draw_trace(found, out.with_suffix(".png"))
+    if options.json:
+        print_json(found.to_json())
+        return
+    print(text_table(trace_rows(found)))
+    for test, site in found.sites.items():
+        print(f"train for test {test} at {site}")
+    print(f"{out}, {out.with_suffix('.png')}")
+
+
 def add_circuits(kinds: Any) -> None:
     """Add ``circuits``."""
     about = "effects of patching each subspace on IOI and greater-than prompts"

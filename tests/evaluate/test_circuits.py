@@ -8,7 +8,8 @@ import torch
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.circuits import word_lists
 from ndm_fast.evaluate.circuits.circuits import circuit_rows, mean_ginis, run_circuits
-from ndm_fast.evaluate.circuits.prompts import TESTS, mark, whole_words
+from ndm_fast.evaluate.circuits.prompts import TESTS
+from ndm_fast.evaluate.circuits.words import mark, whole_words
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.run.published import export_published

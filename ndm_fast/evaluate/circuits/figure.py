@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ndm_fast.drawing import BLUE, GREY, VERMILION, new_figure, save_figure, style
+from ndm_fast.evaluate.circuits.trace import OWN, Trace, TraceCurve
 
 METHOD_NAMES = {
     "ndm": "NDM",
@@ -39,6 +40,41 @@ def draw_effects(results: dict[str, Any], path: Path) -> None:
         for axes in grid[-1]:
             axes.set_xlabel("subspace")
         save_figure(figure, path)
+
+
+def draw_trace(trace: Trace, path: Path) -> None:
+    """Effect of the whole activation against the block, a panel per test, its peak marked.
+
+    Args:
+        path: .png or .svg.
+    """
+    own = [curve for curve in trace.curves if curve.positions == OWN]
+    columns = min(3, len(own))
+    with style():
+        figure = new_figure(3.9 * columns, 2.9 * -(-len(own) // columns))
+        panels = figure.subplots(-(-len(own) // columns), columns, squeeze=False).flat
+        for axes, curve in zip(panels, own, strict=False):
+            _curve(axes, trace, curve)
+        for axes in list(figure.axes)[len(own) :]:
+            axes.remove()
+        save_figure(figure, path)
+
+
+def _curve(axes: Any, trace: Trace, curve: TraceCurve) -> None:
+    for other in trace.curves:
+        if other.test == curve.test and other.positions != OWN:
+            axes.plot(trace.layers, other.effect, linewidth=1, label=other.positions)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.errorbar(trace.layers, curve.effect, curve.error, fmt="o-", color=BLUE, markersize=3, linewidth=1.2)
+    peak, effect = trace.layers[curve.peak], curve.effect[curve.peak]
+    axes.plot([peak], [effect], "o", color=VERMILION, markersize=7)
+    axes.set_title(
+        f"test {curve.test}: {curve.what}\nblock {peak}: {effect:.2f}; clean {curve.clean:.2f}", loc="left"
+    )
+    axes.set_xlabel("patched after block")
+    axes.set_ylabel("mean drop")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(ncols=2)
 
 
 def _bars(axes: Any, method: dict[str, Any], kind: str, *, first: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ndm_fast.activations.hooks import Replacement
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
+from ndm_fast.evaluate.patching.prefix import PrefixReader
 from ndm_fast.evaluate.patching.prompts import Positions, Prompts, columns_of
 from ndm_fast.partition import SubspacePartition
 
@@ -121,8 +122,9 @@ def patch_effects(
 ) -> PatchEffects:
     """Patch every subspace of every prompt, and measure.
 
-    The model runs once to the site on prompts and counterfactuals, then only the layers above it, once per
-    prompt and group (see :class:`LayersAbove`).
+    The model runs once to the site on prompts and counterfactuals, then only the layers above it, on the
+    tokens from the first patched one on, once per prompt and group (see :class:`LayersAbove`,
+    :class:`PrefixReader`).
 
     Args:
         model: Hugging Face causal language model; its dtype is kept.
@@ -154,20 +156,31 @@ def patch_effects(
         raise InputError("prompts are read at different numbers of positions: read as many of each")
 
     everything = list(range(len(partition)))
+    prefixes = PrefixReader(model)
     patched: list[Tensor] = []
     for batch in torch.arange(len(prompts.tokens), device=prompts.tokens.device).split(rows):
         here, there = cut.below(prompts.rows(batch)), cut.below(counterfactuals.rows(batch))
-        where = (columns[batch], taken[batch], used[batch])
+        prefix = prefixes.read(prompts.rows(batch), first_column(columns[batch], used[batch], reading[batch]))
+        start = prefix.columns if prefix else 0
+        # Entries that are not used may lie before the start; they are skipped, so any column serves.
+        where = ((columns[batch] - start).clamp_min(0), taken[batch], used[batch])
         values = []
         for some in _chunks([[], everything, *chosen], max(1, rows // len(batch))):
-            activations = torch.cat([patch(here, there, partition, group, *where) for group in some])
+            activations = torch.cat([patch(here[:, start:], there, partition, g, *where) for g in some])
             which = batch.repeat(len(some))
-            logits = cut.above(activations, prompts.rows(which), reading[which])
+            every = torch.arange(len(batch), device=batch.device).repeat(len(some))
+            before = prefix.rows(every) if prefix else None
+            logits = cut.above(activations, prompts.rows(which), reading[which], before)
             values.append(metric(logits, which).unflatten(0, (len(some), len(batch))))
         patched.append(torch.cat(values))
     clean, *after = torch.cat(patched, 1)
     drops = clean - torch.stack(after)
     return PatchEffects(clean, drops[0], drops[1:])
+
+
+def first_column(columns: Tensor, used: Tensor, reading: Tensor) -> int:
+    """The first column patched, of [N, P] with [N, P] ``used``, or read, of [N, R]."""
+    return int(torch.cat([columns[used], reading.flatten()]).min())
 
 
 def _chunks(groups: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
