@@ -61,8 +61,23 @@ def add_circuits(kinds: Any) -> None:
     circuits.add_argument(
         "--tests", nargs="+", default=None, metavar="TEST", help="1 2 3 3b 4; default: those for the site"
     )
+    circuits.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
+    circuits.add_argument(
+        "--trace", default=None, metavar="FILE", help="trace.json of `evaluate trace`: its peaks choose tests"
+    )
     circuits.add_argument("--prompts", type=int, default=1000, help="prompts of each test")
-    circuits.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    circuits.add_argument("--templates", default="all", help="a, b or all: two disjoint sets of templates")
+    circuits.add_argument("--seed", type=int, default=0, help="seed of prompts, intervals and DAS")
+    circuits.add_argument(
+        "--no-complement", action="store_true", help="do not patch all subspaces but one too; halves the time"
+    )
+    circuits.add_argument("--random-seeds", type=int, default=5, help="random rotations to average")
+    circuits.add_argument(
+        "--yardsticks",
+        action="store_true",
+        help="also subspaces made with the labels: DAS, SVD, mean difference",
+    )
+    circuits.add_argument("--das-steps", type=int, default=200, help="steps of training DAS")
     circuits.add_argument(
         "--data", default=None, help="text for variances and PCA; default: what the run was trained on"
     )
@@ -72,8 +87,10 @@ def add_circuits(kinds: Any) -> None:
 
 
 def _circuits(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.circuits.circuits import circuit_rows, mean_ginis, run_circuits
+    from ndm_fast.evaluate.circuits.circuits import CircuitOptions, run_circuits
     from ndm_fast.evaluate.circuits.figure import draw_effects
+    from ndm_fast.evaluate.circuits.results import circuit_rows, mean_ginis, results_to_json
+    from ndm_fast.evaluate.circuits.trace import read_trace
     from ndm_fast.run.load import load_partition
     from ndm_fast.table import text_table
 
@@ -81,17 +98,26 @@ def _circuits(options: argparse.Namespace) -> None:
         {path: load_partition(path) for path in options.partitions},
         options.model,
         tests=options.tests,
-        prompts=options.prompts,
-        seed=options.seed,
+        site=options.site,
+        trace=read_trace(options.trace) if options.trace else None,
         data=options.data,
-        rows=options.rows,
-        device=options.device,
         context_length=options.context_length,
+        device=options.device,
+        options=CircuitOptions(
+            prompts=options.prompts,
+            seed=options.seed,
+            templates=options.templates,
+            rows=options.rows,
+            complement=not options.no_complement,
+            random_seeds=options.random_seeds,
+            yardsticks=options.yardsticks,
+            das_steps=options.das_steps,
+        ),
     )
-    out = save_json(results, options.out, "circuits")
+    out = save_json(results_to_json(results), options.out, "circuits")
     draw_effects(results, out.with_suffix(".png"))
     if options.json:
-        print_json(results)
+        print_json(results_to_json(results))
         return
     print(text_table(circuit_rows(results)))
     means = ", ".join(f"{kind} {value:.3f}" for kind, value in mean_ginis(results).items())

@@ -29,8 +29,8 @@ def load_language_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
     headless = bool(saved_as) and not tied and not any(kind.endswith(_HEADS) for kind in saved_as)
     if headless or (masked and not any(kind.endswith(_HEADS) for kind in saved_as)):
         raise InputError(
-            f"{name} is a {', '.join(saved_as) or config.model_type} without a causal language-model head, so "
-            "it has no logits to measure: take a model that predicts the next token"
+            f"{name} is a {', '.join(saved_as) or config.model_type} without a causal language-model head, "
+            "so it has no logits to measure: take a model that predicts the next token"
         )
     return model, tokenizer
 
