@@ -130,6 +130,7 @@ def add_conflict(kinds: Any) -> None:
     conflict = add_kind(kinds, "conflict", about, _conflict)
     conflict.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
     conflict.add_argument("--model", default=None, help="default: the one that the partition names")
+    conflict.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
     conflict.add_argument("--entities", required=True, help="RAVEL's ravel_<kind>_entity_attributes.json")
     conflict.add_argument("--texts", required=True, help="RAVEL's ravel_<kind>_attribute_to_prompts.json")
     conflict.add_argument("--attribute", required=True, help="for instance Country")
@@ -150,6 +151,7 @@ def _conflict(options: argparse.Namespace) -> None:
         read_ravel(options.entities, options.texts),
         options.attribute,
         model_name=options.model,
+        site=options.site,
         count=options.prompts,
         known_only=not options.unknown,
         seed=options.seed,
@@ -163,6 +165,44 @@ def _conflict(options: argparse.Namespace) -> None:
     for kind, result in found.items():
         print(f"\n{kind}: separation {result['separation']:.3f}, {result['conflicts']} prompts")
         print(text_table(conflict_table(result)))
+    print(path)
+
+
+def add_causalgym(kinds: Any) -> None:
+    """Add ``causalgym``."""
+    about = "log odds ratio of patching each subspace at each aligned span of minimal pairs"
+    gym = add_kind(kinds, "causalgym", about, _causalgym)
+    gym.add_argument("pairs", metavar="PATH", help="JSON list or lines: base, src, base_label, src_label ...")
+    gym.add_argument(
+        "--partition", required=True, metavar="RUN", help="run folder, saved partition, or R-....pt"
+    )
+    gym.add_argument("--model", required=True, help="Hugging Face name or folder, with its head")
+    gym.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
+    gym.add_argument("--data", default=None, help="text for PCA; default: what the run was trained on")
+    gym.add_argument("--rows", type=int, default=64, help="prompts in one forward pass")
+    gym.add_argument("--out", default="runs/causalgym", help="folder for causalgym.json")
+
+
+def _causalgym(options: argparse.Namespace) -> None:
+    from ndm_fast.evaluate.causalgym import causalgym_json, causalgym_rows, read_pairs, run_causalgym
+    from ndm_fast.run.load import load_partition
+    from ndm_fast.table import text_table
+
+    pairs = read_pairs(options.pairs)
+    found = run_causalgym(
+        load_partition(options.partition),
+        pairs,
+        options.model,
+        site=options.site,
+        data=options.data,
+        rows=options.rows,
+        device=options.device,
+    )
+    path = save_json(causalgym_json(found), options.out, "causalgym")
+    if options.json:
+        print_json(causalgym_json(found))
+        return
+    print(text_table(causalgym_rows(found)))
     print(path)
 
 

@@ -252,7 +252,7 @@ def test_the_mean_difference_is_the_direction_that_differs():
 
 def test_the_site_and_the_trace_choose(model_folder, partition):
     assert list(run(model_folder, partition, site="x9.post")["mine"]) == ["4"]
-    traced = run_trace(str(model_folder), tests=["2"], prompts=4, layers=[5])
+    traced = run_trace(str(model_folder), tests=["2"], prompts=4, layers=[5], progress=False)
     found = run(model_folder, partition, site="x5.post", trace=traced)["mine"]
     assert {name: test.site for name, test in found.items()} == {"2": "blocks.5.hook_resid_post"}
     with pytest.raises(InputError, match=r"peaks at blocks\.8\.hook_resid_post \(2 at blocks\.5"):

@@ -62,7 +62,7 @@ def test_kinds_of_positions_cover_the_prompt_and_are_shared(model_folder):  # no
 def test_the_peak_is_the_first_near_the_largest(model_folder):  # noqa: F811
     found = run_trace(str(model_folder), tests=["3"], prompts=4, layers=[1, 3, 5])
     (curve,) = found.curves
-    made = type(curve)("3", "what", OWN, 1.0, 1.0, (0.1, 3.9, 4.0), (0.0, 0.0, 0.0))
+    made = type(curve)("3", "what", OWN, 1.0, 1.0, (0.1, -3.7, -4.0), (0.0, 0.0, 0.0))
     assert made.peak == 1
     assert type(found)("m", 4, 0, "all", (1, 3, 5), (made,)).sites == {"3": "blocks.3.hook_resid_post"}
 

@@ -34,7 +34,7 @@ OWN = "test"
 OTHERS = "others"
 """Kind of positions: all that are of no named kind."""
 
-_NEAR_THE_LARGEST = 0.95
+_NEAR_THE_LARGEST = 0.9
 """The site of a test is the first whose effect reaches this share of the largest: later ones copy it."""
 
 
@@ -57,9 +57,9 @@ class TraceCurve:
 
     @property
     def peak(self) -> int:
-        """Index of the first layer whose effect is 95 % of the largest."""
-        least = _NEAR_THE_LARGEST * max(self.effect)
-        return next(number for number, effect in enumerate(self.effect) if effect >= least)
+        """Index of the first layer whose effect, of either sign, is 90 % of the largest."""
+        sizes = [abs(effect) for effect in self.effect]
+        return next(n for n, size in enumerate(sizes) if size >= _NEAR_THE_LARGEST * max(sizes))
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def trace_rows(trace: Trace) -> list[dict[str, Any]]:
             "peak_block": trace.layers[curve.peak],
             "effect": curve.effect[curve.peak],
             "error": curve.error[curve.peak],
-            "largest": max(curve.effect),
+            "largest": max(curve.effect, key=abs),
         }
         for curve in trace.curves
     ]
