@@ -181,15 +181,15 @@ def _conflict(tokenizer: Any, asked: _Question, wrong: str, draw: random.Random)
         return f"{_filled(asked.text, first)} {wrong}. {asked.example} {_filled(asked.text, second)}"
 
     text = written(asked.entity, asked.entity)
-    answers = [answer_token(tokenizer, text, f" {value}") for value in (wrong, asked.value)]
-    if None in answers or answers[0] == answers[1]:
+    said, true = (answer_token(tokenizer, text, f" {value}") for value in (wrong, asked.value))
+    if said is None or true is None or said == true:
         return None
     prompt = prompt_tokens(tokenizer, text)
     for _ in range(_TRIES):
         name = "".join(draw.choices(_SYLLABLES, k=draw.randint(1, 5))).capitalize()
         both, first = (prompt_tokens(tokenizer, written(name, second)) for second in (name, asked.entity))
         if len(both) == len(first) == len(prompt):
-            return Conflict(prompt, both, first, *answers, text)
+            return Conflict(prompt, both, first, said, true, text)
     return None
 
 
