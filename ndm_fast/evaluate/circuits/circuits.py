@@ -145,8 +145,9 @@ def run_circuits(
             words, no text.
     """
     options = options or CircuitOptions()
-    if options.prompts < 1 or options.random_seeds < 1:
-        raise InputError(f"{min(options.prompts, options.random_seeds)} prompts are too few: give at least 1")
+    for count, things in ((options.prompts, "prompts"), (options.random_seeds, "random seeds")):
+        if count < 1:
+            raise InputError(f"{count} {things} are too few: give at least 1")
     model, tokenizer = load_language_model(model_name, device)
     results: CircuitResults = {}
     for name, partition in partitions.items():

@@ -131,7 +131,7 @@ def run_trace(
     """Trace circuit tests through a model.
 
     Args:
-        tests: names; default all that the tokenizer can do.
+        tests: names; default all.
         layers: blocks after which to patch; default all.
         kinds: also every kind of position by itself; tests with the same prompts share these curves.
         rows: prompts in one forward pass.
@@ -147,7 +147,7 @@ def run_trace(
         raise InputError(f"layers {layers} are not all in this model: it has blocks 0 to {count - 1}")
     built = [(test, test.build(tokenizer, prompts, seed, templates)) for test in chosen]
     tracer = _Tracer(model, layers, rows)
-    jobs = [job for test, made in built for job in _own_job(test, made)]
+    jobs = [_Job(test, OWN, made, made.positions) for test, made in built]
     jobs += _kind_jobs(built) if kinds else []
     curves = []
     passes = len(jobs) * len(layers) * -(-prompts // rows)
@@ -166,10 +166,6 @@ class _Job(NamedTuple):
     kind: str
     made: CircuitPrompts
     positions: list[list[int]]
-
-
-def _own_job(test: CircuitTest, made: CircuitPrompts) -> Iterator[_Job]:
-    yield _Job(test, OWN, made, made.positions)
 
 
 def _kind_jobs(built: Sequence[tuple[CircuitTest, CircuitPrompts]]) -> Iterator[_Job]:
