@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ndm_fast.cli.options import add_kind, print_json, save_json
-from ndm_fast.cli.patching import add_circuits, add_conflict, add_shift
+from ndm_fast.cli.patching import add_causalgym, add_circuits, add_conflict, add_shift, add_trace
 from ndm_fast.errors import InputError
 
 
@@ -17,8 +17,10 @@ def add_evaluate(commands: Any) -> None:
     for add in (
         _add_purity,
         _add_planted,
+        add_trace,
         add_circuits,
         add_conflict,
+        add_causalgym,
         _add_mi,
         add_shift,
         _add_stability,

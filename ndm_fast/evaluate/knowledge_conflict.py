@@ -4,31 +4,37 @@
 
 The context says WRONG, the parameters say RIGHT. Patched from a run with a made-up entity in both places
 ("corrupt_param": nothing is known of it), or in the first place only ("corrupt_context": nothing was said of
-the entity that is asked for). Design section 9.
+the entity that is asked for).
 """
 
 from __future__ import annotations
 
-import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.models import load_model
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
+from ndm_fast.evaluate.patching.answers import answer_token, prompt_tokens
+from ndm_fast.evaluate.patching.language_model import check_lengths, load_language_model
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import pad_prompts
+from ndm_fast.files import read_json
 from ndm_fast.partition import SubspacePartition
 
 _SYLLABLES = tuple(first + second for first in "bdfgklmnrstvz" for second in "aeiou")
 
 
 _TRIES = 2000
+
+
+_CANDIDATES = 32
+"""Entities that the model is asked about in one forward pass."""
 
 
 RUNS = ("corrupt_param", "corrupt_context")
@@ -62,22 +68,16 @@ def read_ravel(entities: str | Path, prompts: str | Path) -> Attributes:
     Raises:
         InputError: a file cannot be read or has another form.
     """
-    values, texts = _read(entities), _read(prompts)
-    if not all(isinstance(v, dict) and all(isinstance(x, str) for x in v.values()) for v in values.values()):
-        raise InputError(f"{entities} is not of RAVEL's form: give {{entity: {{attribute: value}}}}")
-    if not all(isinstance(t, list) and all(isinstance(x, str) for x in t) for t in texts.values()):
-        raise InputError(f"{prompts} is not of RAVEL's form: give {{attribute: [texts with %s]}}")
-    return Attributes(values, texts)
+    values = _read(entities, {str: {str: str}}, "{entity: {attribute: value}}")
+    return Attributes(values, _read(prompts, {str: [str]}, "{attribute: [texts with %s]}"))
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _read(path: str | Path, shape: Any, form: str) -> Any:
+    remedy = f"give a JSON file of RAVEL's form, {form}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} ({error}): give a JSON file of RAVEL's form") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no object: give a JSON file of RAVEL's form")
-    return content
+        return read_json(Path(path), shape, remedy=remedy, seal=False)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{path} is missing: {remedy}") from None
 
 
 def make_conflicts(
@@ -111,18 +111,17 @@ def make_conflicts(
     order = list(values)
     draw.shuffle(order)
     found: list[Conflict] = []
-    for entity in order:
+    for first in range(0, len(order), _CANDIDATES):
+        asked = [_ask(draw, texts, values, entity) for entity in order[first : first + _CANDIDATES]]
+        if known_only:
+            asked = _known(model, tokenizer, asked)
+        for question in asked:
+            wrong = draw.choice(sorted(set(values.values()) - {question.value, values[question.other]}))
+            conflict = _conflict(tokenizer, question, wrong, draw)
+            if conflict and len(found) < count:
+                found.append(conflict)
         if len(found) == count:
             break
-        text = draw.choice(texts)
-        other = draw.choice([e for e in values if values[e] != values[entity]])
-        example = f"{_filled(text, other)} {values[other]}."
-        if known_only and not _knows(model, tokenizer, f"{example} {_filled(text, entity)}", values[entity]):
-            continue
-        wrong = draw.choice(sorted(set(values.values()) - {values[entity], values[other]}))
-        conflict = _conflict(tokenizer, text, entity, example, wrong, values[entity], draw)
-        if conflict:
-            found.append(conflict)
     if not found:
         raise InputError(
             f"the model knows {attribute!r} of none of {len(values)} entities, or no made-up name has as "
@@ -131,43 +130,60 @@ def make_conflicts(
     return found
 
 
+class _Question(NamedTuple):
+    """What is asked of an entity, after a true example of another one."""
+
+    text: str
+    entity: str
+    value: str
+    other: str
+    example: str
+
+    def written(self) -> str:
+        """The example and the question, without a conflict."""
+        return f"{self.example} {_filled(self.text, self.entity)}"
+
+
+def _ask(draw: random.Random, texts: list[str], values: dict[str, str], entity: str) -> _Question:
+    text = draw.choice(texts)
+    other = draw.choice([e for e in values if values[e] != values[entity]])
+    return _Question(text, entity, values[entity], other, f"{_filled(text, other)} {values[other]}.")
+
+
 def _filled(text: str, entity: str) -> str:
     return text.replace("%s", entity).strip()
 
 
-def _first_token(tokenizer: Any, value: str) -> int:
-    return int(tokenizer(f" {value}", add_special_tokens=False)["input_ids"][0])
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return start + tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 @torch.no_grad()
-def _knows(model: nn.Module, tokenizer: Any, text: str, value: str) -> bool:
-    tokens = torch.tensor([_tokens(tokenizer, text)], device=next(model.parameters()).device)
-    likeliest = int(model(tokens, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
-    return likeliest == _first_token(tokenizer, value)
+def _known(model: nn.Module, tokenizer: Any, asked: Sequence[_Question]) -> list[_Question]:
+    """The questions whose answer's first token is the likeliest."""
+    tokens = [prompt_tokens(tokenizer, question.written()) for question in asked]
+    check_lengths(model, tokens)
+    prompts = pad_prompts(tokens, device=next(model.parameters()).device)
+    logits = model(**prompts.model_inputs(), use_cache=False, logits_to_keep=1).logits
+    return [
+        question
+        for question, likeliest in zip(asked, logits[:, -1].argmax(1).tolist(), strict=True)
+        if likeliest == answer_token(tokenizer, question.written(), f" {question.value}")
+    ]
 
 
-def _conflict(
-    tokenizer: Any, text: str, entity: str, example: str, wrong: str, right: str, draw: random.Random
-) -> Conflict | None:
+def _conflict(tokenizer: Any, asked: _Question, wrong: str, draw: random.Random) -> Conflict | None:
     """None where the two answers begin alike, or no made-up entity fits."""
-    answers = _first_token(tokenizer, wrong), _first_token(tokenizer, right)
-    if answers[0] == answers[1]:
-        return None
 
     def written(first: str, second: str) -> str:
-        return f"{_filled(text, first)} {wrong}. {example} {_filled(text, second)}"
+        return f"{_filled(asked.text, first)} {wrong}. {asked.example} {_filled(asked.text, second)}"
 
-    prompt = _tokens(tokenizer, written(entity, entity))
+    text = written(asked.entity, asked.entity)
+    said, true = (answer_token(tokenizer, text, f" {value}") for value in (wrong, asked.value))
+    if said is None or true is None or said == true:
+        return None
+    prompt = prompt_tokens(tokenizer, text)
     for _ in range(_TRIES):
         name = "".join(draw.choices(_SYLLABLES, k=draw.randint(1, 5))).capitalize()
-        both, first = (_tokens(tokenizer, written(name, second)) for second in (name, entity))
+        both, first = (prompt_tokens(tokenizer, written(name, second)) for second in (name, asked.entity))
         if len(both) == len(first) == len(prompt):
-            return Conflict(prompt, both, first, *answers, written(entity, entity))
+            return Conflict(prompt, both, first, said, true, text)
     return None
 
 
@@ -237,6 +253,7 @@ def run_conflict(
     attribute: str,
     *,
     model_name: str | None = None,
+    site: str | None = None,
     count: int = 500,
     known_only: bool = True,
     seed: int = 0,
@@ -246,21 +263,20 @@ def run_conflict(
     """:func:`conflict_rates` of a partition at its own site, beside identity and random.
 
     Args:
-        model_name: default the model that the partition's ``source`` names.
+        model_name, site: default those that the partition's ``source`` names.
 
     Raises:
         InputError: as :func:`make_conflicts`; a partition that names no site, or of another width.
     """
-    model, tokenizer = load_model(model_name or partition.source.get("model", ""), device=device, head=True)
-    site = partition.source.get("site")
+    model, tokenizer = load_language_model(model_name or partition.source.get("model", ""), device)
+    site = site or partition.source.get("site")
     if not site:
-        raise InputError(
-            "the partition does not say which site it is for: train it with ndm-fast, or import it"
-        )
+        raise InputError("the partition does not say which site it is for: give --site")
     LayersAbove(model, site).check_fits(partition)
     conflicts = make_conflicts(
         model, tokenizer, data, attribute, count=count, seed=seed, known_only=known_only
     )
+    check_lengths(model, [conflict.prompt for conflict in conflicts])
     nothing = torch.empty(0, partition.width, device=device)  # these baselines look at no activations
     methods = {"ndm": partition.to(device)} | {
         kind: baseline_partition(kind, partition.widths, nothing) for kind in ("identity", "random")

@@ -1,6 +1,7 @@
 """Knowledge conflicts: prompts from RAVEL's files, patching at every token, rates and separation."""
 
 import json
+import string
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ndm_fast.evaluate.knowledge_conflict import (
     read_ravel,
     separation,
 )
+from ndm_fast.evaluate.patching.answers import answer_token
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
 
@@ -108,6 +110,64 @@ def test_only_what_the_model_knows_is_asked(model, loaded):
         assert "knows 'Country' of none of 5" in str(error)  # noqa: PT017 - either may be
     else:
         assert len(known) < 5
+
+
+def sentencepiece():
+    """A tokenizer that puts a space before any text, as Llama-2's."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words = ["dog", "cat", "bird", "likes", "the", "Mali"]
+    letters = sorted({*"▁.", *"".join(words), *string.ascii_letters})
+    vocabulary = {letter: n for n, letter in enumerate(letters)}
+    merges = []
+    for word in words:
+        built = "▁"
+        for letter in word:
+            merges.append((built, letter))
+            built += letter
+            vocabulary.setdefault(built, len(vocabulary))
+    bpe.model = models.BPE(vocab=vocabulary, merges=merges)
+    bpe.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe)
+
+
+def test_answers_follow_the_prompt_where_the_tokenizer_puts_a_space_first():
+    tokenizer = sentencepiece()
+    alone = tokenizer(" dog", add_special_tokens=False)["input_ids"][0]
+    assert tokenizer.convert_ids_to_tokens(alone) == "▁"  # the fault: all answers begin alike
+    token = answer_token(tokenizer, "Mali likes the", " dog")
+    assert tokenizer.convert_ids_to_tokens(token) == "▁dog"
+    assert answer_token(tokenizer, "Mali likes the", "") is None
+
+
+def test_an_answer_that_changes_the_prompt_s_last_token_is_none():
+    tokenizer = sentencepiece()
+    assert answer_token(tokenizer, "Mali likes the do", "g") is None
+
+
+def test_a_known_answer_is_found_in_such_a_tokenizer():
+    """A model that says dog after anything knows Mali's country, and no other."""
+    tokenizer = sentencepiece()
+    dog = tokenizer.convert_tokens_to_ids("▁dog")
+
+    class Says(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.config = AutoConfig.for_model("gpt2")
+
+        def forward(self, input_ids, **_):
+            logits = torch.zeros(len(input_ids), 1, len(tokenizer))
+            logits[:, -1, dog] = 1
+            return type("Output", (), {"logits": logits})
+
+    values = {entity: {"Country": ENTITIES[entity]["Country"]} for entity in ("Mali", "Bora", "Kiro")}
+    found = make_conflicts(Says(), tokenizer, Attributes(values, {"Country": ["%s likes the"]}), "Country")
+    assert [c.right for c in found] == [dog]
+    assert "Mali" in found[0].text
 
 
 def test_published_rates_are_separated_most_by_ndm():

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ndm_fast.activations.hooks import collect_activations, forward_errors, replace_activations
-from ndm_fast.activations.models import longest_context
 from ndm_fast.activations.sites import Site, parts_below, resolve_site, site_width
 from ndm_fast.activations.wrappers import unwrapped
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.patching.language_model import check_length
+from ndm_fast.evaluate.patching.prefix import Prefix
 from ndm_fast.evaluate.patching.prompts import Prompts
 from ndm_fast.partition import SubspacePartition
 
@@ -53,34 +54,42 @@ class LayersAbove:
     @torch.no_grad()
     def below(self, prompts: Prompts) -> Tensor:
         """[N, T, d] activations at the site; nothing above it runs."""
-        longest, shape = longest_context(self._model.config), prompts.tokens.shape
-        if shape[1] > longest:
-            raise InputError(
-                f"a prompt has {shape[1]} tokens, the model takes up to {longest}: shorten it, or take "
-                "another model"
-            )
+        check_length(self._model, prompts.tokens.shape[1])
         with (
-            self._watching(),
+            self.watching(),
             collect_activations(self._model, [self.site.name]) as captured,
-            forward_errors(self._model, f"{self.site.name}, prompts", shape),
+            forward_errors(self._model, f"{self.site.name}, prompts", prompts.tokens.shape),
         ):
             self._model(**prompts.model_inputs(), use_cache=False)
         return captured[self.site.name]
 
     @torch.no_grad()
-    def above(self, activations: Tensor, prompts: Prompts, columns: Tensor) -> Tensor:
+    def above(
+        self, activations: Tensor, prompts: Prompts, columns: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
         """[N, R, V] logits at some columns, from [N, T, d] activations at the site (of :meth:`below`).
 
         Args:
             columns: [N, R] int64 columns of the padded prompts.
+            prefix: of these prompts (``Prefix.rows``); the activations are then of the columns after it.
         """
+        return self.above_with_gradient(activations, prompts, columns, prefix)
+
+    def above_with_gradient(
+        self, activations: Tensor, prompts: Prompts, columns: Tensor, prefix: Prefix | None = None
+    ) -> Tensor:
+        """:meth:`above`, through which gradients flow to the activations."""
+        if prefix is None:
+            inputs: dict[str, Any] = {**prompts.model_inputs(), "use_cache": False}
+        else:
+            inputs, columns = prefix.rest_of(prompts), columns - prefix.columns
         kept, place = columns.unique(return_inverse=True)
         with ExitStack() as stack:
             for module, forward in self._passed_over():
                 stack.enter_context(_forward_is(module, forward))
             name = self._entrance()
             stack.enter_context(replace_activations(self._model, {name: lambda _: activations}))
-            result = self._model(**prompts.model_inputs(), use_cache=False, logits_to_keep=kept)
+            result = self._model(**inputs, logits_to_keep=kept)
         rows = torch.arange(len(columns), device=columns.device)[:, None]
         return result.logits[rows, place]
 
@@ -102,7 +111,7 @@ class LayersAbove:
             yield attention, nothing
 
     @contextmanager
-    def _watching(self) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Learn whether blocks return a tensor (transformers 5) or a tuple (some families in 4)."""
         blocks = self._below[0] if self._below else []
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ndm_fast.activations.hooks import Replacement
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
+from ndm_fast.evaluate.patching.prefix import PrefixReader
 from ndm_fast.evaluate.patching.prompts import Positions, Prompts, columns_of
 from ndm_fast.partition import SubspacePartition
 
@@ -121,8 +122,9 @@ def patch_effects(
 ) -> PatchEffects:
     """Patch every subspace of every prompt, and measure.
 
-    The model runs once to the site on prompts and counterfactuals, then only the layers above it, once per
-    prompt and group (see :class:`LayersAbove`).
+    The model runs once to the site on prompts and counterfactuals, then only the layers above it, on the
+    tokens from the first patched one on, once per prompt and group (see :class:`LayersAbove`,
+    :class:`PrefixReader`).
 
     Args:
         model: Hugging Face causal language model; its dtype is kept.
@@ -138,31 +140,26 @@ def patch_effects(
     Raises:
         InputError: a partition of another width than the site, positions that do not fit, unknown subspaces.
     """
-    if len(prompts.tokens) != len(counterfactuals.tokens):
-        raise InputError(
-            f"{len(prompts.tokens)} prompts but {len(counterfactuals.tokens)} counterfactuals: give pairs"
-        )
     cut = LayersAbove(model, site)
     cut.check_fits(partition)
-    chosen = [[s] for s in range(len(partition))] if groups is None else [list(group) for group in groups]
-    for subspace in {s for group in chosen for s in group}:
-        partition.basis(subspace)
+    chosen = _known_groups(partition, groups)
     columns, taken, used = _paired(prompts, positions, counterfactuals, counterfactual_positions)
-    wanted = [[read]] * len(prompts.tokens) if isinstance(read, int) else read
-    reading, complete = columns_of(prompts, wanted)
-    if not complete.all():
-        raise InputError("prompts are read at different numbers of positions: read as many of each")
-
-    everything = list(range(len(partition)))
+    reading = _reading(prompts, read)
+    prefixes = PrefixReader(model)
     patched: list[Tensor] = []
     for batch in torch.arange(len(prompts.tokens), device=prompts.tokens.device).split(rows):
         here, there = cut.below(prompts.rows(batch)), cut.below(counterfactuals.rows(batch))
-        where = (columns[batch], taken[batch], used[batch])
+        prefix = prefixes.read(prompts.rows(batch), first_column(columns[batch], used[batch], reading[batch]))
+        start = prefix.columns if prefix else 0
+        # Entries that are not used may lie before the start; they are skipped, so any column serves.
+        where = ((columns[batch] - start).clamp_min(0), taken[batch], used[batch])
         values = []
-        for some in _chunks([[], everything, *chosen], max(1, rows // len(batch))):
-            activations = torch.cat([patch(here, there, partition, group, *where) for group in some])
+        for some in _chunks([[], [*range(len(partition))], *chosen], max(1, rows // len(batch))):
+            activations = torch.cat([patch(here[:, start:], there, partition, g, *where) for g in some])
             which = batch.repeat(len(some))
-            logits = cut.above(activations, prompts.rows(which), reading[which])
+            every = torch.arange(len(batch), device=batch.device).repeat(len(some))
+            before = prefix.rows(every) if prefix else None
+            logits = cut.above(activations, prompts.rows(which), reading[which], before)
             values.append(metric(logits, which).unflatten(0, (len(some), len(batch))))
         patched.append(torch.cat(values))
     clean, *after = torch.cat(patched, 1)
@@ -170,16 +167,41 @@ def patch_effects(
     return PatchEffects(clean, drops[0], drops[1:])
 
 
+def first_column(columns: Tensor, used: Tensor, reading: Tensor) -> int:
+    """The first column patched, of [N, P] with [N, P] ``used``, or read, of [N, R]."""
+    return int(torch.cat([columns[used], reading.flatten()]).min())
+
+
 def _chunks(groups: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
     return (groups[first : first + size] for first in range(0, len(groups), size))
+
+
+def _known_groups(partition: SubspacePartition, groups: Sequence[Sequence[int]] | None) -> list[list[int]]:
+    chosen = [[s] for s in range(len(partition))] if groups is None else [list(group) for group in groups]
+    for subspace in {s for group in chosen for s in group}:
+        partition.basis(subspace)
+    return chosen
+
+
+def _reading(prompts: Prompts, read: Positions | int) -> Tensor:
+    """[N, R] columns whose logits are read."""
+    wanted = [[read]] * len(prompts.tokens) if isinstance(read, int) else read
+    reading, complete = columns_of(prompts, wanted)
+    if not complete.all():
+        raise InputError("prompts are read at different numbers of positions: read as many of each")
+    return reading
 
 
 def _paired(
     prompts: Prompts, positions: Positions, source: Prompts | None, source_positions: Positions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Columns to patch, columns to take from, and which entries of both count; [N, P] each."""
-    columns, used = columns_of(prompts, positions)
     source = prompts if source is None else source
+    if len(prompts.tokens) != len(source.tokens):
+        raise InputError(
+            f"{len(prompts.tokens)} prompts but {len(source.tokens)} counterfactuals: give pairs"
+        )
+    columns, used = columns_of(prompts, positions)
     asked = positions if source_positions is None else source_positions
     taken, also = columns_of(source, asked)
     if used.shape != also.shape or not bool((used == also).all()):
