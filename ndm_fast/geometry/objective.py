@@ -52,7 +52,7 @@ def loss_and_gradient(
             that parts of them, each from the rank that has the rows, add up.
     """
     queries = queries.to(rotation.dtype)
-    gradient = torch.empty_like(rotation)
+    gradient = torch.empty_like(rotation, memory_format=torch.contiguous_format)
     losses = []
     together = max(1, _CACHED_ELEMENTS // queries.numel()) if rotation.device.type == "cpu" else len(widths)
     for subspaces, columns in equal_width_runs(widths, together):
