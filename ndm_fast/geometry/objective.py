@@ -59,7 +59,7 @@ def loss_and_gradient(
         log_floor: [S] distances from 0 up, for the loss of logarithms; euclidean only.
     """
     queries = queries.to(rotation.dtype)
-    gradient = torch.empty_like(rotation)
+    gradient = torch.empty_like(rotation, memory_format=torch.contiguous_format)
     losses = []
     by_width = metric == "cosine" or log_floor is not None
     together = max(1, _CACHED_ELEMENTS // queries.numel()) if rotation.device.type == "cpu" else len(widths)

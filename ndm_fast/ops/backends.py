@@ -94,7 +94,7 @@ _OBSTACLES: dict[str, Callable[[torch.device], str | None]] = {
 
 def obstacle(name: str, device: torch.device | str) -> str | None:
     """Why a backend cannot run on a device, or None where it can."""
-    if name not in _OBSTACLES:
+    if name not in BACKENDS:  # a tuple, which takes what cannot be hashed
         raise InputError(f"unknown backend {name!r}: take one of auto, {', '.join(BACKENDS)}")
     return _OBSTACLES[name](torch.device(device))
 

@@ -137,7 +137,7 @@ def check_pairs(variances: Tensor, pairs: Tensor, subspaces: int, queries: Tenso
         if int(low) < 0 or int(high) >= subspaces:
             raise InputError(f"pairs name subspaces outside 0 … {subspaces - 1}: give numbers of subspaces")
     check_largest("variances", variances)
-    if not isinstance(variances, FakeTensor) and float(variances.min()) < 0:
+    if not isinstance(variances, FakeTensor) and float(variances.detach().min()) < 0:
         raise InputError("variances hold one below 0: give none or positive ones")
 
 

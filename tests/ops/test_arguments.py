@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Sparse:UserWarning", "ignore:.*nested tensors:UserWarning"),
     pytest.mark.filterwarnings(
-        "ignore:overflow encountered:RuntimeWarning"
+        "ignore:(overflow|invalid value) encountered:RuntimeWarning"
     ),  # numpy, in Triton's interpreter
 ]
 

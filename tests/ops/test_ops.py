@@ -7,7 +7,7 @@ from ndm_fast import ops
 from ndm_fast.errors import InputError
 from ndm_fast.geometry import reference
 from ndm_fast.geometry.orthogonal import random_rotation
-from ndm_fast.ops import backends, ksg, nearest
+from ndm_fast.ops import backends, gradient, ksg, nearest
 from ndm_fast.ops.cpu import extension
 
 WIDTHS = [5, 3]
@@ -98,6 +98,20 @@ def test_library_ops_pass_opcheck(case, backend):
     torch.library.opcheck(ksg._ksg_radius_and_counts, (q, k, r, WIDTHS, variances, pairs, False, backend))
 
 
+@pytest.mark.parametrize("backend", RUNNABLE)
+def test_library_ops_of_a_step_pass_opcheck(case, backend):
+    q, k, r = case["queries"], case["keys"], case["rotation"]
+    index = torch.zeros(2, len(q), dtype=torch.int64)
+    for counted in (None, torch.ones_like(index, dtype=torch.bool)):
+        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, backend)
+        torch.library.opcheck(gradient._loss_and_gradient, arguments)
+    torch.library.opcheck(nearest._nearest_index, (q, k, r, WIDTHS, "euclidean", "fp32", backend))
+    moments = torch.zeros(8, 8), torch.ones(8, 8)
+    for product, half in ((torch.randn(8, 8), False), (None, True)):
+        arguments = (product, *moments, 1e-3, 1e-8, [0.9, 0.999], half, backend)
+        torch.library.opcheck(torch.ops.ndm_fast.lie_update.default, arguments)
+
+
 def test_an_architecture_without_a_record_is_logged_once(monkeypatch, caplog):
     monkeypatch.setitem(backends._OBSTACLES, "triton", lambda device: None)
     monkeypatch.setattr(backends, "why_no_triton", lambda device: None)
@@ -120,6 +134,59 @@ def test_compiles_into_one_graph(case):
     eager = mean_distance(**case)
     compiled = torch.compile(mean_distance, fullgraph=True, backend="aot_eager")(**case)
     torch.testing.assert_close(eager, compiled)
+
+
+def test_a_step_compiles_into_one_graph(case):
+    """Where nothing looks at values; the checks themselves do not break a graph."""
+
+    def step(queries, keys, rotation):
+        index = ops.nearest_index(queries, keys, rotation, WIDTHS)
+        found = ops.loss_and_gradient(queries, keys, index, rotation, WIDTHS, check_index=False)
+        first, second = torch.zeros(8, 8), torch.ones(8, 8)
+        update = ops.lie_update(rotation.T @ found.gradient, first, second, 1e-3, 1e-8, (0.9, 0.999))
+        return found.by_subspace.mean(), update, first
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(**case)
+    torch.testing.assert_close(step(**case), compiled)
+
+
+def test_fake_tensors_are_traced(case):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        queries, keys, rotation = (mode.from_tensor(case[name]) for name in ("queries", "keys", "rotation"))
+        found = ops.nearest_neighbors(queries, keys, rotation, WIDTHS)
+        assert found.distance.shape == (2, 10)
+        lost = ops.loss_and_gradient(queries, keys, found.index, rotation, WIDTHS)
+        assert lost.gradient.shape == (8, 8)
+        pairs = mode.from_tensor(torch.tensor([[0, 1]]))
+        radius, counts = ops.ksg_radius_and_counts(
+            queries, keys, rotation, WIDTHS, mode.from_tensor(torch.ones(2)), pairs
+        )
+        assert (radius.shape, counts.shape) == ((1, 10), (1, 2, 10))
+
+
+@pytest.mark.parametrize("name", ["sse9", "avx512"])
+def test_impossible_isa_is_refused(name, monkeypatch):
+    if not extension.available() or (name == "avx512" and extension.isa().startswith(name)):
+        pytest.skip("this CPU runs it, or nothing is compiled")
+    monkeypatch.setenv(extension.ISA_VARIABLE, name)
+    with pytest.raises(InputError, match=extension.ISA_VARIABLE):
+        extension.isa()
+
+
+def test_package_imports_without_the_extension():
+    import os
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['ndm_fast._C'] = None\n"
+        "from ndm_fast.ops.cpu import extension\n"
+        "assert not extension.available() and 'not built' in extension.why_unavailable()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
 
 
 def test_import_touches_nothing():

@@ -1,4 +1,4 @@
-"""The estimate of mutual information against what is known: Gaussians, discrete, constant, repeated rows."""
+"""The estimate of mutual information against known values: Gaussians, discrete, constant, repeated rows."""
 
 from __future__ import annotations
 
