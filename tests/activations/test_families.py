@@ -159,6 +159,8 @@ def test_streams_that_are_not_handed_on_are_refused():
     for family, says in [
         ("xlnet", r"do not hand a residual stream \[B, T, d\] on"),  # [T, B, d]
         ("cpmant", r"do not hand a residual stream \[B, T, d\] on"),  # puts tokens of its own before the text
+        ("perceiver", r"do not hand a residual stream \[B, T, d\] on"),  # 8 latents, whatever the text
+        ("reformer", "gives other activations for the same tokens each time"),  # random hashes
         ("albert", "has no list of blocks"),  # one block, run again and again
     ]:
         with pytest.raises(InputError, match=rf"no site 'x1\.post'.*{says}.*give a module path, e\.g\. "):
@@ -188,7 +190,7 @@ def test_a_wrong_sum_is_refused_and_not_guessed(monkeypatch):
     monkeypatch.setattr(layer, "forward", forward)
     names = [name for name in list_sites(model) if name.startswith("blocks.0.")]
     assert names == [f"blocks.0.hook_{p}" for p in ("resid_pre", "resid_mid", "mlp_out", "resid_post")]
-    with pytest.raises(InputError, match="no module of block 0 .* gives a attn_out that adds up"):
+    with pytest.raises(InputError, match=r"no module of block 0 .* gives a attn_out that adds up"):
         resolve_site(model, "a0")
 
 
