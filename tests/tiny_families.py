@@ -92,6 +92,10 @@ SIZES: dict[str, Any] = {
 
 INDEXER = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "axk2": {"num_key_value_heads": 4, **INDEXER},
     "deepseek_v32": {"num_key_value_heads": 4, **INDEXER},
     "glm_moe_dsa": {"num_key_value_heads": 4, **INDEXER},

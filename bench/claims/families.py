@@ -35,9 +35,10 @@ def examine(name: str) -> dict[str, Any]:
         model = build(name)
     except Exception as error:
         return {"status": "not built", "why": _line(error)}
+    tokens = torch.arange(3, 19).view(2, 8) % vocabulary(model)
     try:
         with torch.no_grad():
-            model(input_ids=torch.arange(3, 19).view(2, 8) % vocabulary(model))
+            model(input_ids=tokens)
     except Exception as error:
         return {"status": "does not run", "why": _line(error)}
     try:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.block_points import ENDS, Found, find_points
+from ndm_fast.activations.block_points import ENDS, Found, close, find_points
 from ndm_fast.activations.site import End, Site
-from ndm_fast.activations.trace import LENGTH, ROWS, Run, block_ends, runs
+from ndm_fast.activations.trace import LENGTH, LONGER, ROWS, Run, block_ends, runs
 from ndm_fast.activations.wrappers import describe, is_empty, join, text_config
 from ndm_fast.errors import InputError
 
@@ -137,7 +137,10 @@ def _blocks(model: nn.Module, run: Run) -> tuple[str, int, set[int]]:
         raise InputError(
             f"{describe(model)} has no list of blocks, so its named sites are not known: give a module path"
         )
-    chains = [path for path in ran if _is_chain(model, path, ends[path])]
+    longer = block_ends(model, ran, run, LONGER)
+    chains = [
+        p for p in ran if _is_chain(model, p, ends[p], LENGTH) and _is_chain(model, p, longer[p], LONGER)
+    ]
     if not chains:
         raise InputError(
             f"the blocks of {describe(model)} ({ran[0]}) do not hand a residual stream [B, T, d] on, each "
@@ -150,10 +153,16 @@ def _blocks(model: nn.Module, run: Run) -> tuple[str, int, set[int]]:
             "does not say which: give a module path"
         )
     chosen = ends[longest[0]]
+    again = block_ends(model, longest, run, LONGER)[longest[0]]
+    if not all(close(here, there) for (*_, here), (*_, there) in zip(longer[longest[0]], again, strict=True)):
+        raise InputError(
+            f"{describe(model)} gives other activations for the same tokens each time, so where its named "
+            "sites are cannot be checked: give a module path"
+        )
     return longest[0], chosen[0][2].shape[-1], {number for number, _, _ in chosen}
 
 
-def _is_chain(model: nn.Module, path: str, calls: list[tuple[int, End, Tensor]]) -> bool:
+def _is_chain(model: nn.Module, path: str, calls: list[tuple[int, End, Tensor]], length: int) -> bool:
     """Whether the blocks ran once, in order, and took what the one before gave; some may be passed over."""
     ran = sorted({number for number, _, _ in calls})
     count = len(list(model.get_submodule(path).children()))
@@ -161,7 +170,7 @@ def _is_chain(model: nn.Module, path: str, calls: list[tuple[int, End, Tensor]])
     if [(number, end) for number, end, _ in calls] != in_order or 2 * len(ran) < count:
         return False
     values = [value for _, _, value in calls]
-    shape = (ROWS, LENGTH, values[0].shape[-1])
+    shape = (ROWS, length, values[0].shape[-1])
     if any(value.shape != shape or not value.is_floating_point() for value in values):
         return False
     return all(torch.equal(gave, took) for gave, took in zip(values[1:-1:2], values[2::2], strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,15 @@ from ndm_fast.activations.site_hooks import first_tensor, input_place
 from ndm_fast.activations.wrappers import describe, input_device, text_config, without_compiler
 from ndm_fast.errors import InputError
 
-ROWS, LENGTH = 2, 8
+ROWS, LENGTH, LONGER = 2, 8, 12
+"""Rows and tokens that a model is run on, and another length, to see what grows with it."""
 
 
-Run = Callable[[], None]
-"""One forward pass on a few tokens; ends early where a hook raises :class:`Enough`."""
+class Run(Protocol):
+    """One forward pass on a few tokens; ends early where a hook raises :class:`Enough`."""
+
+    def __call__(self, length: int = LENGTH) -> None:
+        """Run rows of so many tokens."""
 
 
 class Enough(Exception):  # noqa: N818 - not an error, the way out of a forward pass
@@ -58,25 +62,25 @@ def runs(model: nn.Module) -> Iterator[Run]:
     """
     training = [module for module in model.modules() if module.training]
     vocabulary = getattr(text_config(model), "vocab_size", None) or 100
-    tokens = (torch.arange(ROWS * LENGTH) * 7 + 11) % min(int(vocabulary), 1000)
-    tokens = tokens.view(ROWS, LENGTH).to(input_device(model))
-    ways: list[dict[str, Any]] = [
-        {"attention_mask": torch.ones_like(tokens), "use_cache": False},
-        {"attention_mask": torch.ones_like(tokens)},
-        {},
-    ]
+    device = input_device(model)
+    ways: list[dict[str, Any]] = [{"attention_mask": True, "use_cache": False}, {"attention_mask": True}, {}]
 
-    def run() -> None:
+    def run(length: int = LENGTH) -> None:
+        tokens = (torch.arange(ROWS * length, device=device) * 7 + 11) % min(int(vocabulary), 1000)
+        tokens = tokens.view(ROWS, length)
         while True:
+            options = dict(ways[0])
+            if "attention_mask" in options:
+                options["attention_mask"] = torch.ones_like(tokens)
             try:
                 with suppress(Enough):
-                    model(input_ids=tokens, **ways[0])
+                    model(input_ids=tokens, **options)
                 return
             except Exception as error:  # a model's own code raises whatever it likes
                 if len(ways) == 1:
                     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     raise InputError(
-                        f"{describe(model)} cannot run on {ROWS} x {LENGTH} tokens alone "
+                        f"{describe(model)} cannot run on {ROWS} x {length} tokens alone "
                         f"({type(error).__name__}: {reason}), so its named sites are not known: give "
                         "a module path"
                     ) from None
@@ -115,7 +119,9 @@ def recording(
         yield
 
 
-def block_ends(model: nn.Module, paths: list[str], run: Run) -> dict[str, list[tuple[int, End, Tensor]]]:
+def block_ends(
+    model: nn.Module, paths: list[str], run: Run, length: int = LENGTH
+) -> dict[str, list[tuple[int, End, Tensor]]]:
     """By list of blocks: (block, end, tensor) of every call, in order."""
     found: dict[str, list[tuple[int, End, Tensor]]] = {path: [] for path in paths}
     blocks = [
@@ -127,7 +133,7 @@ def block_ends(model: nn.Module, paths: list[str], run: Run) -> dict[str, list[t
         found[where].append((int(number), end, value.detach().clone()))
 
     with recording(blocks, note):
-        run()
+        run(length)
     return found
 
 

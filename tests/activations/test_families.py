@@ -159,6 +159,8 @@ def test_streams_that_are_not_handed_on_are_refused():
     for family, says in [
         ("xlnet", r"do not hand a residual stream \[B, T, d\] on"),  # [T, B, d]
         ("cpmant", r"do not hand a residual stream \[B, T, d\] on"),  # puts tokens of its own before the text
+        ("perceiver", r"do not hand a residual stream \[B, T, d\] on"),  # 8 latents, whatever the text
+        ("reformer", "gives other activations for the same tokens each time"),  # random hashes
         ("albert", "has no list of blocks"),  # one block, run again and again
     ]:
         with pytest.raises(InputError, match=rf"no site 'x1\.post'.*{says}.*give a module path, e\.g\. "):

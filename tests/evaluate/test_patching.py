@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.errors import InputError
@@ -292,3 +292,10 @@ def test_every_module_has_its_own_forward_again():
     for family in FAMILIES:
         assert isinstance(build(family), nn.Module)
         assert not any("forward" in vars(module) for module in build(family).modules())
+
+
+def test_prompts_longer_than_the_context_are_refused():
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    cut = LayersAbove(GPT2LMHeadModel(config).eval(), "x0.post")
+    with pytest.raises(InputError, match="a prompt has 17 tokens, the model takes up to 16: shorten it"):
+        cut.below(pad_prompts([[1] * 17, [2] * 3]))
