@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo test models lint docs bench clean
+.PHONY: demo demo-lm test models lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
+
+# A language model's circuit: about ten minutes after installation.
+demo-lm: $(STAMP) models
+	$(BIN)/python examples/demo_lm.py runs/demo-lm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -62,6 +62,13 @@ class HarvestConfig:
     max_norm_ratio: float | None = None
     """Drop rows whose norm exceeds this many median norms."""
 
+    def how_read(self) -> dict[str, Any]:
+        """Settings that decide which activations a site has, where they are no default, as JSON values."""
+        given = dataclasses.asdict(self)
+        told_elsewhere = ("model", "site", "data", "rows_per_batch", "repeat_data")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name not in told_elsewhere}
+        return {name: given[name] for name, default in defaults.items() if given[name] != default}
+
     @property
     def hub_options(self) -> dict[str, Any]:
         """Arguments of ``load_model``, ``load_tokenizer`` and ``load_config`` beside the name."""

@@ -177,7 +177,7 @@ def run_causalgym(
     text = data or partition.source.get("data")
     kinds = STANDARD_BASELINES if text else STANDARD_BASELINES[:2]
     activations = (
-        site_activations(model, tokenizer, cut.site.name, text)
+        site_activations(model, tokenizer, cut.site.name, partition.source, data=text)
         if text
         else torch.empty(0, partition.width, device=device)  # the other two look at none
     )

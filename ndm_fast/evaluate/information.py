@@ -51,7 +51,8 @@ def run_information(
         model,
         tokenizer,
         site,
-        data or partition.source.get("data"),
+        partition.source,
+        data=data,
         rows=queries + keys,
         context_length=context_length,
     )

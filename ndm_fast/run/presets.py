@@ -71,6 +71,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pool_rows": 65_536,
         "mi_keys": 4096,
     },
+    # What finds the variables of a language model's circuits: docs/evaluation.md.
+    "language-model": {
+        "objective": "log",
+        "start": "pca",
+        "rotation": "lazy",
+        "lr": 1e-2,
+        "search_every": 16,
+        "precision": "bf16",
+        "max_steps": 4000,
+        "context_length": 256,
+        "bos": True,
+        "max_norm_ratio": 3.0,
+        "eval_every": 500,
+        "checkpoint_every": 500,
+    },
     "demo": {
         "model": "minilm",
         "site": ["blocks.3.hook_resid_post"],

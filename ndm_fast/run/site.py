@@ -82,7 +82,8 @@ def _ready(run: SiteRun, saved: Checkpoint | None, progress: Progress, device: s
     rows = train.heldout_queries + train.heldout_keys + train.rows_held
     doing = "read" if isinstance(stream, CachedActivations) else "harvest"
     counted = Counted(stream, rows, doing, progress.show)
-    source = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
+    source: dict[str, Any] = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
+    source["harvest"] = config.harvest.how_read()
     begin = partial(Trainer.resumed, state=saved.state) if saved else Trainer
     try:
         trainer = begin(counted, train, config.merge, config.run, device=device, source=source, group=group)

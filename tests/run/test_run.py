@@ -84,6 +84,7 @@ def test_a_run_can_be_read_back(finished, tiny_model, corpus):
         "model": str(tiny_model),
         "site": "blocks.0.hook_resid_post",
         "data": str(corpus),
+        "harvest": {"context_length": 32},
     }
     assert list(partition.widths) == result["widths"]
     assert (len(partition), partition.width) == (2, 32)

@@ -157,8 +157,9 @@ def run_circuits(
         cut = LayersAbove(model, where)
         cut.check_fits(partition)
         chosen = _chosen(tests, trace, cut.site.name, name)
-        text = data or partition.source.get("data")
-        activations = site_activations(model, tokenizer, cut.site.name, text, context_length=context_length)
+        activations = site_activations(
+            model, tokenizer, cut.site.name, partition.source, data=data, context_length=context_length
+        )
         bench = _Bench(model, tokenizer, cut.site.name, activations, options)
         results[name] = {test.name: _run_test(bench, test, partition.to(device)) for test in chosen}
     return results
