@@ -2,7 +2,7 @@
 
     python examples/demo_lm.py [FOLDER] [SEED]
 
-Five commands of ``ndm-fast`` in one process. The trace says after which block the indirect-object circuit's
+Six commands of ``ndm-fast`` in one process. The trace says after which block the indirect-object circuit's
 previous-token information sits; NDM is trained there on Python's docstrings, and knows no prompt and no name.
 Then every subspace is patched on prompts of the circuit, beside partitions of the same widths. A run that was
 interrupted goes on where it stopped.
@@ -18,6 +18,7 @@ from pathlib import Path
 from ndm_fast.cli.main import main
 
 MODEL, TEST = "smollm2", "1"
+ROWS = ["--rows", "160000", "--context-length", "256", "--bos", "--max-norm-ratio", "3"]
 
 
 def demo(folder: str = "runs/demo-lm", seed: str = "0") -> int:
@@ -29,10 +30,13 @@ def demo(folder: str = "runs/demo-lm", seed: str = "0") -> int:
         if code := main([*trace, "--out", str(traced.parent)]):
             return code
     site = json.loads(traced.read_text())["sites"][TEST]
-    run, training = str(out / "run"), ["train", "--preset", "language-model", "--model", MODEL]
+    run, acts = str(out / "run"), str(out / "activations")
+    harvest = ["harvest", "--model", MODEL, "--site", site, "--data", "docstrings", *ROWS, "--out", acts]
+    training = ["train", "--preset", "language-model", "--acts", acts, "--repeat-data", "--seed", seed]
     circuits = ["evaluate", "circuits", run, "--model", MODEL, "--tests", TEST, "--prompts", "128"]
     for command in (
-        [*training, "--site", site, "--data", "docstrings", "--seed", seed, "--out", run, "--resume"],
+        [*harvest, "--resume"],
+        [*training, "--out", run, "--resume"],
         [*circuits, "--random-seeds", "2", "--no-complement", "--out", run],
         ["evaluate", "purity", run, "--baseline", "pca"],
         ["report", run],

@@ -44,7 +44,7 @@ _TYPES = {
     **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), "*fp32"),
     **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
     **dict.fromkeys(("rounding", "absolute", "query_share", "share", "toward", "slow", "fresh"), "fp32"),
-    **dict.fromkeys(("projected", "squares", "losses", "gradient"), "*fp32"),
+    **dict.fromkeys(("projected", "squares", "losses", "gradient", "log_floor"), "*fp32"),
     **dict.fromkeys(("first", "second"), "*fp32"),
     "counted": "*i1",
     "pieces": "*i32",

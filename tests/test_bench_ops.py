@@ -27,10 +27,11 @@ def run_tiny(folder: Path, *options: str, plugin: str = "") -> tuple[int, str, d
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-P"] if sys.version_info >= (3, 11) else [sys.executable]
     command += ["-m", "pytest", "bench/ops", "-p", "broken", "-p", "no:cacheprovider", "--tiny"]
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
         [*command, f"--benchmark-json={record}", *options],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**outside, "PYTHONPATH": path},  # a worker of xdist times nothing
         capture_output=True,
         text=True,
         check=False,

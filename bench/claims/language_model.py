@@ -26,6 +26,7 @@ from measuring import RESULTS
 from tqdm import tqdm
 
 from ndm_fast.activations.site_rows import site_activations
+from ndm_fast.drawing import BLUE, GREY, VERMILION, new_figure, save_figure, style
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.circuits.circuits import circuit_effects
 from ndm_fast.evaluate.circuits.prompts import TESTS
@@ -54,7 +55,9 @@ def partitions_of(options: argparse.Namespace) -> dict[str, tuple[SubspacePartit
     rows = site_activations(model, tokenizer, first.source["site"], first.source, **given)
     options.rows, options.loaded = rows, (model, tokenizer)
     for kind in STANDARD_BASELINES:
-        for seed in range(2 if kind == "random" else 1):
+        if kind == "pca_ascending" and len(set(first.widths)) == 1:
+            continue  # the subspaces of pca_descending, in another order
+        for seed in range(options.random_seeds if kind == "random" else 1):
             name = f"{kind} {seed}" if kind == "random" else kind
             found[name] = baseline_partition(kind, first.widths, rows, seed), None
     return found
@@ -78,6 +81,31 @@ def row_of(name: str, found: MethodResult, loss: float | None) -> dict[str, Any]
     }
 
 
+def draw(tests: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each test: each subspace's share of the whole effect, the largest first."""
+    with style():
+        figure = new_figure(3.1 * len(tests), 3.0)
+        for axes, test in zip(figure.subplots(1, len(tests), squeeze=False)[0], tests, strict=True):
+            by_method = {row["method"]: row for row in test["rows"]}
+            first = test["rows"][0]["method"]
+            for name, label, color in (
+                (first, "NDM", BLUE),
+                ("pca_descending", "PCA", VERMILION),
+                ("identity", "identity", GREY),
+            ):
+                row = by_method[name]
+                shares = sorted((effect / row["whole"] for effect in row["effect"]), reverse=True)
+                axes.plot(range(1, len(shares) + 1), shares, "o-", markersize=3, color=color, label=label)
+            axes.axhline(0, color=GREY, linewidth=0.8)
+            axes.set_title(
+                f"test {test['test']}: {test['what']}\n{test['model']}, {test['site']}", loc="left"
+            )
+            axes.set_xlabel("subspace, by effect")
+            axes.set_ylabel("share of the whole effect")
+            axes.legend()
+        save_figure(figure, path)
+
+
 def main() -> None:
     """One test, added to the results."""
     parser = argparse.ArgumentParser(
@@ -89,7 +117,9 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--templates", default="b")
+    parser.add_argument("--random-seeds", type=int, default=2)
     parser.add_argument("--das-steps", type=int, default=100, help="0: no DAS")
+    parser.add_argument("--figure", type=Path, help="the tests of this model as a picture")
     parser.add_argument("--out", type=Path, default=RESULTS / "language-model.json")
     options = parser.parse_args()
     began = time.monotonic(), time.process_time()
@@ -126,7 +156,10 @@ def main() -> None:
     earlier = json.loads(options.out.read_text())["tests"] if options.out.exists() else []
     key = (options.model, options.test)
     kept = [one for one in earlier if (one["model"], one["test"]) != key]
-    options.out.write_text(json.dumps({"tests": [*kept, result]}, indent=1) + "\n")
+    tests = sorted([*kept, result], key=lambda one: (one["model"], one["test"]))
+    options.out.write_text(json.dumps({"tests": tests}, indent=1) + "\n")
+    if options.figure:
+        draw([one for one in tests if one["model"] == options.model], options.figure)
     shown = ("method", "mean_gini", "best_of_whole", "heldout_loss")
     print(text_table([{name: row[name] for name in shown} | row["gini"] for row in rows]))
 

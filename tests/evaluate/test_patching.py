@@ -297,5 +297,5 @@ def test_every_module_has_its_own_forward_again():
 def test_prompts_longer_than_the_context_are_refused():
     config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     cut = LayersAbove(GPT2LMHeadModel(config).eval(), "x0.post")
-    with pytest.raises(InputError, match="a prompt has 17 tokens, the model takes up to 16: shorten it"):
+    with pytest.raises(InputError, match="a prompt has 17 tokens, the model takes 16: give shorter ones"):
         cut.below(pad_prompts([[1] * 17, [2] * 3]))

@@ -47,7 +47,9 @@ DTYPES = {
     **dict.fromkeys(
         ("exact_rotation", "distances", "radius", "limits", "projected", "squares"), torch.float32
     ),
-    **dict.fromkeys(("losses", "gradient", "first", "second", "inverse_variances"), torch.float32),
+    **dict.fromkeys(
+        ("losses", "gradient", "log_floor", "first", "second", "inverse_variances"), torch.float32
+    ),
     **dict.fromkeys(("exact_queries", "best"), torch.float64),
     **dict.fromkeys(("index", "candidates", "pairs", "counts"), torch.int64),
     "pieces": torch.int32,

@@ -103,7 +103,7 @@ def test_library_ops_of_a_step_pass_opcheck(case, backend):
     q, k, r = case["queries"], case["keys"], case["rotation"]
     index = torch.zeros(2, len(q), dtype=torch.int64)
     for counted in (None, torch.ones_like(index, dtype=torch.bool)):
-        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, backend)
+        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, torch.ones(2), backend)
         torch.library.opcheck(gradient._loss_and_gradient, arguments)
     torch.library.opcheck(nearest._nearest_index, (q, k, r, WIDTHS, "euclidean", "fp32", backend))
     moments = torch.zeros(8, 8), torch.ones(8, 8)
