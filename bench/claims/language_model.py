@@ -97,9 +97,8 @@ def draw(tests: list[dict[str, Any]], path: Path) -> None:
                 shares = sorted((effect / row["whole"] for effect in row["effect"]), reverse=True)
                 axes.plot(range(1, len(shares) + 1), shares, "o-", markersize=3, color=color, label=label)
             axes.axhline(0, color=GREY, linewidth=0.8)
-            axes.set_title(
-                f"test {test['test']}: {test['what']}\n{test['model']}, {test['site']}", loc="left"
-            )
+            block, what = test["site"].split(".")[1], test["what"].removeprefix("IOI ").split(",")[0]
+            axes.set_title(f"test {test['test']}: {what}\nafter block {block}", loc="left")
             axes.set_xlabel("subspace, by effect")
             axes.set_ylabel("share of the whole effect")
             axes.legend()
