@@ -2,7 +2,7 @@
 
     ndm-fast harvest --model smollm2 --site x16.post x17.post x20.post x24.post --data TEXT --rows 240000 \\
         --context-length 256 --bos --max-norm-ratio 3 --out acts
-    ndm-fast train --preset language-model --acts acts --seed 0 --out runs/seed0     # and seeds 1, 2
+    ndm-fast train --preset language-model --acts acts --repeat-data --seed 0 --out runs/seed0     # and 1, 2
     python bench/claims/language_model.py --test 1 --data TEXT runs/seed?/blocks.16.hook_resid_post
 
 One circuit test at one site, for partitions of several seeds. Prompts come from the held-out set of templates
