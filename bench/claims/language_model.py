@@ -5,8 +5,8 @@
     ndm-fast train --preset language-model --acts acts --repeat-data --seed 0 --out runs/seed0     # and 1, 2
     python bench/claims/language_model.py --test 1 --data TEXT runs/seed?/blocks.16.hook_resid_post
 
-One circuit test at one site, for partitions of several seeds. Prompts come from the held-out set of templates
-and names; settings were chosen on the other. Baselines have the same widths and are measured once. DAS saw
+One circuit test at one site, for partitions of several seeds. Prompts come from template set b;
+settings were chosen on the templates of set a. Baselines have the same widths and are measured once. DAS saw
 labels: it says what is possible. The result goes into a file in place of an earlier one of the same model and
 test.
 """
