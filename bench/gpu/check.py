@@ -2,10 +2,11 @@
 
     python bench/gpu/check.py --out gpu.json
     python bench/gpu/check.py --interpret --out small.json    # tiny, on a CPU: its times mean nothing
-    python bench/gpu/check.py --tune --out tiles.json         # times every tile of the sweep, nothing else
+    python bench/gpu/check.py --only tune --out tiles.json    # jobs whose name has this word
 
-Builds ``ndm_fast._cuda`` where nvcc is, checks each path against the fp64 oracle on fresh random data (the
-seed is recorded), and times only what passed, at the shapes of the published runs. Needs torch and triton.
+Builds ``ndm_fast._cuda`` where nvcc is. Each path is checked against the fp64 oracle on fresh random data (the
+seed is recorded) in a process of its own, all beside each other; meanwhile what is timed later is compiled.
+Times then come one process after the other. The result is written after each row. Needs torch and triton.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -29,108 +32,158 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 sys.path.insert(0, str(ROOT))
 
-import torch
-from contracts import (
-    GRADIENT_UNITS,
-    check,
-    check_cases,
-    check_gradient,
-    check_index,
-    check_ksg,
-    check_products,
-    check_update,
-    gradient_cases,
-)
-from step import check_graph, check_steps, time_shapes, time_steps
-from timing import QUERIES, SHAPES, STARTED, ceilings, time_shape
+import jobs
+from jobs import Item, Job, Row
 
-CHECK_BUDGET = 280.0
-"""Seconds after which what has not been checked counts as failed."""
-Check = Callable[[], str | None]
+BUDGET = 460.0
+"""Seconds after which nothing is begun and what still runs is ended."""
+SEARCHES = {
+    **{f"triton {form} {kind}": ("triton", form, kind) for form in ("split", "fused") for kind in ("fp32", "bf16")},
+    "triton rotated": ("triton", None, "rotated"),
+    **{f"cuda split {kind}": ("cuda", "split", kind) for kind in ("fp32", "bf16")},
+    "cuda rotated": ("cuda", None, "rotated"),
+}  # fmt: skip
+MODELS = ("gemma-2-2b", "gpt2", "qwen2.5-1.5b")
+PREDICTED = Path(__file__).with_name("predicted.json")
 
 
-def prepare(interpret: bool) -> str:
-    """Build the CUDA extension, make ``ndm_fast.kernels`` importable from a checkout; what the build said."""
-    built = "not built: interpreted"
-    if not interpret:
-        major, minor = torch.cuda.get_device_capability()
-        wanted = "1" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "0"
-        environment = {**os.environ, "NDM_FAST_CUDA": wanted, "NDM_FAST_CUDA_ARCHS": f"{major}{minor}"}
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        built = done.stdout[-2000:] + done.stderr[-2000:]
+def import_package() -> None:
+    """Make ``ndm_fast.kernels`` importable from a checkout."""
     import ndm_fast
 
     if importlib.util.find_spec("ndm_fast.kernels") is None:
         folder = Path(tempfile.mkdtemp())
         (folder / "kernels").symlink_to(ROOT / "kernels")
         ndm_fast.__path__.append(str(folder))
-    return built
 
 
-def paths(interpret: bool) -> dict[str, Callable]:
-    """Name -> search with the arguments of ``triton_ops.nearest_neighbors``, for each path that can run."""
-    from ndm_fast.kernels import search
+def build() -> Row:
+    """Build the extensions for this card."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    wanted = "1" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "0"
+    environment = {**os.environ, "NDM_FAST_CUDA": wanted, "NDM_FAST_CUDA_ARCHS": f"{major}{minor}"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    began = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    said = done.stdout[-2000:] + done.stderr[-2000:]
+    return {"name": "build", "seconds": time.monotonic() - began, "status": done.returncode, "said": said}
+
+
+def search_of(name: str) -> Callable:
+    """The search of a path, with the arguments of ``kernels.search.nearest_neighbors``."""
+    backend, form, kind = SEARCHES[name]
+    options: dict = {"keys_rotated": True} if kind == "rotated" else {"precision": kind}
+    if backend == "triton":
+        from ndm_fast.kernels import search
+
+        return partial(search.nearest_neighbors, form=form, **options)
+    import torch
+
     from ndm_fast.ops import cuda
 
-    nearest = search.nearest_neighbors
-    found: dict[str, Callable] = {
-        f"triton {form} {precision}": partial(nearest, form=form, precision=precision)
-        for form in ("split", "fused")
-        for precision in ("fp32", "bf16")
-    }
-    found["triton rotated"] = partial(nearest, keys_rotated=True)
-    if not interpret and cuda.why_unavailable(torch.device("cuda")) is None:
-        found |= {f"cuda split {p}": partial(cuda.nearest_neighbors, precision=p) for p in ("fp32", "bf16")}
-        found["cuda rotated"] = partial(cuda.nearest_neighbors, keys_rotated=True)
-    return found
+    why_not = cuda.why_unavailable(torch.device("cuda"))
+    if why_not:
+        raise RuntimeError(why_not)
+    return partial(cuda.nearest_neighbors, **options)
 
 
-def checks(searches: dict[str, Callable], device: str, small: bool) -> Iterator[tuple[str, Check]]:
-    """Names and what finds out what is wrong: every path, case and type, fresh data each time."""
-    types = (torch.float16, torch.float32, torch.bfloat16)
-    for name, search in searches.items():
-        for case_name, case in check_cases(small).items():
-            for dtype in types if case_name == "heavy-tailed" and not small else types[:1]:
-                label = f"{name} / {case_name} / {dtype}"
-                yield label, partial(check, search, name, case, dtype, device)
-    for case_name, case in check_cases(small).items():
-        for dtype in types if case_name == "heavy-tailed" and not small else types[:1]:
-            label = f"triton index / {case_name} / {dtype}"
-            yield label, partial(check_index, case, dtype, device)
-    yield "fp32 products", partial(check_products, device)
-    yield "triton ksg", partial(check_ksg, device, small)
-    for products in GRADIENT_UNITS:
-        for case_name, case in gradient_cases(small).items():
-            for dtype in types if case_name == "merged" else types[:1]:
-                label = f"gradient {products} / {case_name} / {dtype}"
-                yield label, partial(check_gradient, case, dtype, products, device)
-    yield "lie update", partial(check_update, device, small)
-    yield "training steps", partial(check_steps, device, small)
-    yield "training steps in a graph", partial(check_graph, device, small)
+def items(name: str, device: str, small: bool) -> Iterator[Item]:
+    """The items of a job, in its process."""
+    import contracts
+    import step
+    import timing
+
+    kind, _, rest = name.partition(" ")
+    model, _, what = rest.partition(" ")
+    if kind == "check" and rest in SEARCHES:
+        yield from contracts.check_path(rest, search_of(rest), device, small)
+    elif kind == "check" and rest.startswith("gradient"):
+        yield from contracts.check_gradients(what, device, small)
+    elif rest == "triton index":
+        yield from contracts.check_indexes(device, small)
+    elif rest == "others":
+        yield from contracts.check_others(device, small)
+    elif rest == "steps":
+        yield contracts._item("training steps", partial(step.check_steps, device, small))
+        yield contracts._item("training steps in a graph", partial(step.check_graph, device, small))
+    elif kind == "ceilings":
+        yield from timing.ceilings(device, small)
+    elif what == "steps":
+        yield from step.time_steps(model, device, small)
+    elif kind == "time":
+        paths = [each for each in SEARCHES if not small or each.startswith("triton split")]
+        found = lambda: {each: search_of(each) for each in paths}  # noqa: E731
+        yield from timing.searches(model, int(what[1:]), found, device, small)
+    elif kind == "tune" and what == "gradient":
+        yield from step.time_shapes(model, device, small)
+    elif kind == "tune":
+        yield from timing.sweeps(model, device, small)
+    else:
+        raise ValueError(f"no job is called {name!r}")
 
 
-def run_checks(searches: dict[str, Callable], device: str, small: bool) -> dict[str, str]:
-    """Failures by path and case."""
-    failures = {}
-    path = ""
-    for name, find in checks(searches, device, small):
-        if name.split(" / ")[0] != path:
-            path = name.split(" / ")[0]
-            print(f"{time.monotonic() - STARTED:4.0f} s, checking {path}", flush=True)
-        try:
-            if device == "cuda" and time.monotonic() - STARTED > CHECK_BUDGET:
-                raise TimeoutError("not checked, out of time")
-            wrong = find()
-        except Exception as error:
-            wrong = f"{type(error).__name__}: {error}"[:500]
-        if wrong:
-            failures[name] = wrong
-    return failures
+def plan(small: bool) -> tuple[list[Job], list[Job]]:
+    """Checks, which run beside each other, and timings, in order of what is wanted most."""
+    checks = [f"check {name}" for name in SEARCHES if not small or not name.startswith("cuda")]
+    checks += [
+        f"check {name}" for name in ("triton index", "gradient ieee", "gradient tf32x3", "others", "steps")
+    ]
+    models = MODELS[1:2] if small else MODELS
+    timings = ["ceilings", *(f"time {model} steps" for model in models)]
+    timings += [f"time {model} Q{n}" for model in models for n in ((128,) if small else (4096, 128))]
+    timings += [f"tune {model} sweep" for model in models] + [f"tune {model} gradient" for model in models]
+    return [Job(name, 120) for name in checks], [Job(name, 45) for name in timings]
 
 
-def machine(device: str) -> dict[str, object]:
+class Record:
+    """The result, printed and written row by row."""
+
+    def __init__(self, path: Path, head: Row) -> None:
+        self.path, self.rows, self.lock, self.began = path, [], threading.Lock(), time.monotonic()
+        self.head, self.ceilings = head, {}
+        self.predicted = json.loads(PREDICTED.read_text()) if PREDICTED.exists() else {}
+
+    def add(self, job: str, row: Row) -> None:
+        """One row of a job."""
+        with self.lock:
+            row = {"job": job, **row}
+            if job == "ceilings" and "ms" in row:
+                self.ceilings[row["name"]] = row["tflops"] or row["gbs"]
+            if "tflops" in row and "float16" in self.ceilings:
+                row["share_of_fp16_peak"] = row["tflops"] / self.ceilings["float16"]
+            predicted = self.predicted.get(f"{row.get('model')} Q{row.get('Q')} {row['name']}")
+            if predicted is not None:
+                row["predicted_ms"] = predicted
+            self.rows.append(row)
+            self._print(row)
+            self.head["seconds"] = time.monotonic() - self.began
+            whole = json.dumps({**self.head, "ceilings": self.ceilings, "rows": self.rows}, indent=1)
+            self.path.with_suffix(".part").write_text(whole + "\n")
+            self.path.with_suffix(".part").replace(self.path)
+
+    def _print(self, row: Row) -> None:
+        began = f"{time.monotonic() - self.began:4.0f} s {row['job']:28} {str(row['name'])[:44]:44}"
+        if "failed" in row:
+            print(f"{began} {row['failed']}", flush=True)
+        elif "ms" in row and "tflops" in row:
+            predicted = f" (predicted {row['predicted_ms']})" if "predicted_ms" in row else ""
+            print(f"{began} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['gbs']:6.0f} GB/s{predicted}",
+                  flush=True)  # fmt: skip
+        elif "ms" in row:
+            print(f"{began} {row['ms']:9.3f} ms {row['calls']:5} calls", flush=True)
+        elif "registers" in row and row["spills"]:
+            print(f"{began} {row['registers']} registers, {row['spills']} spilled", flush=True)
+
+    def failures(self) -> list[Row]:
+        """Rows that failed or were wrong."""
+        return [row for row in self.rows if "failed" in row]
+
+
+def machine(device: str) -> Row:
     """Hardware, versions and commit."""
+    import torch
     import triton
 
     git = ["git", "rev-parse", "--short", "HEAD"]
@@ -141,76 +194,83 @@ def machine(device: str) -> dict[str, object]:
     return {"card": card, "capability": capability, "cuda": torch.version.cuda, "commit": commit, **versions}
 
 
-def tune(path: Path) -> None:
-    """Times of all tiles of the sweep at the widths of the shapes, to the path; and a table."""
-    from ndm_fast.kernels import autotune, tuning
+def child(name: str, device: str, small: bool, seed: int) -> int:
+    """In a job's process."""
+    import torch
 
-    os.environ[tuning.CACHE_VARIABLE] = str(path.with_suffix(".cache.json"))
-    result: dict = {"machine": machine("cuda"), "rows": []}
-    for d, width in SHAPES.values():
-        for tiles, ms in autotune.tune([width] * (d // width), max(QUERIES), 65536).items():
-            result["rows"].append({"width": width, **tiles._asdict(), "ms": ms})
-            print(result["rows"][-1], flush=True)
-        save(path, result)
-
-
-def save(path: Path, result: dict) -> None:
-    """What is known so far, should the machine be taken away."""
-    result["seconds"] = time.monotonic() - STARTED
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    done = set(json.loads(sys.stdin.read()))
+    torch.manual_seed(seed)
+    import_package()
+    still_works = torch.cuda.synchronize if device == "cuda" else lambda: None
+    jobs.work(items(name, device, small), done, still_works)
+    return 0
 
 
-def show(result: dict) -> None:
-    """The short table."""
-    print(f"\n{result['machine']['card']}, peaks {result['ceilings']}")
-    for row in result["rows"]:
-        if "ms" in row:
-            print(
-                f"{row['model']:13} Q {row['Q']:5} {row['name']:32} {row['ms']:9.3f} ms {row['tflops']:7.1f} "
-                f"TFLOP/s {row['share_of_bf16_peak']:6.1%} of peak {row['gbs']:7.0f} GB/s "
-                f"{row['extra_mb']:6.0f} MB"
-            )
-        else:
-            print(f"{row['model']:13} Q {row['Q']:5} {row['name']:32} {row.get('failed') or row['skipped']}")
-    for name, wrong in result["failures"].items():
-        print(f"WRONG {name}: {wrong}")
-    print(f"{len(result['failures'])} failures; {result['seconds']:.0f} s")
+def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
+    """Checks and compilation beside each other, then the timings."""
+    deadline = record.began + arguments.budget
+    command = [sys.executable, __file__, "--seed", str(arguments.seed), *(["--interpret"] if small else [])]
+    checks, timings = plan(small)
+    only = arguments.only or ""
+    checks = [job for job in checks if only in job.name and not arguments.no_checks]
+    timings = [job for job in timings if only in job.name or job.name == "ceilings"]
+    ready = threading.Event()
+
+    def check(job: Job) -> None:
+        if "cuda" in job.name:
+            ready.wait()
+        jobs.run(job, [*command, "--job", job.name], record.add, together)
+
+    def compile_all(job: Job) -> None:
+        if " Q" in job.name:
+            ready.wait()
+        jobs.run(job, [*command, "--job", job.name, "--once"], lambda *_: None, together)
+
+    together = record.began + 0.45 * arguments.budget
+    with ThreadPoolExecutor(arguments.beside) as pool:
+        first = [] if small else [pool.submit(lambda: record.add("build", build()))]
+        if first:
+            first[0].add_done_callback(lambda _: ready.set())
+        running = [pool.submit(check, job) for job in checks if "cuda" not in job.name]
+        running += [pool.submit(compile_all, job) for job in timings[1:] if not small]
+        running += [pool.submit(check, job) for job in checks if "cuda" in job.name]
+        for each in first + running:
+            each.result()
+    for job in timings:
+        jobs.run(job, [*command, "--job", job.name], record.add, deadline)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU: tests this script")
-    parser.add_argument("--tune", action="store_true", help="time the choices of kernels/tuning.py, no more")
+    parser.add_argument("--only", help="only jobs whose name has this in it")
+    parser.add_argument("--no-checks", action="store_true", help="time only: they have passed before")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
+    parser.add_argument("--beside", type=int, default=min(14, os.cpu_count() or 1), help="processes at once")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.once:
+        os.environ["NDM_FAST_CHECK_ONCE"] = "1"
+    import torch
+
     small = arguments.interpret
-    if not small and not torch.cuda.is_available():
-        sys.exit("gpu_check: no CUDA device is visible to torch; --interpret tests this script without one")
     device = "cpu" if small else "cuda"
-    torch.manual_seed(arguments.seed)
-    built = prepare(small)
-    if arguments.tune:
-        tune(arguments.out)
-        return 0
-    searches = paths(small)
-    failures = run_checks(searches, device, small)
-    broken = {name.split(" / ")[0] for name in failures}
-    right = {name: search for name, search in searches.items() if name not in broken}
-    limits = ceilings(device, small)
-    result = {"machine": machine(device), "seed": arguments.seed, "build": built, "ceilings": limits}
-    result |= {"failures": failures, "rows": []}
-    for model in list(SHAPES)[:1] if small else SHAPES:
-        for n in QUERIES[:1] if small else QUERIES:
-            result["rows"] += time_shape(model, n, right, limits, device, small, broken)
-            save(arguments.out, result)
-        result["rows"] += time_steps(model, limits, device, small, broken)
-        save(arguments.out, result)
-    if "gradient ieee" not in broken:  # last: only worth what time is left
-        for model in list(SHAPES)[:1] if small else SHAPES:
-            result["rows"] += time_shapes(model, limits, device, small)
-    save(arguments.out, result)
-    show(result)
+    if arguments.job:
+        return child(arguments.job, device, small, arguments.seed)
+    if not arguments.out:
+        parser.error("--out is needed: the JSON to write")
+    if not small and not torch.cuda.is_available():
+        sys.exit("check.py: no CUDA device is visible to torch; --interpret tests this script without one")
+    record = Record(arguments.out, {"machine": machine(device), "seed": arguments.seed})
+    run_all(arguments, record, small)
+    failures = record.failures()
+    print(f"\n{record.head['machine']['card']}, ceilings {record.ceilings}")
+    for row in failures:
+        print(f"FAILED {row['job']} / {row['name']}: {row['failed']}")
+    print(f"{len(failures)} failures; {time.monotonic() - record.began:.0f} s")
     return 1 if failures else 0
 
 

@@ -1,10 +1,12 @@
-"""The contracts that ``gpu_check.py`` holds every GPU path to, against fp64 on fresh random data."""
+"""The contracts that ``check.py`` holds every GPU path to, against fp64 on fresh random data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from jobs import Item, Row
 
 
 def rotation_of(width: int) -> torch.Tensor:
@@ -230,4 +232,69 @@ def check_update(device: str, small: bool) -> str | None:
                     return f"d {d}: {name} is off"
             if lie_update.lie_update(None, first, second, *factors, (0.9, 0.999), half).ne(update).any():
                 return f"d {d}: the update of the moments as they are differs"
+    return None
+
+
+TYPES = (torch.float16, torch.float32, torch.bfloat16)
+
+
+def check_path(name: str, search: Callable, device: str, small: bool) -> Iterator[Item]:
+    """A search on every case; all types on one."""
+    for case_name, case in check_cases(small).items():
+        for dtype in TYPES if case_name == "heavy-tailed" and not small else TYPES[:1]:
+            run = partial(check, search, name, case, dtype, device)
+            yield _item(f"{case_name} / {str(dtype)[6:]}", run)
+
+
+def check_indexes(device: str, small: bool) -> Iterator[Item]:
+    """The search without distances on every case."""
+    for case_name, case in check_cases(small).items():
+        for dtype in TYPES if case_name == "heavy-tailed" and not small else TYPES[:1]:
+            yield _item(f"{case_name} / {str(dtype)[6:]}", partial(check_index, case, dtype, device))
+
+
+def check_gradients(products: str, device: str, small: bool) -> Iterator[Item]:
+    """Loss and gradient on every case."""
+    for case_name, case in gradient_cases(small).items():
+        for dtype in TYPES if case_name == "merged" else TYPES[:1]:
+            run = partial(check_gradient, case, dtype, products, device)
+            yield _item(f"{case_name} / {str(dtype)[6:]}", run)
+    yield _item("logarithms", partial(check_log_gradient, products, device, small))
+
+
+def check_others(device: str, small: bool) -> Iterator[Item]:
+    """What has one case each."""
+    yield _item("fp32 products", partial(check_products, device))
+    yield _item("ksg", partial(check_ksg, device, small))
+    yield _item("lie update", partial(check_update, device, small))
+
+
+def _item(name: str, find: Callable[[], str | None]) -> Item:
+    def run() -> list[Row]:
+        wrong = find()
+        return [{"name": name, "failed": f"WRONG: {wrong}"} if wrong else {"name": name, "right": True}]
+
+    return name, run
+
+
+def check_log_gradient(products: str, device: str, small: bool) -> str | None:
+    """What is wrong with loss and gradient of the logarithms, or None."""
+    from ndm_fast.geometry import objective
+    from ndm_fast.kernels import gradient
+
+    for queries, keys, index, widths in gradient_cases(small).values():
+        d = sum(widths)
+        rotation = rotation_of(d)
+        floor = 0.1 + torch.rand(len(widths))
+        given = [x.to(device) for x in (queries.half(), keys.half(), index, rotation)]
+        floor = floor.to(device)
+        found = gradient.loss_and_gradient(*given, widths, "euclidean", None, floor, products=products)
+        exact = objective.loss_and_gradient(
+            given[0].double(), *given[1:3], given[3].double(), widths, "euclidean", None, floor.double()
+        )
+        for name, one, two in zip(("loss", "gradient"), found, exact, strict=True):
+            if not float((one - two).abs().max()) <= 2e-5 * float(two.abs().max()):
+                return (
+                    f"{widths[:4]}: {name} is off by {float((one - two).abs().max() / two.abs().max()):.1e}"
+                )
     return None

@@ -1,4 +1,4 @@
-"""Times of ``gpu_check.py``: a whole training step, one search for 32 batches and then a step on each.
+"""Times of ``check.py``: a whole training step, one search for 32 batches and then a step on each.
 
 The step is that of ``LazyRotation`` at a small rate, written out with torch's kernels and with ours, so that
 the two can be compared; the package's own optimisers are timed beside it, with what they call today.
@@ -6,13 +6,14 @@ the two can be compared; the package's own optimisers are timed beside it, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from contracts import GRADIENT_UNITS, rotation_of
-from timing import KEYS, SHAPES, Run, measure
+from contracts import GRADIENT_UNITS
+from jobs import Item, Row
+from timing import Data, Run, kernels, measure, profile
 
 if TYPE_CHECKING:
     from ndm_fast.train.rotation.base import Rotation, Turn
@@ -70,17 +71,10 @@ class Steps:
 
 
 def make_work(model: str, device: str, small: bool) -> Work:
-    """Clustered rows, each a centre and noise: gradients that agree from step to step, unlike pure noise."""
-    d, width = (48, 16) if small else SHAPES[model]
-    count, k = (STEPS * 2, 200) if small else (STEPS * QUERIES, KEYS)
-    widths = [width] * (d // width)
-    centres = torch.randn(64, d, device=device)
-    queries, keys = (
-        (centres[torch.randint(64, (n,), device=device)] + 0.3 * torch.randn(n, d, device=device)).half()
-        for n in (count, k)
-    )
-    index = torch.randint(k, (len(widths), count), device=device)
-    return Work(queries, keys, rotation_of(d).to(device), index, widths)
+    """Clustered rows: gradients that agree from step to step, unlike those of pure noise."""
+    data = Data(model, STEPS * (2 if small else QUERIES), device, small)
+    index = torch.randint(len(data.keys), (len(data.widths), len(data.queries)), device=device)
+    return Work(data.queries, data.keys, data.rotation, index, data.widths)
 
 
 def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
@@ -99,7 +93,7 @@ def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
         for number, turn in enumerate(turns):
             part = slice(number * size, (number + 1) * size)
             given = (queries[part], keys, index[:, part], rotation.working, work.widths)
-            found = ops.loss_and_gradient(*given)
+            found = ops.loss_and_gradient(*given, check_index=False)
             rotation.turn(found.gradient, turn)
             losses.append(found.by_subspace.mean())
         return torch.stack(losses)
@@ -178,8 +172,8 @@ def graphed(run: Run, times: int = 1) -> Run:
     return call
 
 
-def time_parts(work: Work, limits: dict[str, float], device: str, broken: set[str]) -> list[dict]:
-    """Gradient and update alone, called from Python, and 20 at a time in a CUDA graph."""
+def parts(work: Work, device: str) -> Iterator[tuple[str, Run, float, float]]:
+    """Gradient and update alone: name, call, FLOP and bytes."""
     from ndm_fast.geometry import objective
     from ndm_fast.geometry.reference import lie_update as plain_update
     from ndm_fast.kernels.gradient import loss_and_gradient
@@ -193,40 +187,23 @@ def time_parts(work: Work, limits: dict[str, float], device: str, broken: set[st
     steps.step(0)
     product = torch.randn_like(steps.rotation)
     moving = (product, steps.first, steps.second, *steps.factors, BETAS)
-    published = make_rotation("exp", work.rotation, BETAS)
     gradient = 4.0 * len(queries) * d * d, 2.0 * index.numel() * d + 8.0 * d * d
-    whole, half = (0.0, 20.0 * d * d), (0.0, 18.0 * d * d)
-    parts: dict[str, tuple[Run, tuple[float, float]]] = {
-        "gradient, torch": (partial(objective.loss_and_gradient, *given), gradient),
-        "update, torch": (partial(plain_update, *moving, False), whole),
-    }
-    if "lie update" not in broken:
-        parts["update, triton"] = partial(lie_update, *moving, False), whole
-        parts["update, triton, bf16"] = partial(lie_update, *moving, True), half
-    for products in GRADIENT_UNITS:
-        if f"gradient {products}" not in broken:
-            run = partial(loss_and_gradient, *given, products=products)
-            parts[f"gradient, triton, {products}"] = run, gradient
-    rows = [measure(name, run, *cost, limits, device) for name, (run, cost) in parts.items()]
-    if device == "cuda":
-        for name, (run, cost) in parts.items():
-            again = graphed(run, REPLAYED)
-            rows.append(measure(f"{name}, in a graph", again, *cost, limits, device, parts=REPLAYED))
-    step = partial(published.step, product, LR)
-    return [*rows, measure("update, published scheme", step, 0.0, 0.0, limits, device)]
+    for kind in GRADIENT_UNITS:
+        yield f"gradient, triton, {kind}", partial(loss_and_gradient, *given, products=kind), *gradient
+    yield "update, triton", partial(lie_update, *moving, False), 0.0, 20.0 * d * d
+    yield "update, triton, bf16", partial(lie_update, *moving, True), 0.0, 18.0 * d * d
+    yield "gradient, torch", partial(objective.loss_and_gradient, *given), *gradient
+    yield "update, torch", partial(plain_update, *moving, False), 0.0, 20.0 * d * d
+    published = make_rotation("exp", work.rotation, BETAS)
+    yield "update, published scheme", partial(published.step, product, LR), 0.0, 0.0
 
 
-def time_blocks(work: Work, limits: dict[str, float], device: str, broken: set[str]) -> list[dict]:
-    """A step with reuse: a 32nd of one search and 32 steps, in several forms."""
+def blocks(work: Work) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """A search and 32 steps on it, in several forms: name, and what makes the call."""
     from ndm_fast.kernels.search import nearest_index
 
-    (count, d), k = work.queries.shape, len(work.keys)
-    flops = (2.0 * k * d * d + 2.0 * count * k * d) / STEPS + 4.0 * count / STEPS * d * d + 4.0 * d**3
-    read = 2.0 * k * d / STEPS
-
     def search(rotation: torch.Tensor) -> None:
-        given = (work.queries, work.keys, rotation, work.widths)
-        work.index.copy_(nearest_index(*given))
+        work.index.copy_(nearest_index(work.queries, work.keys, rotation, work.widths))
 
     def written_out(steps: Steps, block: Run) -> Run:
         def run() -> None:
@@ -244,39 +221,54 @@ def time_blocks(work: Work, limits: dict[str, float], device: str, broken: set[s
 
         return run
 
-    theirs = torch_steps(work)
-    forms = {
-        "torch": written_out(theirs, theirs.block),
-        "package, lie": of_the_package("lie"),
-        "package, lazy": of_the_package("lazy"),
-    }
-    if "training steps in a graph" not in broken:
-        forms["package, lazy, in a graph"] = of_the_package("lazy", graph=True)
-    if not broken & {"gradient ieee", "lie update", "training steps"}:
-        ours, also = kernel_steps(work), kernel_steps(work)
-        forms["triton"] = written_out(ours, ours.block)
-        if device == "cuda":
-            forms["triton, in a graph"] = written_out(also, graphed(also.block))
-    return [
-        measure(f"step with reuse, {name}", run, flops, read, limits, device, parts=STEPS)
-        for name, run in forms.items()
-    ]
+    def ours(graph: bool) -> Run:
+        steps = kernel_steps(work)
+        return written_out(steps, graphed(steps.block) if graph else steps.block)
+
+    yield "package, lazy, in a graph", partial(of_the_package, "lazy", graph=True)
+    yield "package, lazy", partial(of_the_package, "lazy")
+    yield "package, lie", partial(of_the_package, "lie")
+    if work.queries.is_cuda:
+        yield "triton, in a graph", partial(ours, True)
+    yield "triton", partial(ours, False)
+
+    def plain() -> Run:
+        steps = torch_steps(work)
+        return written_out(steps, steps.block)
+
+    yield "torch", plain
 
 
-def time_steps(
-    model: str, limits: dict[str, float], device: str, small: bool, broken: set[str]
-) -> list[dict]:
-    """Rows of one shape, without what ``broken`` names as wrong."""
+def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
+    """A whole step with reuse first, then what it is made of."""
     work = make_work(model, device, small)
     (count, d), k = work.queries.shape, len(work.keys)
-    shape = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
-    rows = time_parts(work, limits, device, broken)
-    if "triton index" not in broken:
-        rows += time_blocks(work, limits, device, broken)
-    return [{**shape, **row} for row in rows]
+    shape: Row = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
+    flops = (2.0 * k * d * d + 2.0 * count * k * d) / STEPS + 4.0 * count / STEPS * d * d + 4.0 * d**3
+    for name, make in blocks(work):
+        label = f"step with reuse, {name}"
+        yield (
+            label,
+            lambda label=label, make=make: [
+                measure(label, make(), flops, 2.0 * k * d / STEPS, device, STEPS, **shape)
+            ],
+        )
+    for name, run, flop, read in parts(work, device):
+        yield name, lambda n=name, r=run, f=flop, b=read: [measure(n, r, f, b, device, **shape)]
+        if device == "cuda":
+            label = f"{name}, in a graph"
+            yield (
+                label,
+                lambda n=label, r=run, f=flop, b=read: [
+                    measure(n, graphed(r, REPLAYED), f, b, device, REPLAYED, **shape)
+                ],
+            )
+    if device == "cuda":
+        yield "kernels", lambda: kernels(shape)
+        yield "profile", lambda: profile(next(blocks(work))[1](), shape)
 
 
-def time_shapes(model: str, limits: dict[str, float], device: str, small: bool) -> list[dict]:
+def time_shapes(model: str, device: str, small: bool) -> Iterator[Item]:
     """The gradient in every shape that ``kernels/tuning.py`` names: its table should follow the fastest."""
     from ndm_fast.kernels import gradient, tuning
 
@@ -284,16 +276,17 @@ def time_shapes(model: str, limits: dict[str, float], device: str, small: bool) 
     given = (*work.batch(0), work.rotation, work.widths, "euclidean")
     count, d = given[0].shape
     expected = gradient.loss_and_gradient(*given).gradient
-    rows = []
-    for shape in tuning.GRADIENT_CANDIDATES[:1] if small else tuning.GRADIENT_CANDIDATES:
+    row: Row = {"model": model, "Q": count, "d": d, "width": work.widths[0]}
+
+    def time_shape(shape: tuning.Gradient, name: str) -> list[Row]:
         run: Run = partial(gradient.loss_and_gradient, *given, shape=shape)
-        name, parts = f"gradient {'x'.join(map(str, shape))}", 1
         found = gradient.loss_and_gradient(*given, shape=shape).gradient
         if float((found - expected).abs().max()) > 1e-5 * float(expected.abs().max()):
-            rows.append({"model": model, "Q": count, "name": name, "failed": "another result"})
-            continue
-        if device == "cuda":
-            run, parts = graphed(run, REPLAYED), REPLAYED
-        row = measure(name, run, 4.0 * count * d * d, 0.0, limits, device, parts=parts)
-        rows.append({"model": model, "Q": count, "d": d, "width": work.widths[0], **row})
-    return rows
+            return [{**row, "name": name, "failed": "another result"}]
+        if device != "cuda":
+            return [measure(name, run, 4.0 * count * d * d, 0.0, device, **row)]
+        return [measure(name, graphed(run, REPLAYED), 4.0 * count * d * d, 0.0, device, REPLAYED, **row)]
+
+    for shape in tuning.GRADIENT_CANDIDATES[:1] if small else tuning.GRADIENT_CANDIDATES:
+        name = f"gradient {'x'.join(map(str, shape))}"
+        yield name, partial(time_shape, shape, name)

@@ -1,29 +1,32 @@
-"""Times of ``gpu_check.py``: single calls, this card's ceilings, and searches beside those of others."""
+"""Times of ``check.py``: single calls, this card's ceilings, and searches beside those of others."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from contracts import rotation_of
+from jobs import Item, Row
 
-SHAPES = {"gpt2": (768, 32), "qwen2.5-1.5b": (1536, 64), "gemma-2-2b": (2304, 72)}
+SHAPES = {"gemma-2-2b": (2304, 72), "gpt2": (768, 32), "qwen2.5-1.5b": (1536, 64)}
 QUERIES = (128, 4096)
 KEYS = 409_600
-BUDGET = 430.0
-"""Seconds after which no further timing is begun."""
-STARTED = time.monotonic()
+ONCE = os.environ.get("NDM_FAST_CHECK_ONCE") == "1"
+"""Call everything once, to compile it: the processes beside would disturb a time."""
 Run = Callable[[], object]
 
 
-def milliseconds(run: Run, device: str, seconds: float = 1.0) -> list[float]:
-    """Times of up to 30 runs, in about a second, after two to warm up; on a CPU of one, it means nothing."""
+def milliseconds(run: Run, device: str, seconds: float = 0.35) -> list[float]:
+    """Times of up to 30 runs, in about so many seconds, after two to warm up; of one on a CPU, or once."""
     began = time.monotonic()
-    if device != "cuda":
+    if device != "cuda" or ONCE:
         run()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return [1e3 * (time.monotonic() - began)]
     times: list[float] = []
     for turn in range(32):
@@ -39,29 +42,138 @@ def milliseconds(run: Run, device: str, seconds: float = 1.0) -> list[float]:
     return times
 
 
-def ceilings(device: str, small: bool) -> dict[str, float]:
-    """This card's bf16 and fp16 rate in TFLOP/s on random data, and its copy bandwidth in GB/s."""
+def measure(
+    name: str, run: Run, work: float, read: float, device: str, parts: int = 1, **more: object
+) -> Row:
+    """Median and spread, rates and memory of one contender.
+
+    Of one of the equal ``parts`` of what ``run`` does; ``work`` (FLOP) and ``read`` (bytes) are a part's too.
+    """
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    times = [took / parts for took in milliseconds(run, device)]
+    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
+    middle = statistics.median(times)
+    found: Row = {"name": name, "ms": middle, "spread_ms": [min(times), max(times)], "runs": len(times)}
+    found |= {"tflops": work / middle / 1e9, "gbs": read / middle / 1e6, "extra_mb": peak / 2**20}
+    return found | more
+
+
+def ceilings(device: str, small: bool) -> Iterator[Item]:
+    """This card's rates in TFLOP/s on random data, and its copy bandwidth in GB/s."""
     size = 256 if small else 8192
-    found = {}
-    for dtype in (torch.bfloat16, torch.float16):
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        rate = 2 * size**3 / 1e9
-        found[str(dtype)[6:]] = rate / statistics.median(milliseconds(lambda a=left, b=right: a @ b, device))
-    source = torch.randn(1 << (16 if small else 30), device=device)
-    target = torch.empty_like(source)
-    moved = 2 * source.numel() * 4 / 1e6
-    found["copy_gbs"] = moved / statistics.median(milliseconds(lambda: target.copy_(source), device))
-    return found
+
+    def product(dtype: torch.dtype) -> list[Row]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return [measure(str(dtype)[6:], lambda: left @ right, 2.0 * size**3, 0.0, device)]
+
+    def copy() -> list[Row]:
+        source = torch.randn(1 << (16 if small else 30), device=device)
+        target = torch.empty_like(source)
+        return [measure("copy", lambda: target.copy_(source), 0.0, 8.0 * source.numel(), device)]
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield str(dtype)[6:], lambda dtype=dtype: product(dtype)
+    yield "copy", copy
 
 
-def baselines(queries, keys, rotation, width: int) -> dict[str, Run]:
+class Data:
+    """Rows of one shape, on the device: clustered, as activations are, each a centre and noise."""
+
+    def __init__(self, model: str, queries: int, device: str, small: bool) -> None:
+        d, self.width = (48, 16) if small else SHAPES[model]
+        count, k = (queries and 64, 200) if small else (queries, KEYS)
+        centres = torch.randn(64, d, device=device)
+        self.queries, self.keys = (
+            (centres[torch.randint(64, (n,), device=device)] + 0.3 * torch.randn(n, d, device=device)).half()
+            for n in (count, k)
+        )
+        self.widths = [self.width] * (d // self.width)
+        self.rotation = rotation_of(d).to(device)
+        self.shape: Row = {"model": model, "Q": count, "K": k, "d": d, "width": self.width}
+
+
+def searches(
+    model: str, n: int, paths: Callable[[], dict[str, Callable]], device: str, small: bool
+) -> Iterator[Item]:
+    """Every path of a search at one shape, and others at the same task."""
+    from ndm_fast.kernels.search import nearest_index
+
+    data = Data(model, n, device, small)
+    (count, d), k = data.queries.shape, len(data.keys)
+    rotate, search = 2.0 * k * d * d, 2.0 * count * k * d
+    rotated = data.keys @ data.rotation.half()
+    runs: dict[str, tuple[Run, float]] = {}
+    given = (data.queries, data.keys, data.rotation, data.widths)
+    runs["triton index"] = lambda: nearest_index(*given), rotate + search
+    for name, path in paths().items():
+        turned = "rotated" in name
+        rows = (data.queries, rotated if turned else data.keys, *given[2:])
+        runs[name] = lambda path=path, rows=rows: path(*rows), search + (0 if turned else rotate)
+    for name, run in baselines(data).items():
+        runs[name] = run, rotate + search
+    for name, (run, work) in runs.items():
+        yield name, lambda n=name, r=run, w=work: [measure(n, r, w, 2.0 * k * d, device, **data.shape)]
+    if device == "cuda":
+        yield "kernels", lambda: kernels(data.shape)
+        yield "profile", lambda: profile(runs["triton index"][0], data.shape)
+
+
+def profile(run: Run, shape: Row) -> list[Row]:
+    """Where the time of a call goes on the device: the kernels that take the most."""
+    for _ in range(4):
+        run()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kinds = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)[:30]
+    return [
+        {"name": f"on device: {each.key}"[:110], "ms": each.self_device_time_total / 1e3, "calls": each.count}
+        | shape
+        for each in kinds
+    ]
+
+
+def kernels(shape: Row) -> list[Row]:
+    """Registers, shared memory and blocks a multiprocessor of every Triton kernel this process launched."""
+    from ndm_fast.kernels import gradient, ksg, lie_update, rerank, resolve, sweep
+
+    rows: list[Row] = []
+    for module in (sweep, resolve, rerank, gradient, ksg, lie_update):
+        for name, kernel in vars(module).items():
+            caches = getattr(kernel, "device_caches", None)
+            for cache, *_ in caches.values() if caches else ():
+                rows += [_usage(name, compiled) | shape for compiled in cache.values()]
+    return rows
+
+
+def _usage(name: str, compiled) -> Row:
+    compiled._init_handles()
+    threads = 32 * compiled.metadata.num_warps
+    shared = compiled.metadata.shared
+    registers = -(-compiled.n_regs // 8) * 8
+    fits = [65536 // (registers * threads), 2048 // threads, 32]
+    if shared:
+        fits.append(228 * 1024 // (shared + 1024))
+    constants = {str(name): str(value) for name, value in compiled.src.constants.items()}
+    return {
+        "name": f"kernel {name}", "registers": compiled.n_regs, "spills": compiled.n_spills, "shared": shared,
+        "warps": compiled.metadata.num_warps, "blocks_per_sm": min(fits), "constants": constants,
+    }  # fmt: skip
+
+
+def baselines(data: Data) -> dict[str, Run]:
     """Others at the same task: the published scheme, and the products alone in cuBLAS (the floor)."""
-    half, count = rotation.to(keys.dtype), rotation.shape[0] // width
+    queries, keys, rotation = data.queries, data.keys, data.rotation
+    half, count = rotation.to(keys.dtype), len(data.widths)
     block = 16384
 
     def nearest_of(part: torch.Tensor) -> torch.Tensor:
         turned_queries, turned = (
-            (rows.float() @ rotation).unflatten(1, (count, width)).transpose(0, 1) for rows in (queries, part)
+            (rows.float() @ rotation).unflatten(1, (count, data.width)).transpose(0, 1)
+            for rows in (queries, part)
         )
         return torch.cdist(turned_queries, turned).min(2).values
 
@@ -73,9 +185,9 @@ def baselines(queries, keys, rotation, width: int) -> dict[str, Run]:
             best = torch.minimum(best, step(part))
 
     def floor() -> None:
-        turned_queries = (queries @ half).unflatten(1, (count, width)).transpose(0, 1)
+        turned_queries = (queries @ half).unflatten(1, (count, data.width)).transpose(0, 1)
         for part in keys.split(block):
-            turned = (part @ half).unflatten(1, (count, width)).permute(1, 2, 0)
+            turned = (part @ half).unflatten(1, (count, data.width)).permute(1, 2, 0)
             torch.bmm(turned_queries, turned)
 
     found: dict[str, Run] = {"cuBLAS products alone": floor}
@@ -83,7 +195,7 @@ def baselines(queries, keys, rotation, width: int) -> dict[str, Run]:
         found["published scheme, eager"] = lambda: published(nearest_of)
         if keys.is_cuda:
             found["published scheme, torch.compile"] = lambda: published(compiled)
-    return found | installed_libraries(queries, keys, rotation, width)
+    return found | installed_libraries(queries, keys, rotation, data.width)
 
 
 def installed_libraries(queries, keys, rotation, width: int) -> dict[str, Run]:
@@ -96,15 +208,9 @@ def installed_libraries(queries, keys, rotation, width: int) -> dict[str, Run]:
         import faiss
 
         if hasattr(faiss, "StandardGpuResources"):
-            import faiss.contrib.torch_utils
-
-            resources = faiss.StandardGpuResources()
-            found["faiss-gpu, one subspace"] = lambda: faiss.knn_gpu(resources, *rows, 1)
+            found["faiss-gpu, one subspace"] = lambda: _faiss(rows)
     if importlib.util.find_spec("cuvs"):
-        from cuvs.neighbors import brute_force
-
-        index = brute_force.build(rows[1])
-        found["cuVS, one subspace"] = lambda: brute_force.search(index, rows[0], 1)
+        found["cuVS, one subspace"] = lambda: _cuvs(rows)
     if importlib.util.find_spec("pykeops"):
         from pykeops.torch import LazyTensor
 
@@ -113,63 +219,43 @@ def installed_libraries(queries, keys, rotation, width: int) -> dict[str, Run]:
     return found
 
 
-def measure(
-    name: str, run: Run, work: float, read: float, limits: dict[str, float], device: str, parts: int = 1
-) -> dict:
-    """Median and spread, rate, shares of the ceilings and memory of one contender.
+def _faiss(rows: list[torch.Tensor]) -> object:
+    import faiss
+    import faiss.contrib.torch_utils
 
-    Of one of the equal ``parts`` of what ``run`` does; ``work`` (FLOP) and ``read`` (bytes) are a part's too.
-    """
-    if device == "cuda" and time.monotonic() - STARTED > BUDGET:
-        return {"name": name, "skipped": "out of time"}
+    resources = faiss.StandardGpuResources()
+    return faiss.knn_gpu(resources, rows[0], rows[1], 1)
+
+
+def _cuvs(rows: list[torch.Tensor]) -> object:
+    from cuvs.neighbors import brute_force
+
+    return brute_force.search(brute_force.build(rows[1]), rows[0], 1)
+
+
+def sweeps(model: str, device: str, small: bool) -> Iterator[Item]:
+    """The sweep alone in every shape of tile: ``kernels/tuning.py`` should name the fastest."""
+    from ndm_fast.kernels import search, tuning
+    from ndm_fast.kernels.launch import Part, chunks
+
+    for n in QUERIES:
+        data = Data(model, n, device, small)
+        given = (data.queries, data.keys[: 200 if small else 65536], data.rotation, data.widths)
+        asked = search.make_search(
+            data.keys, "euclidean", "bf16", keys_rotated=False, queries_rotated=False, fused=False
+        )
+        frame = search.make_frame(*given, asked, exact=False)
+        chunk = next(iter(chunks(given[1], frame, data.widths, asked)))
+        d = data.queries.shape[1]
+        part = Part(frame, chunk, asked, slice(0, len(data.widths)), slice(0, d), slice(0, len(data.queries)))
+        work = 2.0 * len(data.queries) * len(chunk.rows) * d
+        for choice in tuning.CANDIDATES[:1] if small else tuning.CANDIDATES:
+            name = f"sweep Q{len(data.queries)} {'x'.join(map(str, choice))}"
+
+            def run(choice=choice, part=part, name=name, data=data, work=work) -> list[Row]:
+                more = {**data.shape, "K": len(part.chunk.rows), **choice._asdict()}
+                return [measure(name, lambda: search.sweep(part, choice), work, 0.0, device, **more)]
+
+            yield name, run
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device == "cuda" else 0
-    try:
-        times = [took / parts for took in milliseconds(run, device)]
-    except Exception as error:
-        return {"name": name, "failed": f"{type(error).__name__}: {error}"[:500]}
-    peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
-    middle = statistics.median(times)
-    return {
-        "name": name,
-        "ms": middle,
-        "spread_ms": [min(times), max(times)],
-        "tflops": work / middle / 1e9,
-        "share_of_bf16_peak": work / middle / 1e9 / limits["bfloat16"],
-        "gbs": read / middle / 1e6,
-        "extra_mb": peak / 2**20,
-    }
-
-
-def time_shape(
-    model: str,
-    n: int,
-    searches: dict[str, Callable],
-    limits: dict,
-    device: str,
-    small: bool,
-    broken: set[str],
-):
-    """Rows of one shape: every path that passed, and the others."""
-    from ndm_fast.kernels.search import nearest_index
-
-    d, width = (48, 16) if small else SHAPES[model]
-    n, k = (4, 200) if small else (n, KEYS)
-    rotation = rotation_of(d).to(device)
-    queries, keys = (torch.randn(rows, d, device=device).half() for rows in (n, k))
-    widths = [width] * (d // width)
-    rotate, search = 2.0 * k * d * d, 2.0 * n * k * d
-    rotated = keys @ rotation.half()
-    rows = []
-    for name, path in searches.items():
-        given = rotated if "rotated" in name else keys
-        work = search if "rotated" in name else rotate + search
-        run = lambda p=path, g=given: p(queries, g, rotation, widths)  # noqa: E731
-        rows.append(measure(name, run, work, given.numel() * 2, limits, device))
-    if "triton index" not in broken:
-        run = lambda: nearest_index(queries, keys, rotation, widths)  # noqa: E731
-        rows.append(measure("triton index", run, rotate + search, keys.numel() * 2, limits, device))
-    for name, run in baselines(queries, keys, rotation, width).items():
-        rows.append(measure(name, run, rotate + search, keys.numel() * 2, limits, device))
-    return [{"model": model, "Q": n, "K": k, "d": d, "width": width, **row} for row in rows]
+        yield "kernels", lambda: kernels({"model": model})
