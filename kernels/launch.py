@@ -102,6 +102,13 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Of a card; for Triton's interpreter 2."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def power_of_two(number: int) -> int:
     """The least one that is not below a number."""
     return 1 << max(0, number - 1).bit_length()

@@ -110,13 +110,13 @@ def _keep_few(near, rows, first_key, held, held_index, slots, SLOT_COUNT: tl.con
 
 
 @triton.jit
-def _next_tile(minima, tiles, last, last_number, SEGMENT: tl.constexpr):
+def _next_tile(minima, tiles, query_slots, last, last_number, SEGMENT: tl.constexpr):
     """Least value of the sweep after ``last``, and the first tile that has it; equal values go by tile."""
     least = tl.full([], float("inf"), tl.float32)
     tile = tl.full([], 0, tl.int32)
     for start in range(0, tiles, SEGMENT):
         numbers = start + tl.arange(0, SEGMENT)
-        lows = tl.load(minima + numbers, mask=numbers < tiles, other=float("inf"))
+        lows = tl.load(minima + numbers.to(tl.int64) * query_slots, mask=numbers < tiles, other=float("inf"))
         after = (lows > last) | ((lows == last) & (numbers > last_number))
         lows = tl.where(after, lows, float("inf"))
         low = tl.min(lows, 0)
@@ -128,8 +128,11 @@ def _next_tile(minima, tiles, last, last_number, SEGMENT: tl.constexpr):
 
 @triton.jit
 def resolve_kernel(
-    minima,  # [S, Q, tiles] fp32, of sweep_kernel
+    minima,  # [S, tiles, query_slots] fp32, of sweep_kernel
     tiles,
+    query_slots,
+    few,  # [S, Q, FEW] fp32, of look_kernel
+    few_tiles,  # [S, Q, FEW] int32
     keys,  # as in sweep_kernel
     key_stride,
     key_count,
@@ -164,6 +167,7 @@ def resolve_kernel(
     SEGMENT: tl.constexpr,
     DEEP: tl.constexpr,
     SLOT_COUNT: tl.constexpr,
+    FEW: tl.constexpr,
     MODE: tl.constexpr,
     CENTRE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -173,7 +177,8 @@ def resolve_kernel(
 ):
     """Grid (Q, S). Goes on from the state in ``best`` and ``index``; ties go to the lowest index.
 
-    Tiles are visited in the order of their least value, each found by a look at all of them.
+    Tiles are visited in the order of their least value: the first few as ``look.py`` found them, each further
+    one by a look at all.
     """
     q, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = s * tl.num_programs(0) + q
@@ -198,8 +203,8 @@ def resolve_kernel(
     slots = tl.arange(0, SLOT_COUNT)
     held = tl.load(best + at * SLOT_COUNT + slots)
     held_index = tl.load(index + at * SLOT_COUNT + slots)
-    minima += at * tiles
-    low, number = _next_tile(minima, tiles, -float("inf"), -1, SEGMENT)
+    minima += s * tiles * query_slots + q
+    low, number = tl.load(few + at * FEW), tl.load(few_tiles + at * FEW)
     visited = 0
     reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
     limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
@@ -234,7 +239,10 @@ def resolve_kernel(
                     nearest = tl.min(near, 0)
         reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
         limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
-        low, number = _next_tile(minima, tiles, low, number, SEGMENT)
+        if visited < FEW:
+            low, number = tl.load(few + at * FEW + visited), tl.load(few_tiles + at * FEW + visited)
+        else:
+            low, number = _next_tile(minima, tiles, query_slots, low, number, SEGMENT)
     tl.store(best + at * SLOT_COUNT + slots, held)
     tl.store(index + at * SLOT_COUNT + slots, held_index)
 

@@ -21,7 +21,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gradient, ksg, lie_update, rerank, resolve, sweep, tiles, tuning
+from . import gradient, ksg, lie_update, look, rerank, resolve, stream, sweep, tiles, tuning
 
 WIDTHS = (32, 64, 72, 128, 256, 432)
 """One subspace width of each class of the tables, and those of the published runs."""
@@ -41,13 +41,13 @@ _TYPES = {
     "exact_queries": "*fp64",
     "best": "*fp64",
     **dict.fromkeys(("index", "candidates", "pairs", "counts"), "*i64"),
-    **dict.fromkeys(("origin", "scales", "errors", "minima", "sizes", "half_norms"), "*fp32"),
+    **dict.fromkeys(("origin", "scales", "errors", "minima", "few", "sizes", "half_norms"), "*fp32"),
     **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
     **dict.fromkeys(("rounding", "absolute", "query_share", "share", "toward", "slow", "fresh"), "fp32"),
     **dict.fromkeys(("projected", "squares", "losses", "gradient", "log_floor"), "*fp32"),
     **dict.fromkeys(("first", "second"), "*fp32"),
     "counted": "*i1",
-    "pieces": "*i32",
+    **dict.fromkeys(("pieces", "few_tiles"), "*i32"),
 }
 
 
@@ -89,6 +89,7 @@ def cases(arch: int) -> Iterator[Case]:
             "P2": rest,
             "TILE": tile.tile,
             "STAGES": tile.stages,
+            "TOGETHER": tile.together,
         }
         swept |= {"QUERY_BLOCK": tile.query_block, **projection}
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
@@ -104,6 +105,10 @@ def cases(arch: int) -> Iterator[Case]:
     options = {"num_warps": wide.warps, "num_stages": wide.stages}
     shape |= {"CENTRE": False, "COSINE": False}
     yield Case("sweep 768 wide", sweep.sweep_wide_kernel, shape, options, {})
+    yield from stream_cases()
+    shape = dict(tuning.LOOK)
+    warps = {"num_warps": shape.pop("num_warps")}
+    yield Case("look", look.look_kernel, shape, warps, {})
     candidates = {"P": 32, "SLOT_COUNT": 4, "QUERY_BLOCK": tuning.RERANK_ROWS // 4, "WIDTH": 72}
     candidates |= {"DOUBLE": arch in tuning.FP64_IS_FAST, "COSINE": False, "DEPTH_BLOCK": tuning.RERANK_DEPTH}
     types = {"rotation": "*fp32", "listed": "*i32", "listed_counts": "*i32"}
@@ -118,6 +123,18 @@ def cases(arch: int) -> Iterator[Case]:
     yield from update_cases()
 
 
+def stream_cases() -> Iterator[Case]:
+    """The sweep for few queries."""
+    for width in (32, 64, 72, 128):
+        for queries in (128, 256):
+            tile = tuning.sweep(90, width, queries)
+            main, rest = tuning.pieces(width)
+            shape = {"WIDTH": width, "P1": main, "P2": rest, "TILE": tile.tile, "QUERIES": tile.query_block}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            chosen = shape | {"STAGES": tile.stages}
+            yield Case(f"stream {width} {queries}", stream.stream_kernel, chosen, options, {})
+
+
 def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Case]:
     """What a query does with a tile of keys: as given, fp32 copies of raw rows, copies in half precision."""
     copy = {"keys": "*fp32"}
@@ -128,6 +145,7 @@ def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Cas
                 tile = tuning.sweep(arch, width).tile
                 shape = tuning.resolve_shape(width, tile, fused=fused, raw=mode == "raw")
                 chosen = {**search, "MODE": getattr(tiles, mode.upper()).value, "SLOT_COUNT": slots}
+                chosen["FEW"] = look.FEW
                 chosen |= {"PROJECT": fused, "CENTRE": fused or mode == "rotated", "COSINE": cosine}
                 chosen |= {"DEPTH_BLOCK": 32 if mode == "raw" else 64, **shape.constants(KEYS // tile)}
                 words = (mode, types.get("keys", "*fp16")[1:], "cosine" * cosine, "fused" * fused)

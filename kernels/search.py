@@ -6,8 +6,8 @@ Shapes and names as in ``geometry/reference.py``, which says what each op means;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .launch import NO_KEY, Part, capability, chunks, device_of, portions, resul
 from .queries import Frame, Search, make_frame, make_search
 from .rerank import rerank, settle
 from .sweep import sweep
+
+if TYPE_CHECKING:
+    from .tuning import Sweep
 
 _MOST_TILES = 64
 """Tiles a query may visit in half precision; it then keeps the best of those it saw."""
@@ -129,30 +132,41 @@ def _search(
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else NO_KEY, device=keys.device)
-    card = capability(keys.device)
+    tiles_of = _tiles_of(keys, search, len(queries))
     for chunk in chunks(keys, frame, list(widths), search):
-        parts = portions(widths, len(queries), len(chunk.rows), lambda width: tuning.sweep(card, width).tile)
+        parts = portions(widths, len(queries), len(chunk.rows), lambda width: tiles_of(width).tile)
         for subspaces, columns, group in parts:
             state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
-            _search_part(Part(frame, chunk, search, subspaces, columns, group), state)
+            part = Part(frame, chunk, search, subspaces, columns, group)
+            _search_part(part, tiles_of(part.width), state)
             best[subspaces, group], index[subspaces, group] = state
     return _Found(frame, search, keys, best, index)
 
 
-def _search_part(part: Part, state: tuple[Tensor, Tensor]) -> None:
+def _tiles_of(keys: Tensor, search: Search, queries: int) -> Callable[[int], Sweep]:
+    """Tiles by the width of subspaces. Keys can pass in fp16, centred by the product that rotates them."""
+    from . import tuning
+
+    in_place = keys.dtype == torch.float16 and search.in_half and not (search.fused or search.cosine)
+    card = capability(keys.device)
+    return lambda width: tuning.sweep(card, width, queries if in_place else 0)
+
+
+def _search_part(part: Part, tiles: Sweep, state: tuple[Tensor, Tensor]) -> None:
     """Sweeps and resolves; brings best and index, [s, q, slots], up to date."""
-    from . import resolve, tuning
+    from . import look, resolve, tuning
     from .tiles import RAW, ROTATED, SLOTS
 
     search, frame = part.search, part.frame
-    tiles = tuning.sweep(capability(part.chunk.rows.device), part.width)
     minima, pack = sweep(part, tiles)
+    _, tile_count, slots = minima.shape
+    few = look.look(minima, len(frame.rotated[part.group]))
     rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
     raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
     mode = ROTATED if search.keys_rotated else SLOTS if search.in_half else RAW
     shape = tuning.resolve_shape(part.width, tiles.tile, fused=search.fused, raw=mode is RAW)
     resolve.resolve_kernel[(len(rotated), part.subspace_count)](
-        *(minima, minima.shape[2], *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
+        *(minima, tile_count, slots, *few, *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),
         *(raw, raw.stride(0), keys, keys.stride(0), rotation, rotation.stride(0), *state),
         rounding_of(part.chunk.rows.dtype if search.in_half else torch.float32),
@@ -161,6 +175,7 @@ def _search_part(part: Part, state: tuple[Tensor, Tensor]) -> None:
         TILE=tiles.tile,
         SLOT_COUNT=state[0].shape[2],
         MODE=mode.value,
-        **shape.constants(minima.shape[2]),
+        FEW=look.FEW,
+        **shape.constants(tile_count),
         **{**shape.options, **part.options(), **part.projection(), **tuning.OPTIONS},
     )

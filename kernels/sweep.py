@@ -16,19 +16,75 @@ number of queries fills the card, and projecting raw keys (``PROJECT``) is just 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Part
+from .launch import Part, multiprocessors
 from .queries import QueryPack, pack_queries
 from .tiles import FP16_MAX, UNDERFLOW, coordinates, inverse_norm, to_fp16
 
 if TYPE_CHECKING:
     from .tuning import Sweep
+
+
+@triton.jit
+def _key_tile(
+    keys, key_stride, key_count, rows, column, rotation, rotation_stride, depth, origin, scale, error,
+    WIDTH: tl.constexpr,
+    P1: tl.constexpr,
+    P2: tl.constexpr,
+    CENTRE: tl.constexpr,
+    PROJECT: tl.constexpr,
+    COSINE: tl.constexpr,
+    DEPTH_BLOCK: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """[P1, N] and [P2, N] fp16 keys, transposed, and their [N] half squared norms.
+
+    Without a second part that is the first again. inf for keys that are not there, or NaN.
+    """
+    valid = rows < key_count
+    main, rest = tl.arange(0, P1), P1 + tl.arange(0, P2 if P2 else 16)
+    tile = coordinates(
+        keys, key_stride, rows, valid, column, main, rotation, rotation_stride, depth, origin, scale,
+        WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+    )  # fmt: skip
+    squared = tl.sum(tile * tile, 1)
+    if P2:
+        tile_rest = coordinates(
+            keys, key_stride, rows, valid, column, rest, rotation, rotation_stride, depth, origin, scale,
+            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+        )  # fmt: skip
+        squared += tl.sum(tile_rest * tile_rest, 1)
+    usable = valid & (squared == squared)
+    if COSINE:
+        inverse = inverse_norm(squared)
+        tile *= inverse[:, None]
+        if P2:
+            tile_rest *= inverse[:, None]
+    rounded = to_fp16(tile)
+    half_norm = 0.5 * tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), 1)
+    rounded_rest = rounded
+    if P2:
+        rounded_rest = to_fp16(tile_rest)
+        half_norm += 0.5 * tl.sum(rounded_rest.to(tl.float32) * rounded_rest.to(tl.float32), 1)
+    if COSINE:  # an error moves a unit vector e |x|^-1, and half a squared distance by at most twice that
+        half_norm = tl.where(inverse > 0, half_norm, 0.5) - 2 * error * inverse
+    half_norm = tl.where(usable, half_norm, float("inf"))
+    return tl.trans(rounded), tl.trans(rounded_rest), half_norm
+
+
+@triton.jit
+def _least(part, part_rest, keys, keys_rest, half_norm, P2: tl.constexpr):
+    """[Q] least of ``|x^|^2/2 - q^ x^`` over a tile of keys."""
+    product = tl.dot(part, keys)
+    if P2:
+        product = tl.dot(part_rest, keys_rest, product)
+    return tl.min(half_norm[None, :] - product, 1)
 
 
 @triton.jit
@@ -44,14 +100,14 @@ def sweep_kernel(
     errors,  # [S] fp32, bound on the error of a key's coordinates, after scaling
     packed,  # [S, query_slots, P1] fp16, zero beyond the width
     packed_rest,  # [S, query_slots, P2] fp16
-    query_count,
-    query_slots,  # query_count rounded up to whole blocks
-    minima,  # [S, Q, tiles] fp32
+    query_slots,  # Q rounded up to whole blocks
+    minima,  # [S, tiles, query_slots] fp32
     tiles,
     WIDTH: tl.constexpr,
     P1: tl.constexpr,
     P2: tl.constexpr,
     TILE: tl.constexpr,
+    TOGETHER: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     CENTRE: tl.constexpr,
@@ -60,52 +116,32 @@ def sweep_kernel(
     DEPTH_BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Grid (tiles, S). ``minima[s, q, t] = min |x^|^2/2 - q^ x^`` over the keys of tile t."""
-    tile_number, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = tile_number.to(tl.int64) * TILE + tl.arange(0, TILE)
-    valid = rows < key_count
-    scale = tl.load(scales + s)
-    main, rest = tl.arange(0, P1), P1 + tl.arange(0, P2 if P2 else 16)
-    tile = coordinates(
-        keys, key_stride, rows, valid, s * WIDTH, main, rotation, rotation_stride, depth, origin, scale,
-        WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+    """Grid (tiles / TOGETHER, S). ``minima[s, t, q] = min |x^|^2/2 - q^ x^`` over the keys of tile t."""
+    number, s = tl.program_id(0).to(tl.int64) * TOGETHER, tl.program_id(1).to(tl.int64)
+    rows = number * TILE + tl.arange(0, TILE)
+    scale, error = tl.load(scales + s), tl.load(errors + s)
+    first, first_rest, first_norm = _key_tile(
+        keys, key_stride, key_count, rows, s * WIDTH, rotation, rotation_stride, depth, origin, scale, error,
+        WIDTH, P1, P2, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
     )  # fmt: skip
-    squared = tl.sum(tile * tile, 1)
-    if P2:
-        tile_rest = coordinates(
-            keys, key_stride, rows, valid, s * WIDTH, rest, rotation, rotation_stride, depth, origin, scale,
-            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+    if TOGETHER == 2:
+        second, second_rest, second_norm = _key_tile(
+            keys, key_stride, key_count, rows + TILE, s * WIDTH, rotation, rotation_stride, depth, origin,
+            scale, error, WIDTH, P1, P2, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
         )  # fmt: skip
-        squared += tl.sum(tile_rest * tile_rest, 1)
-    usable = valid & (squared == squared)
-    if COSINE:
-        inverse = inverse_norm(squared)
-        tile *= inverse[:, None]
-        if P2:
-            tile_rest *= inverse[:, None]
-    rounded = to_fp16(tile)
-    half_norm = 0.5 * tl.sum(rounded.to(tl.float32) * rounded.to(tl.float32), 1)
-    if P2:
-        rounded_rest = to_fp16(tile_rest)
-        half_norm += 0.5 * tl.sum(rounded_rest.to(tl.float32) * rounded_rest.to(tl.float32), 1)
-    if COSINE:  # an error moves a unit vector e |x|^-1, and half a squared distance by at most twice that
-        half_norm = tl.where(inverse > 0, half_norm, 0.5) - 2 * tl.load(errors + s) * inverse
-    half_norm = tl.where(usable, half_norm, float("inf"))
-
     queries = tl.arange(0, QUERY_BLOCK)
+    minima += (s * tiles + number) * query_slots
     for start in tl.range(0, query_slots, QUERY_BLOCK, num_stages=STAGES):
         slots = s * query_slots + start + queries
-        part = tl.load(packed + slots[:, None] * P1 + main[None, :])
-        product = tl.dot(part, tl.trans(rounded))
+        part = tl.load(packed + slots[:, None] * P1 + tl.arange(0, P1)[None, :])
+        part_rest = part
         if P2:
             part_rest = tl.load(packed_rest + slots[:, None] * P2 + tl.arange(0, P2)[None, :])
-            product = tl.dot(part_rest, tl.trans(rounded_rest), product)
-        least = tl.min(half_norm[None, :] - product, 1)
-        tl.store(
-            minima + (s * query_count + start + queries) * tiles + tile_number,
-            least,
-            mask=start + queries < query_count,
-        )
+        tl.store(minima + start + queries, _least(part, part_rest, first, first_rest, first_norm, P2))
+        if TOGETHER == 2:
+            there = number + 1 + 0 * queries < tiles  # a mask is a tensor
+            least = _least(part, part_rest, second, second_rest, second_norm, P2)
+            tl.store(minima + query_slots + start + queries, least, mask=there)
 
 
 @triton.jit
@@ -117,7 +153,6 @@ def sweep_wide_kernel(
     scales,
     errors,
     packed,  # [S, query_slots, padded] fp16, zero beyond the width
-    query_count,
     query_slots,
     minima,
     tiles,
@@ -171,11 +206,8 @@ def sweep_wide_kernel(
             product = tl.dot(part, tl.trans(to_fp16(tile)), product)
         if COSINE:
             product *= inverse[None, :]
-        tl.store(
-            minima + (s * query_count + start + queries) * tiles + tile_number,
-            tl.min(half_norm[None, :] - product, 1),
-            mask=start + queries < query_count,
-        )
+        least = tl.min(half_norm[None, :] - product, 1)
+        tl.store(minima + (s * tiles + tile_number) * query_slots + start + queries, least)
 
 
 _PIECE = 64
@@ -183,8 +215,8 @@ _PIECE = 64
 
 
 def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
-    """[s, q, tiles] least value of every query over every tile of keys, and the queries as swept."""
-    from . import tuning
+    """[s, tiles, slots] least value of every query over every tile of keys, and the queries as swept."""
+    from . import stream, tuning
 
     rotated = part.frame.rotated[part.group][:, part.columns]
     slots = -(-len(rotated) // tiles.query_block) * tiles.query_block
@@ -193,18 +225,27 @@ def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
     scales = part.frame.keys.scales[part.subspaces]
     pack = pack_queries(rotated, scales, part.width, part.search.cosine, main, rest, slots)
     tile_count = -(-len(part.chunk.rows) // tiles.tile)
-    minima = torch.empty(part.subspace_count, len(rotated), tile_count, device=rotated.device)
-    queries = (len(rotated), slots, minima, tile_count)
-    options = {"TILE": tiles.tile, "QUERY_BLOCK": tiles.query_block, **part.options()}
-    options |= {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
-    grid = (tile_count, part.subspace_count)
+    minima = torch.empty(part.subspace_count, tile_count, slots, device=rotated.device)
+    options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
+    parts = {"P1": main, "P2": rest, "STAGES": tiles.stages, "TILE": tiles.tile}
+    if tiles.streams:
+        blocks = max(1, tiles.streams * multiprocessors(rotated.device) // part.subspace_count)
+        stream.stream_kernel[(min(tile_count, blocks), part.subspace_count)](
+            *(*part.keys(), part.scaling()[1], pack.main, pack.rest, minima, tile_count),
+            **{"WIDTH": part.width, "QUERIES": slots, **parts, **options},
+        )
+        return minima, pack
+    queries = (slots, minima, tile_count)
+    options |= {"QUERY_BLOCK": tiles.query_block, **part.options()}
+    grid = (-(-tile_count // tiles.together), part.subspace_count)
     if wide:
         sweep_wide_kernel[grid](
-            *part.keys(), *part.scaling(), pack.main, *queries, PADDED=main, PIECE=_PIECE, **options
+            *(*part.keys(), *part.scaling(), pack.main, *queries),
+            **{"PADDED": main, "PIECE": _PIECE, "TILE": tiles.tile, **options},
         )
     else:
         sweep_kernel[grid](
             *(*part.keys(), *part.turn(), *part.scaling(), pack.main, pack.rest, *queries),
-            **{"P1": main, "P2": rest, "STAGES": tiles.stages, **part.projection(), **options},
+            **{"TOGETHER": tiles.together, **parts, **part.projection(), **options},
         )
     return minima, pack

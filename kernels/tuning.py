@@ -24,6 +24,10 @@ class Sweep(NamedTuple):
     warps: int
     stages: int
     """Blocks of queries in flight."""
+    together: int = 1
+    """Tiles of a block, 1 or 2: two read each block of queries once. Wide subspaces take one."""
+    streams: int = 0
+    """Blocks a multiprocessor that keep all queries, and walk through keys (``stream.py``); 0: none do."""
 
 
 CACHE_VARIABLE = "NDM_FAST_TUNING"
@@ -38,6 +42,13 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 WIDEST_IN_PLACE = 512
 """Wider subspaces go through ``sweep_wide_kernel``."""
 
+
+MOST_STREAMED = 256
+"""Queries that can keep their place; of more, each reads a tile of keys once they are ready."""
+
+WIDEST_STREAMED = 128
+
+STREAM = Sweep(tile=128, query_block=128, warps=4, stages=3, streams=3)
 
 WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
 
@@ -151,6 +162,10 @@ def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
     return Resolve(padded, chunk, max(4, min(padded, 512 // chunk)), deep, 512, {"num_warps": 1})
 
 
+LOOK = {"ROWS": 32, "QUERY_BLOCK": 32, "UNROLL": 2, "num_warps": 4}
+"""Of ``look.look_kernel``: 8 places of 4 tiles a thread, and rows of 128 bytes."""
+
+
 KSG_DISTANCES = {"QUERY_BLOCK": 32, "KEY_BLOCK": 128, "num_warps": 8}
 """Of ``ksg.distances_kernel``: 16 sums a thread, 90 registers; at 4 warps triton 3.6 spills on sm_90."""
 
@@ -225,12 +240,25 @@ GRADIENT_CANDIDATES = [
 """What ``bench/gpu/check.py`` times: fewer warps do more FFMA for a load, more hide each other's loads."""
 
 CANDIDATES = [
-    Sweep(tile, block, warps, stages)
-    for tile, block in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64), (256, 128))
-    for warps in (4, 8)
+    Sweep(tile, block, warps, stages, together)
+    for tile, block, warps, together in (
+        *((128, 64, 4, 1), (128, 128, 4, 1), (128, 128, 8, 1)),
+        *((256, 64, 4, 1), (256, 64, 8, 1), (256, 128, 4, 1), (256, 128, 8, 1)),
+        *((128, 64, 4, 2), (128, 128, 4, 2), (128, 128, 8, 2)),
+        *((256, 64, 4, 2), (256, 64, 8, 2), (256, 128, 8, 2)),
+    )
     for stages in (2, 3)
 ]
 """What :func:`autotune` times."""
+
+STREAM_CANDIDATES = [
+    Sweep(tile, 128, warps, stages, 1, streams)
+    for tile, warps, streams in (
+        *((64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3), (256, 8, 1)),
+    )
+    for stages in (2, 3, 4)
+]
+"""Likewise for 128 queries and fewer, of a copy in fp16."""
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -248,12 +276,19 @@ def architecture(capability: int) -> int:
     return max((known for known in TABLE if known <= capability), default=min(TABLE))
 
 
-def sweep(capability: int, width: int) -> Sweep:
-    """Tiles for subspaces of a width: measured on this machine by :func:`autotune`, or from the table."""
+def sweep(capability: int, width: int, streamed_queries: int = 0) -> Sweep:
+    """Tiles for subspaces of a width: measured on this machine by :func:`autotune`, or from the table.
+
+    Args:
+        streamed_queries: how many queries may keep their place while keys pass; 0: none.
+    """
     if width > WIDEST_IN_PLACE:
         return WIDE
     if _forced:
         return _forced[-1]
+    if 0 < streamed_queries <= MOST_STREAMED and width <= WIDEST_STREAMED:
+        block = max(64, 1 << (streamed_queries - 1).bit_length())
+        return STREAM._replace(query_block=block, tile=STREAM.tile * 128 // max(128, block))
     measured = _measured().get(_name(capability, width))
     if measured:
         return Sweep(*measured)

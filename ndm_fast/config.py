@@ -217,8 +217,8 @@ class RunSettings:
     """Train from a harvest (acts) that is not finished, on what there is."""
     parallel: Literal["auto", "sites", "queries", "keys"] = "auto"
     """What torchrun's ranks share; auto: sites, or queries if these are too few."""
-    cuda_graph: bool = False
-    """Steps of a search as one CUDA graph; lie and lazy, one rank."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Search and steps as CUDA graphs; auto: on a GPU, for lie and lazy, with one rank."""
     log_every: int = 20
     """Steps between lines of training loss in the log."""
     eval_every: int = 100
@@ -232,7 +232,7 @@ class RunSettings:
 
     def check(self, train: TrainConfig) -> None:
         """Refuse what the training cannot be carried out with."""
-        if self.cuda_graph and train.rotation == "exp":
+        if self.cuda_graph == "on" and train.rotation == "exp":
             raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
 
 

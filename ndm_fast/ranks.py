@@ -122,7 +122,7 @@ class Group:
 
     def check(self, train: TrainConfig, settings: RunSettings) -> None:
         """Refuse settings that the ranks cannot share evenly, or at all."""
-        if settings.cuda_graph and self.all.size > 1:
+        if settings.cuda_graph == "on" and self.all.size > 1:
             raise InputError("cuda_graph captures the steps of one rank: leave it off under torchrun")
         for name, ranks in (("queries", self.queries), ("keys", self.keys)):
             count = getattr(train, name)

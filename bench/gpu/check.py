@@ -4,9 +4,10 @@
     python bench/gpu/check.py --interpret --out small.json    # tiny, on a CPU: its times mean nothing
     python bench/gpu/check.py --only tune --out tiles.json    # jobs whose name has this word
 
-Builds ``ndm_fast._cuda`` where nvcc is. Each path is checked against the fp64 oracle on fresh random data (the
-seed is recorded) in a process of its own, all beside each other; meanwhile what is timed later is compiled.
-Times then come one process after the other. The result is written after each row. Needs torch and triton.
+Builds ``ndm_fast._cuda`` where nvcc is. Each path is checked against the fp64 oracle on fresh random data
+(the seed is recorded) in a process of its own, all beside each other; meanwhile what is timed later is
+compiled. Times then come one process after the other. The result is written after each row. Needs torch and
+triton.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ from jobs import Item, Job, Row
 BUDGET = 460.0
 """Seconds after which nothing is begun and what still runs is ended."""
 SEARCHES = {
-    **{f"triton {form} {kind}": ("triton", form, kind) for form in ("split", "fused") for kind in ("fp32", "bf16")},
+    **{f"triton split {kind}": ("triton", "split", kind) for kind in ("fp32", "bf16")},
+    **{f"triton fused {kind}": ("triton", "fused", kind) for kind in ("fp32", "bf16")},
     "triton rotated": ("triton", None, "rotated"),
     **{f"cuda split {kind}": ("cuda", "split", kind) for kind in ("fp32", "bf16")},
     "cuda rotated": ("cuda", None, "rotated"),
@@ -167,10 +169,10 @@ class Record:
         began = f"{time.monotonic() - self.began:4.0f} s {row['job']:28} {str(row['name'])[:44]:44}"
         if "failed" in row:
             print(f"{began} {row['failed']}", flush=True)
-        elif "ms" in row and "tflops" in row:
+        elif "tflops" in row:
+            rates = f"{row['tflops']:7.1f} TFLOP/s {row['gbs']:6.0f} GB/s"
             predicted = f" (predicted {row['predicted_ms']})" if "predicted_ms" in row else ""
-            print(f"{began} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['gbs']:6.0f} GB/s{predicted}",
-                  flush=True)  # fmt: skip
+            print(f"{began} {row['ms']:9.3f} ms {rates}{predicted}", flush=True)
         elif "ms" in row:
             print(f"{began} {row['ms']:9.3f} ms {row['calls']:5} calls", flush=True)
         elif "registers" in row and row["spills"]:

@@ -1,7 +1,7 @@
 """Jobs of ``check.py``: each runs in a process of its own, so that what breaks costs its own rows only.
 
-A job is a row of items. The process says on its standard output which item it begins, and what came of it; the
-parent kills it when an item takes too long, notes the item as failed, and starts the job again behind it.
+A job is a row of items. The process says on its standard output which item it begins, and what came of it.
+The parent kills it when an item takes too long, notes the item as failed, and starts the job again behind it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ def _attempt(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     with process.stdin:
         process.stdin.write(json.dumps(sorted(done)))
     lines: queue.Queue[str | None] = queue.Queue()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from contracts import GRADIENT_UNITS
 from jobs import Item, Row
-from timing import Data, Run, kernels, measure, profile
+from timing import REPLAYED, Data, Run, graphed, kernels, measure, profile
 
 if TYPE_CHECKING:
     from ndm_fast.train.rotation.base import Rotation, Turn
@@ -22,8 +22,6 @@ STEPS, QUERIES = 32, 128
 """Steps a search, and queries a step."""
 LR = 3e-4
 BETAS = (0.9, 0.999)
-REPLAYED = 20
-"""Calls of a single kernel in one CUDA graph, or launches would hide its time."""
 
 
 class Work(NamedTuple):
@@ -149,27 +147,6 @@ def kernel_steps(work: Work) -> Steps:
     from ndm_fast.kernels.lie_update import lie_update
 
     return Steps(work, loss_and_gradient, lie_update)
-
-
-def graphed(run: Run, times: int = 1) -> Run:
-    """So many calls in one CUDA graph, which is captured at the first."""
-    replay: list[Run] = []
-
-    def call() -> None:
-        if not replay:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(times):
-                    run()
-            replay.append(graph.replay)
-        replay[0]()
-
-    return call
 
 
 def parts(work: Work, device: str) -> Iterator[tuple[str, Run, float, float]]:

@@ -17,6 +17,10 @@ QUERIES = (128, 4096)
 KEYS = 409_600
 ONCE = os.environ.get("NDM_FAST_CHECK_ONCE") == "1"
 """Call everything once, to compile it: the processes beside would disturb a time."""
+SWEEPS = 4
+"""Sweeps in one CUDA graph, each with its own minima."""
+REPLAYED = 20
+"""Calls of a single kernel in one CUDA graph, or launches would hide its time."""
 Run = Callable[[], object]
 
 
@@ -58,6 +62,27 @@ def measure(
     found: Row = {"name": name, "ms": middle, "spread_ms": [min(times), max(times)], "runs": len(times)}
     found |= {"tflops": work / middle / 1e9, "gbs": read / middle / 1e6, "extra_mb": peak / 2**20}
     return found | more
+
+
+def graphed(run: Run, times: int = 1) -> Run:
+    """So many calls in one CUDA graph, which is captured at the first."""
+    replay: list[Run] = []
+
+    def call() -> None:
+        if not replay:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(times):
+                    run()
+            replay.append(graph.replay)
+        replay[0]()
+
+    return call
 
 
 def ceilings(device: str, small: bool) -> Iterator[Item]:
@@ -138,10 +163,10 @@ def profile(run: Run, shape: Row) -> list[Row]:
 
 def kernels(shape: Row) -> list[Row]:
     """Registers, shared memory and blocks a multiprocessor of every Triton kernel this process launched."""
-    from ndm_fast.kernels import gradient, ksg, lie_update, rerank, resolve, sweep
+    from ndm_fast.kernels import gradient, ksg, lie_update, look, rerank, resolve, sweep
 
     rows: list[Row] = []
-    for module in (sweep, resolve, rerank, gradient, ksg, lie_update):
+    for module in (sweep, look, resolve, rerank, gradient, ksg, lie_update):
         for name, kernel in vars(module).items():
             caches = getattr(kernel, "device_caches", None)
             for cache, *_ in caches.values() if caches else ():
@@ -249,12 +274,16 @@ def sweeps(model: str, device: str, small: bool) -> Iterator[Item]:
         d = data.queries.shape[1]
         part = Part(frame, chunk, asked, slice(0, len(data.widths)), slice(0, d), slice(0, len(data.queries)))
         work = 2.0 * len(data.queries) * len(chunk.rows) * d
-        for choice in tuning.CANDIDATES[:1] if small else tuning.CANDIDATES:
+        choices = tuning.STREAM_CANDIDATES + tuning.CANDIDATES[::2] if n <= 128 else tuning.CANDIDATES
+        for choice in choices[:1] if small else choices:
             name = f"sweep Q{len(data.queries)} {'x'.join(map(str, choice))}"
 
             def run(choice=choice, part=part, name=name, data=data, work=work) -> list[Row]:
                 more = {**data.shape, "K": len(part.chunk.rows), **choice._asdict()}
-                return [measure(name, lambda: search.sweep(part, choice), work, 0.0, device, **more)]
+                call: Run = lambda: search.sweep(part, choice)  # noqa: E731
+                if device == "cuda":
+                    call = graphed(call, SWEEPS)
+                return [measure(name, call, work, 0.0, device, SWEEPS if device == "cuda" else 1, **more)]
 
             yield name, run
     if device == "cuda":

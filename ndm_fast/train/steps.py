@@ -13,7 +13,7 @@ from ndm_fast.config import TrainConfig
 from ndm_fast.geometry.objective import Objective, loss_weights
 from ndm_fast.geometry.reference import Neighbors
 from ndm_fast.ranks import Group
-from ndm_fast.train.cuda_graph import GraphedSteps
+from ndm_fast.train.cuda_graph import GraphedSearch, GraphedSteps
 from ndm_fast.train.over_ranks import nearest_neighbors
 from ndm_fast.train.rotation.base import Rotation, Turn
 
@@ -30,7 +30,7 @@ class Steps:
         widths: of the S subspaces.
         rotation: what the steps move.
         scale: stored activations over true ones.
-        cuda_graph: replay the steps of a search as one CUDA graph.
+        cuda_graph: replay a search as one CUDA graph, and the steps after it as another.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class Steps:
         self.weights = loss_weights(widths, by_width=by_width, device=rotation.working.device).float()
         """[S] what a mean over a subspace counts in the loss."""
         self._graph = GraphedSteps(self._take_each, rotation) if cuda_graph else None
+        self._neighbors = GraphedSearch(self._find) if cuda_graph else self._find
 
     @property
     def batch_size(self) -> int:
@@ -62,7 +63,13 @@ class Steps:
         return self._config.queries // self._group.queries.size
 
     def neighbors(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
-        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation."""
+        """[S, Q] rows of the keys that are nearest, up to the rounding of the rotation.
+
+        Valid until the next call.
+        """
+        return self._neighbors(queries, keys, rotation)
+
+    def _find(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
         if self._group.keys.size > 1:
             return self.search(queries, keys, rotation).index
         config = self._config

@@ -42,7 +42,7 @@ OTHER: dict[str, Any] = {
     "dtype": "bfloat16",
     "autocast": "bfloat16",
     "compile_model": True,
-    "cuda_graph": True,
+    "cuda_graph": "on",
     "encoding": "cp1252",
     "bad_text": "skip",
     "split_documents": "lines",

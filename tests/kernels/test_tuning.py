@@ -64,15 +64,21 @@ def test_autotune_keeps_the_fastest_choice_that_runs(cache: Path) -> None:
         tried.append(tuning.sweep(90, 64))
         if tried[-1].tile == 256:
             raise RuntimeError("out of resources")
-        return abs(tried[-1].query_block - 64) + tried[-1].tile + tried[-1].warps + tried[-1].stages
+        return (
+            abs(tried[-1].query_block - 64)
+            + tried[-1].tile
+            + tried[-1].warps
+            + tried[-1].stages
+            + tried[-1].together
+        )
 
     times = tuning.autotune(90, 64, milliseconds)
-    assert next(iter(times.items())) == (Sweep(64, 64, 4, 2), 70)
+    assert next(iter(times.items())) == (Sweep(128, 64, 4, 2), 135)
     assert list(times.values()) == sorted(times.values())
     assert len(times) == sum(choice.tile < 256 for choice in tuning.CANDIDATES)
     assert tried == tuning.CANDIDATES
     assert cache.exists()
-    assert tuning.sweep(90, 64) == Sweep(64, 64, 4, 2)
+    assert tuning.sweep(90, 64) == Sweep(128, 64, 4, 2)
     assert tuning.sweep(80, 64) == tuning.TABLE[80][64]
 
 

@@ -208,7 +208,7 @@ def test_steps(
     assert (losses.shape, losses.device) == ((4,), GPU)
     assert rotation.working.device == GPU
     monkeypatch.setattr(Tensor, "pin_memory", lambda host: host)
-    monkeypatch.setattr(cuda_graph, "_captured", lambda work, device: work)
+    monkeypatch.setattr(cuda_graph, "_captured", lambda work, device, memory=None: work)
     graphed = cuda_graph.GraphedSteps(steps.take_steps, rotation)
     for _ in range(4):  # which blocks are of one kind changes in the first ones
         losses = twice(lambda: block(graphed))

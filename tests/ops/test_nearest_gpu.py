@@ -248,6 +248,38 @@ def test_minima_in_several_segments(form: str, metric: str, monkeypatch: pytest.
     assert int(found.index.max()) < 690
 
 
+@pytest.mark.parametrize("keys", [70, 129, 300])
+@pytest.mark.parametrize("together", [1, 2])
+@only("rotated", "split", "split-half", "fused")
+def test_two_tiles_of_a_block_are_as_two_blocks(
+    form: str, keys: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even and odd numbers of tiles; narrow subspaces, and some in two parts."""
+    from ndm_fast.kernels import tuning
+
+    monkeypatch.setattr(tuning, "_forced", [tuning.Sweep(64, 64, 4, 2, together)])
+    rows = heavy_tailed(keys, 45)
+    check(torch.cat([heavy_tailed(2, 45), rows[-1:] + 0.1]), rows, [36, 9], form)
+
+
+@pytest.mark.parametrize("queries", [1, 65, 130])
+@only("split-half")
+def test_keys_that_pass_by_queries(form: str, queries: int) -> None:
+    """Narrow subspaces, some in two parts; a key that fp16 cannot hold, and one that is NaN."""
+    keys = heavy_tailed(300, 77)
+    keys[40, 3], keys[41, 3] = torch.nan, 6e4
+    check(torch.cat([heavy_tailed(queries, 77), keys[299:] + 0.1]), keys, [36, 41], form)
+
+
+@only("split", "split-half")
+def test_more_tiles_in_reach_than_the_first_look_keeps(form: str) -> None:
+    """Twins of the nearest key lie in seven tiles; the first of them is the neighbor."""
+    keys = heavy_tailed(1000, 16)
+    keys[77::130] = keys[77]
+    found = check(keys[77:78] + 1e-3, keys, [16], form)
+    assert found.index.tolist() == [[77]]
+
+
 @only("rotated", "split-half", "cuda-rotated", "cuda-split-half")
 def test_writes_every_output(form: str, poisoned_outputs: None) -> None:
     found = check(torch.randn(3, 19), torch.randn(140, 19), [16, 3], form)

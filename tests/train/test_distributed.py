@@ -244,7 +244,7 @@ def test_settings_that_cannot_be_shared_are_named():
     ):
         Group(keys=Three()).check(TRAIN, SETTINGS)
     with pytest.raises(InputError, match="cuda_graph captures the steps of one rank"):
-        Group(keys=Three()).check(TRAIN, RunSettings(cuda_graph=True))
+        Group(keys=Three()).check(TRAIN, RunSettings(cuda_graph="on"))
 
 
 def test_what_ranks_share(monkeypatch):
