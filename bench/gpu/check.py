@@ -121,7 +121,7 @@ def items(name: str, device: str, small: bool) -> Iterator[Item]:
     elif kind == "tune" and what == "gradient":
         yield from step.time_shapes(model, device, small)
     elif kind == "tune":
-        yield from timing.sweeps(model, device, small)
+        yield from timing.sweeps(model, int(what[1:]), device, small)
     else:
         raise ValueError(f"no job is called {name!r}")
 
@@ -135,7 +135,7 @@ def plan(small: bool) -> tuple[list[Job], list[Job]]:
     models = MODELS[1:2] if small else MODELS
     timings = ["ceilings", *(f"time {model} steps" for model in models)]
     timings += [f"time {model} Q{n}" for model in models for n in ((128,) if small else (4096, 128))]
-    timings += [f"tune {model} sweep" for model in models] + [f"tune {model} gradient" for model in models]
+    timings += [f"tune {model} {what}" for model in models for what in ("Q4096", "Q128", "gradient")]
     return [Job(name, 120) for name in checks], [Job(name, 45) for name in timings]
 
 

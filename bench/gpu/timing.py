@@ -13,7 +13,6 @@ from contracts import rotation_of
 from jobs import Item, Row
 
 SHAPES = {"gemma-2-2b": (2304, 72), "gpt2": (768, 32), "qwen2.5-1.5b": (1536, 64)}
-QUERIES = (128, 4096)
 KEYS = 409_600
 ONCE = os.environ.get("NDM_FAST_CHECK_ONCE") == "1"
 """Call everything once, to compile it: the processes beside would disturb a time."""
@@ -24,7 +23,7 @@ REPLAYED = 20
 Run = Callable[[], object]
 
 
-def milliseconds(run: Run, device: str, seconds: float = 0.35) -> list[float]:
+def milliseconds(run: Run, device: str, seconds: float = 0.3) -> list[float]:
     """Times of up to 30 runs, in about so many seconds, after two to warm up; of one on a CPU, or once."""
     began = time.monotonic()
     if device != "cuda" or ONCE:
@@ -258,33 +257,32 @@ def _cuvs(rows: list[torch.Tensor]) -> object:
     return brute_force.search(brute_force.build(rows[1]), rows[0], 1)
 
 
-def sweeps(model: str, device: str, small: bool) -> Iterator[Item]:
+def sweeps(model: str, n: int, device: str, small: bool) -> Iterator[Item]:
     """The sweep alone in every shape of tile: ``kernels/tuning.py`` should name the fastest."""
     from ndm_fast.kernels import search, tuning
     from ndm_fast.kernels.launch import Part, chunks
 
-    for n in QUERIES:
-        data = Data(model, n, device, small)
-        given = (data.queries, data.keys[: 200 if small else 65536], data.rotation, data.widths)
-        asked = search.make_search(
-            data.keys, "euclidean", "bf16", keys_rotated=False, queries_rotated=False, fused=False
-        )
-        frame = search.make_frame(*given, asked, exact=False)
-        chunk = next(iter(chunks(given[1], frame, data.widths, asked)))
-        d = data.queries.shape[1]
-        part = Part(frame, chunk, asked, slice(0, len(data.widths)), slice(0, d), slice(0, len(data.queries)))
-        work = 2.0 * len(data.queries) * len(chunk.rows) * d
-        choices = tuning.STREAM_CANDIDATES + tuning.CANDIDATES[::2] if n <= 128 else tuning.CANDIDATES
-        for choice in choices[:1] if small else choices:
-            name = f"sweep Q{len(data.queries)} {'x'.join(map(str, choice))}"
+    data = Data(model, n, device, small)
+    given = (data.queries, data.keys[: 200 if small else 65536], data.rotation, data.widths)
+    asked = search.make_search(
+        data.keys, "euclidean", "bf16", keys_rotated=False, queries_rotated=False, fused=False
+    )
+    frame = search.make_frame(*given, asked, exact=False)
+    chunk = next(iter(chunks(given[1], frame, data.widths, asked)))
+    d = data.queries.shape[1]
+    part = Part(frame, chunk, asked, slice(0, len(data.widths)), slice(0, d), slice(0, len(data.queries)))
+    work = 2.0 * len(data.queries) * len(chunk.rows) * d
+    choices = tuning.STREAM_CANDIDATES + tuning.CANDIDATES[::2] if n <= 128 else tuning.CANDIDATES
+    for choice in choices[:1] if small else choices:
+        name = f"sweep Q{len(data.queries)} {'x'.join(map(str, choice))}"
 
-            def run(choice=choice, part=part, name=name, data=data, work=work) -> list[Row]:
-                more = {**data.shape, "K": len(part.chunk.rows), **choice._asdict()}
-                call: Run = lambda: search.sweep(part, choice)  # noqa: E731
-                if device == "cuda":
-                    call = graphed(call, SWEEPS)
-                return [measure(name, call, work, 0.0, device, SWEEPS if device == "cuda" else 1, **more)]
+        def run(choice=choice, part=part, name=name, data=data, work=work) -> list[Row]:
+            more = {**data.shape, "K": len(part.chunk.rows), **choice._asdict()}
+            call: Run = lambda: search.sweep(part, choice)  # noqa: E731
+            if device == "cuda":
+                call = graphed(call, SWEEPS)
+            return [measure(name, call, work, 0.0, device, SWEEPS if device == "cuda" else 1, **more)]
 
-            yield name, run
+        yield name, run
     if device == "cuda":
         yield "kernels", lambda: kernels({"model": model})

@@ -122,6 +122,7 @@ def add_plan(commands: Any) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from ndm_fast.run.hardware import machine_of
     from ndm_fast.run.plan import describe, make_plan, model_shape
+    from ndm_fast.run.presets import TWINS
 
     config = run_settings(options)
     if not config.harvest.site:
@@ -129,4 +130,13 @@ def _plan(options: argparse.Namespace) -> None:
     shape = model_shape(config.harvest.model, config.harvest.site[0], **config.harvest.hub_options)
     machine = machine_of(options.device)
     plan = make_plan(config, shape, machine)
-    print(json.dumps(dataclasses.asdict(plan), indent=2) if options.json else describe(plan, machine))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(plan), indent=2))
+        return
+    print(describe(plan, machine))
+    twin = TWINS.get(options.preset)
+    if twin:
+        options.preset = twin
+        published = make_plan(run_settings(options), shape, machine)
+        times = published.seconds / plan.seconds
+        print(f"with --preset {twin}: {published.seconds:.1f} s, {times:.0f} times as long")

@@ -22,7 +22,7 @@ def gpt2(tmp_path):
 
 
 def _plan(folder, machine=SMALL, **changes):
-    config = from_flat({**preset("gpt2"), "model": folder, "site": ["x4.post"], **changes})
+    config = from_flat({**preset("gpt2-published"), "model": folder, "site": ["x4.post"], **changes})
     return make_plan(config, model_shape(folder, "x4.post"), machine)
 
 
@@ -74,6 +74,7 @@ def test_command_prints_a_plan(ndm, gpt2):
     assert shown.code == 0
     assert "harvest" in shown.out
     assert "never" not in shown.err
+    assert "with --preset gpt2-published: " in shown.out
     found = ndm("plan", "--model", gpt2, "--site", "x4.post", "--device", "a100", "--json")
     assert {part["name"] for part in json.loads(found.out)["parts"]} >= {"harvest", "search", "update"}
 

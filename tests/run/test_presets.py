@@ -6,7 +6,7 @@ import pytest
 
 from ndm_fast.config import from_flat
 from ndm_fast.errors import InputError
-from ndm_fast.run.presets import PRESETS, preset
+from ndm_fast.run.presets import PRESETS, TWINS, preset
 from ndm_fast.train.schedule import Schedule
 
 PUBLISHED = {
@@ -27,7 +27,7 @@ def test_every_preset_is_a_valid_configuration(name):
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_settings(name):
     width, unit, subspaces, threshold, start, interval, steps = PUBLISHED[name]
-    config = from_flat(preset(name))
+    config = from_flat(preset(f"{name}-published"))
     train, merge = config.train, config.merge
     assert train.widths(width) == (unit,) * subspaces
     assert (merge.merge_threshold, merge.merge_start, merge.merge_interval) == (threshold, start, interval)
@@ -38,6 +38,14 @@ def test_published_settings(name):
     assert (train.pool_rows, train.pool_dtype) == (4_194_304, "float16")
     assert not config.harvest.bos
     assert Schedule(train, merge).learning_rate(steps - 1) == 3e-4
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_a_twin_changes_how_a_step_is_taken_and_nothing_else(name):
+    fast, published = preset(name), preset(TWINS[name])
+    changed = {key: value for key, value in fast.items() if published.get(key) != value}
+    assert changed == {"rotation": "lazy", "search_every": 32, "precision": "bf16"}
+    assert fast.keys() - published.keys() == {"precision"}
 
 
 def test_a_preset_can_be_changed_without_changing_the_next_one():
