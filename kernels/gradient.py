@@ -1,4 +1,4 @@
-"""Loss and gradient for given neighbors, euclidean (docs/method.md), in two kernels.
+"""Loss and gradient for given neighbors, euclidean (docs/method.md), in three kernels.
 
 With ``delta = q - n_s(q)`` and ``r = delta R_s``:
 
@@ -7,198 +7,39 @@ With ``delta = q - n_s(q)`` and ``r = delta R_s``:
 or, where ``LOG``, of the logarithm with a floor ``f_s``: ``loss_s = 1/Q sum_q log sqrt(|r|^2 + f_s^2)``,
 ``dL/dR_s = p_s/(d Q) sum_q delta' r / (|r|^2 + f_s^2)``.
 
-:func:`project_kernel` writes r, [Q, d], and for each piece of a subspace its part of ``|r|^2``;
-:func:`gradient_kernel` makes tiles of the gradient, each summed over all queries by one block, in order: no
-atomics, so that two runs agree bit for bit. Neighbors are gathered by both, never stored: the second time
-they come from the L2 cache (GPT-2 5 MB, Gemma 19 MB in half precision). Differences, sums and products are in
-fp32: tf32 keeps 10 bits of a difference, and one coordinate of 1e3 would round off all that the others say.
+``project_kernel`` writes r, in parts of the depth, or 32 subspaces would not fill 132 multiprocessors;
+``units_kernel`` sums the parts and writes ``r / |r|`` and the distances; ``gradient_kernel`` makes tiles of
+the gradient, each summed over all queries by one block, in order. There are no atomics, so two runs agree bit
+for bit. Neighbors are gathered by the first and the last, never stored: the second time they come from the L2
+cache, where they fit it (GPT-2 5 MB, Gemma 19 MB in half precision; H200 50 MB). Differences and sums are
+in fp32: one coordinate of 1e3 would round off in half precision all that the others say.
 
-Both work on pieces: up to ``COLUMNS`` columns of one subspace, numbered through all subspaces. A table says
-where each lies, so one launch serves any widths, and wide subspaces fill the card like narrow ones.
+A block takes a piece: up to ``MAIN + REST`` columns of one subspace, all of them where it can, since each
+piece gathers the neighbors anew. A table says where each lies, so one launch serves any widths.
 
-Limit: ``4 Q d^2`` operations (GPT-2 0.30, Qwen 1.2, Gemma 2.7 GFLOP, there 4/3 of it, because 72 columns take
-96) on the fp32 units, 67 TFLOP/s on an H200, of which staging operands through shared memory should leave a
-quarter; bytes from memory, ``S Q d`` halves and two times ``d^2`` floats, would take a tenth of that.
+Limit: bytes. Neighbors and rotation are read, and the gradient written (Gemma 19 + 21 + 21 MB, 15 us at
+the 4.2 TB/s of an H200); ``4 Q d^2`` operations (2.7 GFLOP), three times in fp16, are 12 us at 700 TFLOP/s.
 docs/kernels-gpu.md has the predicted times.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..geometry import objective
 from ..geometry.columns import unit_columns
 from ..geometry.objective import Objective
-from .launch import device_of
+from .gradient_kernels import gradient_kernel, project_kernel, units_kernel
+from .launch import capability, device_of
 
 if TYPE_CHECKING:
     from .tuning import Gradient
-
-
-@triton.jit
-def _neighbors(
-    index,
-    index_stride,
-    index_step,
-    counted,
-    counted_stride,
-    counted_step,
-    s,
-    q,  # [N] int64
-    query_count,
-    COUNTED: tl.constexpr,
-):
-    """Rows of the keys, [N] int64, and which of them contribute."""
-    real = q < query_count
-    if COUNTED:
-        real &= tl.load(counted + s * counted_stride + q * counted_step, mask=real, other=0) != 0
-    return tl.load(index + s * index_stride + q * index_step, mask=real, other=0), real
-
-
-@triton.jit
-def _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth):
-    """[N, D] fp32 queries minus their neighbors; 0 where there is none."""
-    mask = real[:, None] & (deep < depth)[None, :]
-    query = tl.load(queries + q[:, None] * query_stride + deep[None, :], mask=mask, other=0.0)
-    key = tl.load(keys + row[:, None] * key_stride + deep[None, :], mask=mask, other=0.0)
-    return query.to(tl.float32) - key.to(tl.float32)
-
-
-@triton.jit
-def project_kernel(
-    queries,  # [Q, d] fp32, fp16 or bf16
-    query_stride,
-    query_count,
-    keys,  # [K, d] likewise
-    key_stride,
-    index,  # [S, Q] int64
-    index_stride,
-    index_step,
-    counted,  # [S, Q] bool, COUNTED only
-    counted_stride,
-    counted_step,
-    pieces,  # [N, 5] int32: subspace, first column, columns, first piece of that subspace, how many it has
-    rotation,  # [d, d] fp32
-    rotation_stride,
-    depth,
-    projected,  # [Q, d] fp32
-    squares,  # [N, Q] fp32
-    COLUMNS: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    DEPTH_BLOCK: tl.constexpr,
-    COUNTED: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (query blocks, pieces): a block of queries times the piece's columns, over all of the depth."""
-    q = tl.program_id(0).to(tl.int64) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
-    piece = tl.program_id(1)
-    s = tl.load(pieces + 5 * piece).to(tl.int64)
-    columns = tl.load(pieces + 5 * piece + 1) + tl.arange(0, COLUMNS)
-    inside = tl.arange(0, COLUMNS) < tl.load(pieces + 5 * piece + 2)
-    row, real = _neighbors(
-        index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
-    )
-    total = tl.zeros([QUERY_BLOCK, COLUMNS], tl.float32)
-    for start in range(0, depth, DEPTH_BLOCK):
-        deep = start + tl.arange(0, DEPTH_BLOCK)
-        delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
-        basis = tl.load(
-            rotation + deep[:, None] * rotation_stride + columns[None, :],
-            mask=(deep < depth)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        total = tl.dot(delta, basis, total, input_precision=DOT)
-    there = q < query_count
-    tl.store(projected + q[:, None] * depth + columns[None, :], total, mask=there[:, None] & inside[None, :])
-    tl.store(squares + piece.to(tl.int64) * query_count + q, tl.sum(total * total, 1), mask=there)
-
-
-@triton.jit
-def gradient_kernel(
-    queries,
-    query_stride,
-    query_count,
-    keys,
-    key_stride,
-    index,
-    index_stride,
-    index_step,
-    counted,
-    counted_stride,
-    counted_step,
-    pieces,
-    projected,
-    squares,
-    depth,
-    losses,  # [S] fp32
-    gradient,  # [d, d] fp32
-    query_share,  # 1/Q
-    share,  # 1/(S Q), or 1/(d Q) where LOG
-    log_floor,  # [S] fp32, LOG only
-    sizes,  # [S] fp32 widths, LOG only
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,  # pieces of a subspace at most, as a power of two
-    ROWS: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    COUNTED: tl.constexpr,
-    LOG: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    """Grid (row blocks, pieces): ROWS x COLUMNS of the gradient; the first of a subspace has its loss too."""
-    block, piece = tl.program_id(0), tl.program_id(1)
-    s = tl.load(pieces + 5 * piece).to(tl.int64)
-    columns = tl.load(pieces + 5 * piece + 1) + tl.arange(0, COLUMNS)
-    inside = tl.arange(0, COLUMNS) < tl.load(pieces + 5 * piece + 2)
-    first = tl.load(pieces + 5 * piece + 3)
-    parts = tl.arange(0, PARTS)
-    own = parts < tl.load(pieces + 5 * piece + 4)
-    deep = block * ROWS + tl.arange(0, ROWS)
-    if LOG:
-        floor = tl.load(log_floor + s)
-        share *= tl.load(sizes + s)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    distance = tl.zeros([QUERY_BLOCK], tl.float32)
-    for start in range(0, query_count, QUERY_BLOCK):
-        q = start + tl.arange(0, QUERY_BLOCK).to(tl.int64)
-        there = q < query_count
-        squared = tl.load(
-            squares + (first + parts).to(tl.int64)[:, None] * query_count + q[None, :],
-            mask=own[:, None] & there[None, :],
-            other=0.0,
-        )
-        squared = tl.sum(squared, 0)
-        unit = tl.load(
-            projected + q[:, None] * depth + columns[None, :],
-            mask=there[:, None] & inside[None, :],
-            other=0.0,
-        )
-        row, real = _neighbors(
-            index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
-        )
-        if LOG:
-            norm = squared + floor * floor
-            distance += tl.where(real, 0.5 * tl.log(tl.where(norm == 0, 1.0, norm)), 0.0)
-        else:
-            norm = tl.sqrt_rn(squared)
-            distance += norm
-        positive = norm > 0  # a distance of zero has no gradient; that of NaN comes with the difference
-        unit = tl.where(positive[:, None], unit * (1 / tl.where(positive, norm, 1.0))[:, None], 0.0)
-        delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
-        total = tl.dot(tl.trans(delta), unit, total, input_precision=DOT)
-    tl.store(
-        gradient + deep.to(tl.int64)[:, None] * depth + columns[None, :],
-        total * share,
-        mask=(deep < depth)[:, None] & inside[None, :],
-    )
-    if (block == 0) & (piece == first):
-        tl.store(losses + s, tl.sum(distance, 0) * query_share)
 
 
 def loss_and_gradient(
@@ -211,7 +52,7 @@ def loss_and_gradient(
     counted: Tensor | None = None,
     log_floor: Tensor | None = None,
     *,
-    products: str = "ieee",
+    products: str = "fp16x3",
     shape: Gradient | None = None,
 ) -> Objective:
     """Loss and gradient for given neighbors, as ``geometry.objective.loss_and_gradient`` has them.
@@ -226,8 +67,9 @@ def loss_and_gradient(
         widths: S widths that sum to d.
         counted: [S, Q] bool, the neighbors that contribute; default all. Others are not read.
         log_floor: [S] fp32, for the loss of logarithms.
-        products: ``"ieee"`` for fp32 products, ``"tf32x3"`` for products on the matrix units of numbers split
-            into two tf32 each, good to 2^-21.
+        products: ``"ieee"`` for fp32 products; ``"fp16x3"`` or ``"tf32x3"`` for products on the matrix units
+            of numbers split into two fp16, or tf32, each, good to 2^-21. With fp16 an entry of ``rotation``
+            beyond 1000 makes NaN.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
 
     Returns:
@@ -240,29 +82,38 @@ def loss_and_gradient(
 
     queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
     (count, width), subspaces = queries.shape, len(widths)
-    shape = shape or tuning.gradient_shape(widths, count)
-    pieces = _pieces(tuple(widths), shape.columns, queries.device)
-    projected = torch.empty(count, width, device=queries.device)
-    squares = torch.empty(len(pieces.table), count, device=queries.device)
+    shape = shape or tuning.gradient_shape(capability(queries.device), products)
+    cut = _pieces(tuple(widths), tuning.gradient_columns(widths), queries.device)
+    split = tuning.gradient_splits(shape, count, width, len(cut.table))
+    halves = products == "fp16x3"
+    projected = torch.empty(split, count, width, device=queries.device)
+    units = torch.empty((2, count, width) if halves else (count, width), device=queries.device,
+                        dtype=torch.float16 if halves else torch.float32)  # fmt: skip
+    distances, weights = torch.empty(2, subspaces, count, device=queries.device)
     losses = torch.empty(subspaces, device=queries.device)
     result = torch.empty(width, width, device=queries.device)
     mask = index if counted is None else counted
-    rows = (queries, queries.stride(0), count, keys, keys.stride(0))
-    neighbors = (index, *index.stride(), mask, *mask.stride(), pieces.table)
-    options = {"COLUMNS": shape.columns, "COUNTED": counted is not None, "DOT": products}
-    options |= {"num_warps": shape.warps, "num_stages": 2, **tuning.OPTIONS}
-    project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth, **options}
-    total = {"PARTS": pieces.parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, **options}
+    rows = (queries, queries.stride(0), count, keys, keys.stride(0), index, *index.stride())
+    neighbors = (*rows, mask, *mask.stride(), cut.table)
+    common: dict[str, Any] = {"COUNTED": counted is not None, "DOT": products, "ALIGNED": cut.aligned}
+    common |= tuning.OPTIONS
+    tiles = dict(zip(("MAIN", "REST"), tuning.gradient_columns(widths), strict=True)) | common
+    log = {"LOG": log_floor is not None}
     with device_of(queries):
-        project_kernel[(-(-count // shape.project_queries), len(pieces.table))](
-            *rows, *neighbors, rotation, rotation.stride(0), width, projected, squares, **project
+        project_kernel[(split, -(-count // shape.project_queries), len(cut.table))](
+            *neighbors, rotation, rotation.stride(0), width, projected, **tiles, **shape.project(split)
         )
-        gradient_kernel[(-(-width // shape.rows), len(pieces.table))](
-            *(*rows, *neighbors, projected, squares, width, losses, result),
-            *(1 / count, 1 / (count * (subspaces if log_floor is None else width))),
-            *(losses if log_floor is None else log_floor, pieces.sizes),
-            LOG=log_floor is not None,
-            **total,
+        units_kernel[(-(-count // tuning.UNITS["QUERY_BLOCK"]), subspaces)](
+            *(count, width, mask, *mask.stride(), cut.subspaces, losses if log_floor is None else log_floor),
+            *(width * count, projected, units, distances, weights),
+            **tuning.units_shape(widths, split),
+            **common,
+            **log,
+        )
+        gradient_kernel[(-(-width // shape.rows), len(cut.table))](
+            *(*neighbors, width * count, units, distances, weights, width, losses, result),
+            *(1 / count, 1 / (count * (subspaces if log_floor is None else width)), cut.sizes),
+            **(tiles | log | shape.total()),
         )
     return Objective(losses, result)
 
@@ -271,23 +122,28 @@ class _Pieces(NamedTuple):
     """Subspaces cut into what one block of the gradient's kernels takes."""
 
     table: Tensor
-    """[N, 5] int32: subspace, first column, columns, first piece of that subspace, how many it has."""
+    """[N, 4] int32: subspace, first column, columns, whether it is the first piece of the subspace."""
+    subspaces: Tensor
+    """[S, 2] int32: first column, width."""
     sizes: Tensor
     """[S] fp32 widths of the subspaces."""
-    parts: int
-    """Power of two that no subspace has more pieces than."""
+    aligned: int
+    """Power of two, up to 16, of which all first columns and numbers of columns are multiples."""
 
 
 @lru_cache(maxsize=64)
-def _pieces(widths: tuple[int, ...], columns: int, device: torch.device) -> _Pieces:
+def _pieces(widths: tuple[int, ...], columns: tuple[int, int], device: torch.device) -> _Pieces:
     rows: list[tuple[int, ...]] = []
-    offset = 0
+    subspaces: list[tuple[int, ...]] = []
+    offset, most = 0, sum(columns)
     for subspace, width in enumerate(widths):
-        first, count = len(rows), -(-width // columns)
-        for start in range(0, width, columns):
-            rows.append((subspace, offset + start, min(columns, width - start), first, count))
+        for start in range(0, width, most):
+            rows.append((subspace, offset + start, min(most, width - start), start == 0))
+        subspaces.append((offset, width))
         offset += width
-    most = max(row[4] for row in rows)
-    table = torch.tensor(rows, dtype=torch.int32, device=device)
-    sizes = torch.tensor(widths, dtype=torch.float32, device=device)
-    return _Pieces(table, sizes, 1 << (most - 1).bit_length())
+    return _Pieces(
+        torch.tensor(rows, dtype=torch.int32, device=device),
+        torch.tensor(subspaces, dtype=torch.int32, device=device),
+        torch.tensor(widths, dtype=torch.float32, device=device),
+        math.gcd(16, *(number for row in rows for number in row[1:3])),
+    )

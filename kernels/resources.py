@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gradient, ksg, lie_update, look, rerank, resolve, stream, sweep, tiles, tuning
+from . import gradient_kernels, ksg, lie_update, look, rerank, resolve, stream, sweep, tiles, tuning
 
 WIDTHS = (32, 64, 72, 128, 256, 432)
 """One subspace width of each class of the tables, and those of the published runs."""
@@ -42,16 +43,25 @@ _TYPES = {
     "best": "*fp64",
     **dict.fromkeys(("index", "candidates", "pairs", "counts"), "*i64"),
     **dict.fromkeys(("origin", "scales", "errors", "minima", "few", "sizes", "half_norms"), "*fp32"),
-    **dict.fromkeys(("inverse_variances", "distances", "radius", "limits"), "*fp32"),
+    **dict.fromkeys(("inverse_variances", "radius", "limits"), "*fp32"),
     **dict.fromkeys(("rounding", "absolute", "query_share", "share", "toward", "slow", "fresh"), "fp32"),
-    **dict.fromkeys(("projected", "squares", "losses", "gradient", "log_floor"), "*fp32"),
+    **dict.fromkeys(("projected", "distances", "weights", "losses", "gradient", "log_floor"), "*fp32"),
     **dict.fromkeys(("first", "second"), "*fp32"),
     "counted": "*i1",
-    **dict.fromkeys(("pieces", "few_tiles"), "*i32"),
+    **dict.fromkeys(("pieces", "subspaces", "few_tiles"), "*i32"),
 }
 
 
-_EVEN = ("key_stride", "rotation_stride", "depth", "query_slots", "query_stride", "raw_key_stride", "width")
+_EVEN = (
+    "key_stride",
+    "rotation_stride",
+    "depth",
+    "query_slots",
+    "query_stride",
+    "raw_key_stride",
+    "width",
+    "plane",
+)
 """Numbers that are multiples of 16 where d is."""
 
 
@@ -120,7 +130,7 @@ def cases(arch: int) -> Iterator[Case]:
     yield Case("ksg distances", ksg.distances_kernel, {"WIDTH": 32, **distances}, warps, columns)
     yield Case("ksg radius", ksg.radius_kernel, reductions, few, {})
     yield Case("ksg counts", ksg.counts_kernel, reductions, few, {})
-    yield from update_cases()
+    yield from update_cases(arch)
 
 
 def stream_cases() -> Iterator[Case]:
@@ -159,27 +169,41 @@ def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Cas
                 )
 
 
-def update_cases() -> Iterator[Case]:
-    """The kernels of a training step beside the search, at Q = 128; the same on every architecture."""
-    rows = {"queries": "*fp16", "rotation": "*fp32"}
-    # Steps of one: triton compiles integers of 1 as constants.
-    common = {"index_step": 1, "counted_step": 1, "DOT": "ieee"}
+def update_cases(arch: int) -> Iterator[Case]:
+    """The kernels of a training step beside the search, at Q = 128."""
     for widths in ((7,) * 9, (32,) * 24, (72,) * 32, (64,) * 24, (432,) * 4):
-        shape = tuning.gradient_shape(widths, 128)
-        common["COUNTED"] = widths[0] == 432  # one case with the mask is enough
-        common["COLUMNS"] = shape.columns
-        options = {"num_warps": shape.warps, "num_stages": 2}
-        project = {"QUERY_BLOCK": shape.project_queries, "DEPTH_BLOCK": shape.depth}
-        yield Case(f"project {widths[0]}", gradient.project_kernel, common | project, options, rows)
-        parts = 1 << (-(-widths[0] // shape.columns) - 1).bit_length()
-        total = {"PARTS": parts, "ROWS": shape.rows, "QUERY_BLOCK": shape.sum_queries, "LOG": False}
-        yield Case(f"gradient {widths[0]}", gradient.gradient_kernel, common | total, options, rows)
-        logs = total | {"LOG": True}
-        yield Case(f"gradient {widths[0]} log", gradient.gradient_kernel, common | logs, options, rows)
+        yield from gradient_cases(widths, "fp16x3", tuning.gradient_shape(arch, "fp16x3"))
+    yield from gradient_cases((72,) * 32, "ieee", tuning.gradient_shape(arch, "ieee"))
     for name, dtype, factor in (("fp32", "*fp32", "fp32"), ("bf16", "*bf16", "*fp32")):
         step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True, "ON_DEVICE": factor == "*fp32"}
         types = {"update": dtype, "product": dtype, "scale": factor, "guard": factor}
         yield Case(f"lie update {name}", lie_update.lie_update_kernel, step, {"num_warps": 4}, types)
+
+
+def gradient_cases(widths: tuple[int, ...], products: str, shape: tuning.Gradient) -> Iterator[Case]:
+    """The gradient's kernels, at Q = 128."""
+    main, rest = tuning.gradient_columns(widths)
+    pieces = sum(-(-width // (main + rest)) for width in widths)
+    splits = tuning.gradient_splits(shape, 128, sum(widths), pieces)
+    types = {"queries": "*fp16", "rotation": "*fp32", "units": "*fp16" if products == "fp16x3" else "*fp32"}
+    # Steps of one: triton compiles integers of 1 as constants.
+    common: dict[str, Any] = {"index_step": 1, "counted_step": 1, "DOT": products}
+    common |= {"COUNTED": widths[0] == 432, "ALIGNED": math.gcd(16, *widths)}
+    pieced = common | {"MAIN": main, "REST": rest}
+    launches = [
+        ("project", gradient_kernels.project_kernel, pieced | shape.project(splits)),
+        (
+            "units",
+            gradient_kernels.units_kernel,
+            common | tuning.units_shape(widths, splits) | {"LOG": False},
+        ),
+        ("gradient", gradient_kernels.gradient_kernel, pieced | shape.total() | {"LOG": False}),
+        ("gradient log", gradient_kernels.gradient_kernel, pieced | shape.total() | {"LOG": True}),
+    ]
+    for name, kernel, choices in launches:
+        options: dict[str, int] = {key: value for key, value in choices.items() if key.startswith("num_")}
+        constants = {key: value for key, value in choices.items() if key in kernel.arg_names}
+        yield Case(f"{name} {widths[0]} {products}", kernel, constants, options, types)
 
 
 def compile_case(case: Case, arch: int) -> Usage:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Sweep(NamedTuple):
@@ -175,36 +175,66 @@ KSG_REDUCTIONS = {"KEY_BLOCK": 1024, "num_warps": 4}
 
 
 class Gradient(NamedTuple):
-    """Shapes of the two kernels of ``gradient.py``."""
+    """Shapes of the kernels of ``gradient.py``."""
 
-    columns: int
-    """Of a piece of a subspace."""
     project_queries: int
+    """Queries a block of ``project_kernel`` takes."""
     depth: int
-    """Rows of the rotation that a block multiplies at once."""
+    """Rows of the rotation it multiplies at once."""
+    blocks: int
+    """How many of them to make, at least, by splitting the depth."""
+    project_warps: int
+    project_stages: int
     rows: int
-    """Rows of the gradient a block makes."""
-    sum_queries: int
+    """Rows of the gradient a block of ``gradient_kernel`` makes."""
+    queries: int
     """Queries that are added to it at once."""
     warps: int
+    stages: int
+
+    def project(self, splits: int) -> dict[str, int]:
+        """Choices of ``project_kernel``."""
+        return {
+            "SPLITS": splits,
+            "QUERY_BLOCK": self.project_queries,
+            "DEPTH_BLOCK": self.depth,
+            "num_warps": self.project_warps,
+            "num_stages": self.project_stages,
+        }
+
+    def total(self) -> dict[str, int]:
+        """Choices of ``gradient_kernel``."""
+        return {
+            "ROWS": self.rows,
+            "QUERY_BLOCK": self.queries,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
 
-_GRADIENT = {
-    # fp32 products go through FFMA and wait for shared memory. Loops of the gradient, as ptxas makes them,
-    # have 10 and 7 FFMA for every load of 16 bytes at 64 and 32 columns, and 3 for one of 8 bytes at 16.
-    16: Gradient(16, 16, 64, 64, 16, 4),
-    32: Gradient(32, 32, 32, 64, 32, 4),
-    # 32 queries at once at 64 columns spill on sm_80 (triton 3.9: 255 registers, 136 bytes).
-    64: Gradient(64, 32, 32, 64, 16, 4),
-}
+_GRADIENT = Gradient(64, 64, 396, 4, 2, 64, 64, 4, 2)
+"""With wgmma: blocks of 4 warps, three on a multiprocessor at 160 to 168 registers and 70 to 74 KB. One works
+while the others' neighbors are on their way. 396 blocks are one wave of that on 132 multiprocessors."""
 
 
-_COST = {16: 2.0, 32: 1.25, 64: 1.0}
-"""What a column costs in pieces of that many, from the loads above: 72 columns are 3 x 32, not 2 x 64."""
+_GRADIENT_AMPERE = Gradient(64, 32, 216, 4, 2, 64, 32, 4, 2)
+"""mma.sync holds both factors in registers, 240 at 80 columns; at a depth of 64 it spills."""
 
 
-_FULL_CARD = 264
-"""Blocks that are two for each multiprocessor of an H100 or H200."""
+_GRADIENT_IEEE = Gradient(32, 32, 396, 4, 1, 64, 32, 4, 2)
+"""fp32 products wait for shared memory: 62 to 150 registers, 12 to 33 KB, and no more work a load by more."""
+
+
+_PIECES = ((16, 0), (32, 0), (64, 0), (64, 16), (128, 0))
+"""Columns that a block may take at once, in two products: 72 are 64 + 16, not 128."""
+
+
+_GATHERING = 48
+"""Columns that take as long as it takes to gather and split the differences they are multiplied by."""
+
+
+UNITS = {"QUERY_BLOCK": 16, "num_warps": 4}
+"""Of ``units_kernel``: 256 blocks for Gemma, which read up to nine parts of 16 x 72 sums each."""
 
 
 LIE_BLOCK = 32
@@ -212,32 +242,65 @@ LIE_BLOCK = 32
 4 warps at 64 registers. At 64 it takes 241 registers, and GPT-2 makes 78 blocks for 132 processors."""
 
 
-def gradient_shape(widths: Sequence[int], queries: int) -> Gradient:
-    """Shapes for the gradient of Q queries in subspaces of these widths.
+def gradient_columns(widths: Sequence[int]) -> tuple[int, int]:
+    """Columns of a piece, in two powers of two of which the second may be 0."""
 
-    Fewer queries a block where that is what fills the card: a load then serves fewer FFMA, but a
-    multiprocessor without work has none. The same shapes on every architecture, since FFMA is.
-    """
-    cost = {size: each * size * sum(-(-width // size) for width in widths) for size, each in _COST.items()}
-    chosen = _GRADIENT[min(cost, key=lambda size: cost[size])]
-    pieces = sum(-(-width // chosen.columns) for width in widths)
-    if pieces * -(-queries // chosen.project_queries) < _FULL_CARD:
-        return chosen._replace(project_queries=16, depth=64)
-    return chosen
+    def cost(columns: tuple[int, int]) -> int:
+        return sum(-(-width // sum(columns)) for width in widths) * (_GATHERING + sum(columns))
+
+    return min(_PIECES, key=cost)
+
+
+def gradient_shape(capability: int, products: str) -> Gradient:
+    """Shapes for the gradient, by what multiplies."""
+    if products == "ieee":
+        return _GRADIENT_IEEE
+    return _GRADIENT if architecture(capability) in (90, 100) else _GRADIENT_AMPERE
+
+
+def gradient_splits(shape: Gradient, queries: int, depth: int, pieces: int) -> int:
+    """Parts of the depth that make as many blocks of ``project_kernel`` as the shape asks for."""
+    tiles = -(-depth // shape.depth)
+    wanted = -(-shape.blocks // (pieces * -(-queries // shape.project_queries)))
+    return -(-tiles // -(-tiles // min(tiles, wanted)))  # no part is empty
+
+
+def units_shape(widths: Sequence[int], splits: int) -> dict[str, Any]:
+    """Choices of ``units_kernel``."""
+    columns = min(128, max(16, 1 << (max(widths) - 1).bit_length()))
+    return {"SPLITS": splits, "COLUMNS": columns, "WHOLE": max(widths) <= columns, **UNITS}
 
 
 GRADIENT_CANDIDATES = [
-    Gradient(columns, *project, *total, warps)
-    for columns in (32, 64)
-    for project, total in (
-        ((16, 64), (64, 16)),
-        ((32, 32), (64, 32)),
-        ((32, 32), (128, 16)),
-        ((64, 32), (128, 32)),
-    )
-    for warps in (2, 4)
+    *(
+        _GRADIENT._replace(
+            project_queries=queries, depth=depth, blocks=blocks, project_warps=warps, project_stages=stages
+        )
+        for queries, depth, blocks, warps, stages in (
+            (64, 64, 396, 4, 2),
+            (64, 64, 264, 4, 3),
+            (64, 64, 396, 4, 1),
+            (64, 32, 396, 4, 3),
+            (128, 32, 264, 8, 3),
+            (128, 64, 132, 8, 2),
+            (128, 64, 132, 8, 3),
+            (64, 64, 768, 4, 2),
+        )
+    ),
+    *(
+        _GRADIENT._replace(rows=rows, queries=queries, warps=warps, stages=stages)
+        for rows, queries, warps, stages in (
+            (64, 64, 4, 1),
+            (64, 32, 4, 2),
+            (64, 32, 4, 3),
+            (64, 128, 8, 1),
+            (128, 32, 8, 2),
+            (128, 64, 8, 1),
+            (128, 64, 8, 2),
+        )
+    ),
 ]
-"""What ``bench/gpu/check.py`` times: fewer warps do more FFMA for a load, more hide each other's loads."""
+"""What ``bench/gpu/check.py`` times: of one kernel, then of the other: they are independent."""
 
 CANDIDATES = [
     Sweep(tile, block, warps, stages, together)

@@ -45,6 +45,7 @@ SEARCHES = {
     **{f"cuda split {kind}": ("cuda", "split", kind) for kind in ("fp32", "bf16")},
     "cuda rotated": ("cuda", None, "rotated"),
 }  # fmt: skip
+GRADIENTS = ("gradient fp16x3", "gradient ieee", "gradient tf32x3")
 MODELS = ("gemma-2-2b", "gpt2", "qwen2.5-1.5b")
 PREDICTED = Path(__file__).with_name("predicted.json")
 
@@ -129,9 +130,7 @@ def items(name: str, device: str, small: bool) -> Iterator[Item]:
 def plan(small: bool) -> tuple[list[Job], list[Job]]:
     """Checks, which run beside each other, and timings, in order of what is wanted most."""
     checks = [f"check {name}" for name in SEARCHES if not small or not name.startswith("cuda")]
-    checks += [
-        f"check {name}" for name in ("triton index", "gradient ieee", "gradient tf32x3", "others", "steps")
-    ]
+    checks += [f"check {name}" for name in ("triton index", *GRADIENTS, "others", "steps")]
     models = MODELS[1:2] if small else MODELS
     timings = ["ceilings", *(f"time {model} steps" for model in models)]
     timings += [f"time {model} Q{n}" for model in models for n in ((128,) if small else (4096, 128))]
@@ -213,9 +212,11 @@ def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
     deadline = record.began + arguments.budget
     command = [sys.executable, __file__, "--seed", str(arguments.seed), *(["--interpret"] if small else [])]
     checks, timings = plan(small)
-    only = arguments.only or ""
-    checks = [job for job in checks if only in job.name and not arguments.no_checks]
-    timings = [job for job in timings if only in job.name or job.name == "ceilings"]
+    wanted = [word.strip() for word in (arguments.only or "").split(",")]
+    checks, timings = (
+        [job for job in each if job.name == "ceilings" or any(word in job.name for word in wanted)]
+        for each in ([] if arguments.no_checks else checks, timings)
+    )
     ready = threading.Event()
 
     def check(job: Job) -> None:
@@ -246,7 +247,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--interpret", action="store_true", help="tiny, on the CPU: tests this script")
-    parser.add_argument("--only", help="only jobs whose name has this in it")
+    parser.add_argument(
+        "--only", help="only jobs with one of these words, with commas between, in their name"
+    )
     parser.add_argument("--no-checks", action="store_true", help="time only: they have passed before")
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
     parser.add_argument("--beside", type=int, default=min(14, os.cpu_count() or 1), help="processes at once")

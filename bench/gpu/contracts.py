@@ -138,7 +138,7 @@ def check_products(device: str) -> str | None:
     return None if after == "high" else f"the program's choice has become {after}"
 
 
-GRADIENT_UNITS = {"ieee": 2e-7, "tf32x3": 1.6e-6}
+GRADIENT_UNITS = {"fp16x3": 1.6e-6, "ieee": 2e-7, "tf32x3": 1.6e-6}
 """By products: what an entry of the gradient may be off by, over what is added up for it."""
 
 

@@ -190,10 +190,14 @@ def blocks(work: Work) -> Iterator[tuple[str, Callable[[], Run]]]:
         return run
 
     def of_the_package(kind: str, graph: bool = False) -> Run:
+        from ndm_fast.train.cuda_graph import GraphedSearch
+
         rotation, block = package_block(work, kind, graph)
+        find = lambda queries, keys, matrix: nearest_index(queries, keys, matrix, work.widths)  # noqa: E731
+        found = GraphedSearch(find) if graph else find
 
         def run() -> None:
-            search(rotation.matrix)
+            work.index.copy_(found(work.queries, work.keys, rotation.matrix))
             block()
 
         return run

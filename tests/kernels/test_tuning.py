@@ -35,19 +35,32 @@ def test_every_architecture_has_tiles_for_every_width() -> None:
 
 
 @pytest.mark.parametrize(
-    ("widths", "columns", "queries"),
+    ("widths", "columns"),
     [
-        ([32] * 24, 32, 16),
-        ([64] * 24, 64, 16),
-        ([72] * 32, 32, 32),
-        ([432, 72, 64, 64], 64, 16),
-        ([7] * 9, 16, 16),
+        ([32] * 24, (32, 0)),
+        ([64] * 24, (64, 0)),
+        ([72] * 32, (64, 16)),
+        ([432, 72, 64, 64], (64, 16)),
+        ([7] * 9, (16, 0)),
+        ([768], (128, 0)),
     ],
     ids=str,
 )
-def test_gradient_pads_little_and_fills_the_card(widths: list[int], columns: int, queries: int) -> None:
-    shape = tuning.gradient_shape(widths, 128)
-    assert (shape.columns, shape.project_queries) == (columns, queries)
+def test_gradient_pads_little(widths: list[int], columns: tuple[int, int]) -> None:
+    assert tuning.gradient_columns(widths) == columns
+
+
+@pytest.mark.parametrize(
+    ("pieces", "queries", "depth"), [(32, 128, 2304), (24, 128, 768), (1, 1, 7), (500, 4096, 768)]
+)
+def test_gradient_splits_the_depth_until_the_card_is_full(pieces: int, queries: int, depth: int) -> None:
+    for shape in tuning.GRADIENT_CANDIDATES:
+        splits = tuning.gradient_splits(shape, queries, depth, pieces)
+        tiles = -(-depth // shape.depth)
+        share = -(-tiles // splits)
+        assert (splits - 1) * share < tiles <= splits * share
+        blocks = pieces * -(-queries // shape.project_queries)
+        assert splits == tiles or blocks >= shape.blocks or blocks * splits > shape.blocks / 2
 
 
 @pytest.mark.parametrize(

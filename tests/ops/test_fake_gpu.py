@@ -213,7 +213,7 @@ def test_steps(
     for _ in range(4):  # which blocks are of one kind changes in the first ones
         losses = twice(lambda: block(graphed))
     assert (losses.shape, losses.device) == ((4,), GPU)
-    gradient = {"project_kernel", "gradient_kernel"} if metric == "euclidean" else set()
+    gradient = {"project_kernel", "units_kernel", "gradient_kernel"} if metric == "euclidean" else set()
     assert set(launches) == {"lie_update_kernel"} | gradient
     if kind == "lie":  # lazy makes the matrix orthogonal before, which reads a number
         assert twice(lambda: rotation.ahead(3.0, lr)).device == GPU
