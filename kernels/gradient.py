@@ -18,7 +18,8 @@ A block takes a piece: up to ``MAIN + REST`` columns of one subspace, all of the
 piece gathers the neighbors anew. A table says where each lies, so one launch serves any widths.
 
 Limit: bytes. Neighbors and rotation are read, and the gradient written (Gemma 19 + 21 + 21 MB, 15 us at
-the 4.2 TB/s of an H200); ``4 Q d^2`` operations (2.7 GFLOP), three times in fp16, are 12 us at 700 TFLOP/s.
+the 4.2 TB/s of an H200); ``4 Q d^2`` operations (2.7 GFLOP) are 54 us at the 50 TFLOP/s of fp32, three
+times in fp16 12 us at 700.
 docs/kernels-gpu.md has the predicted times.
 """
 
@@ -52,7 +53,7 @@ def loss_and_gradient(
     counted: Tensor | None = None,
     log_floor: Tensor | None = None,
     *,
-    products: str = "fp16x3",
+    products: str = "ieee",
     shape: Gradient | None = None,
 ) -> Objective:
     """Loss and gradient for given neighbors, as ``geometry.objective.loss_and_gradient`` has them.
@@ -68,8 +69,8 @@ def loss_and_gradient(
         counted: [S, Q] bool, the neighbors that contribute; default all. Others are not read.
         log_floor: [S] fp32, for the loss of logarithms.
         products: ``"ieee"`` for fp32 products; ``"fp16x3"`` or ``"tf32x3"`` for products on the matrix units
-            of numbers split into two fp16, or tf32, each, good to 2^-21. With fp16 an entry of ``rotation``
-            beyond 1000 makes NaN.
+            of numbers split into two fp16, or tf32, each, good to 2^-21 (GPT-2 on an H200: 29, 23 and 29 us).
+            With fp16 an entry of ``rotation`` beyond 1000 makes NaN.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
 
     Returns:
@@ -83,7 +84,8 @@ def loss_and_gradient(
     queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
     (count, width), subspaces = queries.shape, len(widths)
     shape = shape or tuning.gradient_shape(capability(queries.device), products)
-    cut = _pieces(tuple(widths), tuning.gradient_columns(widths), queries.device)
+    columns = tuning.gradient_columns(widths, products)
+    cut = _pieces(tuple(widths), columns, queries.device)
     split = tuning.gradient_splits(shape, count, width, len(cut.table))
     halves = products == "fp16x3"
     projected = torch.empty(split, count, width, device=queries.device)
@@ -97,7 +99,7 @@ def loss_and_gradient(
     neighbors = (*rows, mask, *mask.stride(), cut.table)
     common: dict[str, Any] = {"COUNTED": counted is not None, "DOT": products, "ALIGNED": cut.aligned}
     common |= tuning.OPTIONS
-    tiles = dict(zip(("MAIN", "REST"), tuning.gradient_columns(widths), strict=True)) | common
+    tiles = dict(zip(("MAIN", "REST"), columns, strict=True)) | common
     log = {"LOG": log_floor is not None}
     with device_of(queries):
         project_kernel[(split, -(-count // shape.project_queries), len(cut.table))](

@@ -204,7 +204,9 @@ def resolve_kernel(
     held = tl.load(best + at * SLOT_COUNT + slots)
     held_index = tl.load(index + at * SLOT_COUNT + slots)
     minima += s * tiles * query_slots + q
-    low, number = tl.load(few + at * FEW), tl.load(few_tiles + at * FEW)
+    few += at * FEW
+    few_tiles += at * FEW
+    low, number = tl.load(few), tl.load(few_tiles)
     visited = 0
     reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
     limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
@@ -239,8 +241,10 @@ def resolve_kernel(
                     nearest = tl.min(near, 0)
         reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
         limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+        few += 1
+        few_tiles += 1
         if visited < FEW:
-            low, number = tl.load(few + at * FEW + visited), tl.load(few_tiles + at * FEW + visited)
+            low, number = tl.load(few), tl.load(few_tiles)
         else:
             low, number = _next_tile(minima, tiles, query_slots, low, number, SEGMENT)
     tl.store(best + at * SLOT_COUNT + slots, held)

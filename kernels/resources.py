@@ -153,7 +153,7 @@ def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Cas
         for cosine in (False, True) if width != 432 else (False,):
             for fused in (False, True) if mode != "rotated" and width == 32 else (False,):
                 tile = tuning.sweep(arch, width).tile
-                shape = tuning.resolve_shape(width, tile, fused=fused, raw=mode == "raw")
+                shape = tuning.resolve_shape(width, tile, fused=fused, raw=mode == "raw", cosine=cosine)
                 chosen = {**search, "MODE": getattr(tiles, mode.upper()).value, "SLOT_COUNT": slots}
                 chosen["FEW"] = look.FEW
                 chosen |= {"PROJECT": fused, "CENTRE": fused or mode == "rotated", "COSINE": cosine}
@@ -172,8 +172,9 @@ def resolve_cases(arch: int, width: int, search: dict[str, Any]) -> Iterator[Cas
 def update_cases(arch: int) -> Iterator[Case]:
     """The kernels of a training step beside the search, at Q = 128."""
     for widths in ((7,) * 9, (32,) * 24, (72,) * 32, (64,) * 24, (432,) * 4):
-        yield from gradient_cases(widths, "fp16x3", tuning.gradient_shape(arch, "fp16x3"))
-    yield from gradient_cases((72,) * 32, "ieee", tuning.gradient_shape(arch, "ieee"))
+        yield from gradient_cases(widths, "ieee", tuning.gradient_shape(arch, "ieee"))
+    for products in ("tf32x3", "fp16x3"):
+        yield from gradient_cases((32,) * 24, products, tuning.gradient_shape(arch, products))
     for name, dtype, factor in (("fp32", "*fp32", "fp32"), ("bf16", "*bf16", "*fp32")):
         step = {"BLOCK": tuning.LIE_BLOCK, "TAKE": True, "ON_DEVICE": factor == "*fp32"}
         types = {"update": dtype, "product": dtype, "scale": factor, "guard": factor}
@@ -182,7 +183,7 @@ def update_cases(arch: int) -> Iterator[Case]:
 
 def gradient_cases(widths: tuple[int, ...], products: str, shape: tuning.Gradient) -> Iterator[Case]:
     """The gradient's kernels, at Q = 128."""
-    main, rest = tuning.gradient_columns(widths)
+    main, rest = tuning.gradient_columns(widths, products)
     pieces = sum(-(-width // (main + rest)) for width in widths)
     splits = tuning.gradient_splits(shape, 128, sum(widths), pieces)
     types = {"queries": "*fp16", "rotation": "*fp32", "units": "*fp16" if products == "fp16x3" else "*fp32"}

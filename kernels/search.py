@@ -164,7 +164,8 @@ def _search_part(part: Part, tiles: Sweep, state: tuple[Tensor, Tensor]) -> None
     rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
     raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
     mode = ROTATED if search.keys_rotated else SLOTS if search.in_half else RAW
-    shape = tuning.resolve_shape(part.width, tiles.tile, fused=search.fused, raw=mode is RAW)
+    kind = {"fused": search.fused, "raw": mode is RAW, "cosine": search.cosine}
+    shape = tuning.resolve_shape(part.width, tiles.tile, **kind)
     resolve.resolve_kernel[(len(rotated), part.subspace_count)](
         *(minima, tile_count, slots, *few, *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),

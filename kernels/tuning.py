@@ -1,8 +1,9 @@
 """Tile choices as data, per architecture and width of the subspaces, each with its reasoning.
 
-Not measured yet: they follow from registers and shared memory, which ``resources.py`` reads from the compiled
-kernels, and from the bytes of queries that a tile of keys reads: a tile of n keys does n operations for each,
-and a card needs about its ratio of fp16 rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
+Those for Hopper were measured on an H200 (bench/results/gpu-h200-*.json). The others follow from registers and
+shared memory, which ``resources.py`` reads from the compiled kernels, and from the bytes of queries that a tile
+of keys reads: a tile of n keys does n operations for each, and a card needs about its ratio of fp16 rate to L2
+bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ MOST_STREAMED = 256
 
 WIDEST_STREAMED = 128
 
-STREAM = Sweep(tile=128, query_block=128, warps=4, stages=3, streams=3)
+STREAM = Sweep(tile=128, query_block=128, warps=4, stages=3, streams=2)
+"""Measured on an H200, 128 queries, 32 x 72 columns: 0.198 ms for 65,536 keys; ``sweep_kernel`` takes 0.258.
+Wider than 80 columns four warps spill."""
 
 WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
 
@@ -77,10 +80,13 @@ _SMALL_SHARED = {
 _HOPPER = {
     # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 on 8 warps
     # are 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product.
-    # At 64 columns and more two blocks of 4 warps fit, at 226 registers.
     32: Sweep(128, 128, 8, 3),
+    # Before minima coalesced: 13.2 ms for 409,600 keys, 4096 queries, 24 subspaces, the best of 24 choices.
     64: Sweep(128, 128, 4, 3),
-    # Wider, 4 warps spill.
+    # 64 + 16 columns, 32 subspaces: 16.8 ms, the best of 26; (128, 128, 8, 3) takes 18.9, (128, 64, 4, 3, 2)
+    # 17.6. Four blocks of 120 registers on an SM.
+    80: Sweep(128, 64, 4, 3),
+    # Not measured. Wider, 4 warps spill.
     128: Sweep(128, 128, 8, 2),
     256: Sweep(128, 64, 8, 2),
     512: Sweep(64, 64, 8, 2),
@@ -140,7 +146,7 @@ class Resolve(NamedTuple):
         return {**names, "SEGMENT": min(self.SEGMENT, 1 << (tiles - 1).bit_length())}
 
 
-def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
+def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool, cosine: bool) -> Resolve:
     """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units.
 
     A query's search is a chain of loads that wait for each other, so what counts is how many are under way:
@@ -149,17 +155,20 @@ def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool) -> Resolve:
 
     Args:
         raw: keys in reach are evaluated from raw rows.
+        cosine: which holds more at once, and spills at the registers that ptxas would take.
     """
     padded = max(16, 1 << (width - 1).bit_length())
     deep = max(1, (1024 if padded >= 512 else 2048) // padded)
     chunk = min(tile, 128)
     if fused:
         chunk = max(16, min(tile, 2048 // padded))
-        return Resolve(padded, chunk, padded, deep, 4096, {"num_warps": 4})
+        options = {"num_warps": 4} | ({"maxnreg": 255} if cosine else {})
+        return Resolve(padded, chunk, padded, deep, 4096, options)
     if raw:
         options = {"num_warps": 4, "maxnreg": 168}
         return Resolve(padded, chunk, max(4, min(padded, 1024 // chunk)), deep, 1024, options)
-    return Resolve(padded, chunk, max(4, min(padded, 512 // chunk)), deep, 512, {"num_warps": 1})
+    options = {"num_warps": 1} | ({"maxnreg": 255} if cosine else {})
+    return Resolve(padded, chunk, max(4, min(padded, 512 // chunk)), deep, 512, options)
 
 
 LOOK = {"ROWS": 32, "QUERY_BLOCK": 32, "UNROLL": 2, "num_warps": 4}
@@ -242,13 +251,21 @@ LIE_BLOCK = 32
 4 warps at 64 registers. At 64 it takes 241 registers, and GPT-2 makes 78 blocks for 132 processors."""
 
 
-def gradient_columns(widths: Sequence[int]) -> tuple[int, int]:
-    """Columns of a piece, in two powers of two of which the second may be 0."""
+def gradient_columns(widths: Sequence[int], products: str) -> tuple[int, int]:
+    """Columns of a piece, in two powers of two of which the second may be 0.
+
+    In fp16x3 it is: on an H200 (triton 3.6) a second chain of products there read operands of the first.
+    """
+    pieces: Sequence[tuple[int, int]] = _PIECES
+    if products == "ieee":
+        pieces = pieces[:-1]  # 128 columns spill on sm_80
+    elif products == "fp16x3":
+        pieces = [piece for piece in pieces if not piece[1]]
 
     def cost(columns: tuple[int, int]) -> int:
         return sum(-(-width // sum(columns)) for width in widths) * (_GATHERING + sum(columns))
 
-    return min(_PIECES, key=cost)
+    return min(pieces, key=cost)
 
 
 def gradient_shape(capability: int, products: str) -> Gradient:
@@ -351,7 +368,8 @@ def sweep(capability: int, width: int, streamed_queries: int = 0) -> Sweep:
         return _forced[-1]
     if 0 < streamed_queries <= MOST_STREAMED and width <= WIDEST_STREAMED:
         block = max(64, 1 << (streamed_queries - 1).bit_length())
-        return STREAM._replace(query_block=block, tile=STREAM.tile * 128 // max(128, block))
+        tile = STREAM.tile * 128 // max(128, block)
+        return STREAM._replace(query_block=block, tile=tile, warps=8 if width > 80 else STREAM.warps)
     measured = _measured().get(_name(capability, width))
     if measured:
         return Sweep(*measured)

@@ -42,12 +42,15 @@ def test_every_architecture_has_tiles_for_every_width() -> None:
         ([72] * 32, (64, 16)),
         ([432, 72, 64, 64], (64, 16)),
         ([7] * 9, (16, 0)),
-        ([768], (128, 0)),
+        ([768], (64, 0)),
     ],
     ids=str,
 )
 def test_gradient_pads_little(widths: list[int], columns: tuple[int, int]) -> None:
-    assert tuning.gradient_columns(widths) == columns
+    assert tuning.gradient_columns(widths, "ieee") == columns
+    whole, rest = tuning.gradient_columns(widths, "fp16x3")
+    assert rest == 0
+    assert whole >= columns[0]
 
 
 @pytest.mark.parametrize(
