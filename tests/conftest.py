@@ -33,6 +33,8 @@ from ndm_fast.ops.cpu import extension
 settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("shared")
 
+pytest_plugins = ["time_limits"]
+
 WIDTH = 32
 """Width of the tiny model's activations."""
 
