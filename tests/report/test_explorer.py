@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -203,12 +205,27 @@ class Insides:
         return {"text": asked.get("text")}
 
 
+class Printed(io.StringIO):
+    """Stands for stdout; capsys may lose what another thread prints while it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greeting = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "here it is" in text:
+            self.greeting.set()
+        return super().write(text)
+
+
 @pytest.fixture
-def bare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Address of a server as ``explore`` starts it, around no run; it waits half a second for a request."""
     from ndm_fast.report import web_server
     from ndm_fast.report.server import application
 
+    printed = Printed()
+    monkeypatch.setattr(sys, "stdout", printed)
     monkeypatch.setattr(web_server, "REQUEST_SECONDS", 0.5)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -222,13 +239,10 @@ def bare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         )
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
-        assert "here it is" not in capsys.readouterr().out
+        assert not printed.greeting.is_set()
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        said = ""
-        while "here it is" not in said:
-            said += capsys.readouterr().out
-            assert thread.is_alive()
+        assert printed.greeting.wait(30)
         yield address
         server.should_exit = True
         thread.join(10)
