@@ -89,6 +89,12 @@ def test_a_disk_without_locks_is_used_and_named(tmp_path, monkeypatch, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_names_no_file_twice_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    with pytest.raises(InputError, match="is another file whenever it is looked at: choose another folder"):
+        Lock(tmp_path)
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         Lock(tmp_path / "away")
