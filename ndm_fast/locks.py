@@ -38,8 +38,7 @@ class Lock:
         file: the lock file, where the folder itself is replaced.
 
     Raises:
-        InputError: another process holds it, which is named; or the file cannot be written, or told apart from
-            another.
+        InputError: another process holds it, which is named; or the file cannot be written or recognized.
     """
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:

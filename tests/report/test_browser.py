@@ -110,10 +110,14 @@ def listens(port: int) -> bool:
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     port = free_port()
     assert DRIVER is not None
-    with subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL) as driver:
+    said = tmp_path_factory.mktemp("chromedriver") / "said"  # no pipe of pytest's, should it outlive that
+    with (
+        said.open("w") as out,
+        subprocess.Popen([DRIVER, f"--port={port}"], stdout=out, stderr=out) as driver,
+    ):
         try:
             wait_for(lambda: listens(port) or driver.poll() is not None)
-            assert driver.poll() is None, "it ended before it listened"
+            assert driver.poll() is None, said.read_text()
             opened = Browser(port, tmp_path_factory.mktemp("profile"))
             yield opened
             opened.close()
