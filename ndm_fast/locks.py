@@ -23,6 +23,9 @@ LOCK_FILE = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems without locks say, some shared ones among them."""
 
+_TRIES = 100
+"""How often to open a lock file anew; some disks name no file the same twice."""
+
 _PATIENCE = 0.5
 """Seconds until the holder has written who it is."""
 
@@ -35,7 +38,7 @@ class Lock:
         file: the lock file, where the folder itself is replaced.
 
     Raises:
-        InputError: another process holds it, which is named; or the file cannot be written.
+        InputError: another process holds it, which is named; or the file cannot be written or recognized.
     """
 
     def __init__(self, folder: Path, file: Path | None = None) -> None:
@@ -57,7 +60,7 @@ class Lock:
             self._descriptor = None
 
     def _held(self, folder: Path) -> int:
-        while True:
+        for _ in range(_TRIES):
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,6 +79,7 @@ class Lock:
             if self._is_there(descriptor):
                 return descriptor
             os.close(descriptor)
+        raise InputError(f"{self._file} is another file whenever it is looked at: choose another folder")
 
     def _is_there(self, descriptor: int) -> bool:
         with suppress(FileNotFoundError):

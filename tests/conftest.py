@@ -9,12 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; read once, by torch
 
-import json
 import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +22,14 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read once, when triton is imported
 
 from hypothesis import settings
+from processes import Driver
 
 from ndm_fast.ops.cpu import extension
 
 settings.register_profile("shared", deadline=None)  # a shared machine stalls now and then
 settings.load_profile("shared")
+
+pytest_plugins = ["time_limits"]
 
 WIDTH = 32
 """Width of the tiny model's activations."""
@@ -279,72 +277,9 @@ def files() -> Callable[[Path], dict[str, bytes]]:
     return read
 
 
-def _changed_at(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
-
-
-_DRIVER = """
-import json, os, sys
-import torch, ndm_fast.run, ndm_fast.table, transformers.models.gpt2.modeling_gpt2
-from ndm_fast.cli import main
-for line in sys.stdin:
-    arguments, output, threads = json.loads(line)
-    process = os.fork()
-    if process == 0:
-        torch.set_num_threads(threads)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, 1), os.dup2(file, 2)
-        os._exit(main(arguments))
-    print(process, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-"""
-
-
-class Driver:
-    """Runs ``ndm-fast`` in processes of their own, forked after the imports, which take seconds."""
-
-    def __init__(self, output: Path) -> None:
-        self._output = output
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def start(self, arguments: list[str], threads: int) -> int:
-        """The process id of a new command."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps([arguments, str(self._output), threads]) + "\n")
-        self._process.stdin.flush()
-        return int(self._line())
-
-    def wait(self) -> tuple[int, str]:
-        """Exit code (negative: the signal) and output of the command."""
-        return int(self._line()), self._output.read_text()
-
-    def kill_after(self, process: int, file: Path, delay: float) -> None:
-        """SIGKILL a process some time after it next wrote a file; or it ends before."""
-        before, deadline = _changed_at(file), time.monotonic() + 60
-        while _changed_at(file) == before and time.monotonic() < deadline:
-            state = Path(f"/proc/{process}/stat")
-            if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-            time.sleep(0.002)
-        time.sleep(delay)
-        with suppress(ProcessLookupError):  # it was faster, and has ended well, which the caller sees
-            os.kill(process, signal.SIGKILL)
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     """One for all tests, as its imports take seconds."""
-    made = Driver(tmp_path_factory.mktemp("driver") / "output")
+    made = Driver(tmp_path_factory.mktemp("driver"))
     yield made
     made.close()

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import wait_for
 
 from ndm_fast.errors import InputError
 from ndm_fast.locks import LOCK_FILE, Lock, locked
@@ -88,6 +89,12 @@ def test_a_disk_without_locks_is_used_and_named(tmp_path, monkeypatch, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_names_no_file_twice_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    with pytest.raises(InputError, match="is another file whenever it is looked at: choose another folder"):
+        Lock(tmp_path)
+
+
 def test_a_folder_that_is_gone_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
         Lock(tmp_path / "away")
@@ -110,8 +117,7 @@ def test_two_runs_in_one_folder_do_not_both_go_on(driver, ndm, train_flags, tmp_
     """The second is refused, the first is killed, and then goes on."""
     out, flags = tmp_path / "run", {"max_steps": 100_000, "checkpoint_every": 4, "repeat_data": True}
     process = driver.start(train_flags(out, **flags), 1)
-    while not (out / "checkpoint.safetensors").exists():
-        os.sched_yield()
+    wait_for((out / "checkpoint.safetensors").exists)
     said = ndm(*train_flags(out, **flags), "--resume").refusal()
     assert said.startswith(f"process {process} is writing into {out}")
     os.kill(process, signal.SIGKILL)

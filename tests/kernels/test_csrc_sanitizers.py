@@ -34,6 +34,7 @@ def run(compiler: str, *command: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(660)  # a minute and a half on busy cores
 def test_kernels_under_sanitizers(compiler: str, tmp_path: Path) -> None:
     assert "ran portable" in run(compiler, "sh", str(SOURCES / "sanitize.sh"), str(tmp_path))
 

@@ -21,6 +21,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(600)  # a minute and a half on busy cores
 @pytest.mark.parametrize("arch", [80, 90])
 def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     path = tmp_path / "usage.json"

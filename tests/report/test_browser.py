@@ -17,6 +17,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from processes import wait_for
 
 from ndm_fast.report.index.format import PreimageIndex
 
@@ -94,34 +95,34 @@ class Browser:
         self._send("DELETE", "")
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes] | threading.Thread) -> None:
-    end = time.monotonic() + _SECONDS
-    while time.monotonic() < end:
-        alive = process.is_alive() if isinstance(process, threading.Thread) else process.poll() is None
-        assert alive, "it ended before it listened"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise AssertionError(f"nothing listens on {port}")
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     port = free_port()
     assert DRIVER is not None
-    with subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL) as driver:
-        wait_for_port(port, driver)
-        opened = Browser(port, tmp_path_factory.mktemp("profile"))
-        yield opened
-        opened.close()
-        driver.terminate()
+    said = tmp_path_factory.mktemp("chromedriver") / "said"  # no pipe of pytest's, should it outlive that
+    with (
+        said.open("w") as out,
+        subprocess.Popen([DRIVER, f"--port={port}"], stdout=out, stderr=out) as driver,
+    ):
+        try:
+            wait_for(lambda: listens(port) or driver.poll() is not None)
+            assert driver.poll() is None, said.read_text()
+            opened = Browser(port, tmp_path_factory.mktemp("profile"))
+            yield opened
+            opened.close()
+        finally:
+            driver.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -261,20 +262,19 @@ def site(hostile_run: Path) -> Iterator[str]:
     from ndm_fast.report.explorer import Explorer
     from ndm_fast.report.server import application
 
-    port = free_port()
     config = uvicorn.Config(
-        application(Explorer(hostile_run, rows=1500)),
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=1,
+        application(Explorer(hostile_run, rows=1500)), log_level="warning", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    wait_for_port(port, thread)
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(_SECONDS)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        wait_for(lambda: server.started or not thread.is_alive())
+        assert thread.is_alive()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        server.should_exit = True
+        thread.join(_SECONDS)
 
 
 CARDS = (

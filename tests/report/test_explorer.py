@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
+import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from processes import wait_for
 
 from ndm_fast.report.explorer import Explorer
 
@@ -54,9 +56,8 @@ def site(explorer: Explorer) -> Iterator[str]:
         )
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        wait_for(lambda: server.started or not thread.is_alive())
+        assert thread.is_alive()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         server.should_exit = True
         thread.join(10)
@@ -154,8 +155,7 @@ def test_more_requests_than_may_wait_are_turned_away(
     monkeypatch.setattr(explorer, "about", lambda: {"free": release.wait(20)})
     with ThreadPoolExecutor(20) as pool:
         answers = [pool.submit(get, f"{site}/api/about") for _ in range(20)]
-        while sum(answer.done() for answer in answers) < 11:
-            time.sleep(0.01)
+        wait_for(lambda: sum(answer.done() for answer in answers) >= 11)
         release.set()
         codes = [answer.result()[0] for answer in answers]
     assert codes.count(503) == 11  # one is answered, eight wait
@@ -203,12 +203,27 @@ class Insides:
         return {"text": asked.get("text")}
 
 
+class Printed(io.StringIO):
+    """Stands for stdout; capsys may lose what another thread prints while it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.greeting = threading.Event()
+
+    def write(self, text: str) -> int:
+        if "here it is" in text:
+            self.greeting.set()
+        return super().write(text)
+
+
 @pytest.fixture
-def bare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+def bare(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
     """Address of a server as ``explore`` starts it, around no run; it waits half a second for a request."""
     from ndm_fast.report import web_server
     from ndm_fast.report.server import application
 
+    printed = Printed()
+    monkeypatch.setattr(sys, "stdout", printed)
     monkeypatch.setattr(web_server, "REQUEST_SECONDS", 0.5)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -222,13 +237,10 @@ def bare(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         )
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(address)
-        assert "here it is" not in capsys.readouterr().out
+        assert not printed.greeting.is_set()
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()
-        said = ""
-        while "here it is" not in said:
-            said += capsys.readouterr().out
-            assert thread.is_alive()
+        assert printed.greeting.wait(30)
         yield address
         server.should_exit = True
         thread.join(10)
@@ -262,10 +274,7 @@ def test_malformed_requests_print_no_traceback(
     for request in MALFORMED:
         assert ask(bare, request).startswith(b"HTTP/1.1 4"), request
     assert ask(bare, b"GET /api/query?text=%ff%00 HTTP/1.1" + HOST + b"\r\n").startswith(b"HTTP/1.1 200")
-    deadline = time.monotonic() + 10
-    while "LocalProtocolError" not in caplog.text:  # of an answer to a request that broke off
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: "LocalProtocolError" in caplog.text)  # of an answer to a request that broke off
     assert "Traceback" not in caplog.text
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
@@ -275,10 +284,7 @@ def test_half_open_requests_do_not_keep_others_out(bare: tuple[str, int], sent: 
     held = [socket.create_connection(bare, timeout=5) for _ in range(8)]
     for connection in held:
         connection.sendall(sent)
-    deadline = time.monotonic() + 10
-    while not ask(bare, b"GET / HTTP/1.1" + HOST + b"\r\n").startswith(b"HTTP/1.1 200"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: ask(bare, b"GET / HTTP/1.1" + HOST + b"\r\n").startswith(b"HTTP/1.1 200"))
     for connection in held:
         connection.close()
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import wait_for
 
 from ndm_fast.config import from_flat
 from ndm_fast.errors import InputError
@@ -135,11 +136,12 @@ def test_the_command_itself_stops_on_sigterm(train_flags, tmp_path):
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
-    while not (out / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    error = process.communicate(timeout=60)[1]
+    try:
+        wait_for((out / "checkpoint.safetensors").exists)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert re.fullmatch(
         rf"ndm-fast: stopped at step \d+, state saved: go on with `ndm-fast train --out {out} --resume`\n",

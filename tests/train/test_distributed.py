@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Forked, wait_for
 
 from ndm_fast import ops
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
@@ -69,8 +70,12 @@ def in_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
         processes = [context.Process(target=be, args=(rank,)) for rank in range(size)]
         for process in processes:
             process.start()
+        deadline = time.monotonic() + 60
         for process in processes:
-            process.join(60)
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in processes:
+            process.kill()  # one that hangs, which Python would wait for at its end
+            process.join()
         assert [process.exitcode for process in processes] == [0] * size
         return [torch.load(tmp_path / f"{rank}.pt") for rank in range(size)]
 
@@ -265,75 +270,25 @@ def test_what_ranks_share(monkeypatch):
         launched()
 
 
-_LAUNCHER = """
-import json, os, sys
-import torch, torch.distributed, transformers.models.gpt2.modeling_gpt2
-import ndm_fast.distributed, ndm_fast.run
-from ndm_fast.cli import main
-for line in sys.stdin:
-    arguments, environments, outputs = json.loads(line)
-    processes = []
-    for environment, output in zip(environments, outputs):
-        process = os.fork()
-        if process == 0:
-            os.environ.update(environment)
-            torch.set_num_threads(1)
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(file, 1), os.dup2(file, 2)
-            os._exit(main(arguments))
-        processes.append(process)
-    print(json.dumps(processes), flush=True)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in processes]), flush=True)
-"""
-
-
-class Launcher:
-    """Runs ``ndm-fast`` on several ranks, forked after the imports; as torchrun, but it ends no rank."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _LAUNCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._outputs: list[Path] = []
+class Launcher(Forked):
+    """Runs ``ndm-fast`` on several ranks; as torchrun, but it ends no rank."""
 
     def start(self, size: int, arguments: list[str], timeout: int = 60) -> list[int]:
         """The process ids of the ranks of a new command."""
-        assert self._process.stdin is not None
-        port = free_port()
-        environments = [
-            {**environment(rank, size, port), TIMEOUT_VARIABLE: str(timeout)} for rank in range(size)
-        ]
-        self._outputs = [self._folder / str(rank) for rank in range(size)]
-        line = json.dumps([arguments, environments, [str(path) for path in self._outputs]])
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return list(self._answer())
-
-    def wait(self) -> tuple[list[int], list[str]]:
-        """Exit codes (negative: the signal) and outputs of the ranks."""
-        return list(self._answer()), [path.read_text() for path in self._outputs]
+        port, limit = free_port(), {TIMEOUT_VARIABLE: str(timeout)}
+        return self.start_all(arguments, [environment(rank, size, port) | limit for rank in range(size)], 1)
 
     def run(self, size: int, arguments: list[str]) -> list[str]:
         """The outputs of a command that ends well."""
         self.start(size, arguments)
-        codes, outputs = self.wait()
+        codes, outputs = self.wait_all()
         assert codes == [0] * size, outputs
         return outputs
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        return json.loads(self._process.stdout.readline())
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    made = Launcher(tmp_path_factory.mktemp("ranks"))
+    made = Launcher(tmp_path_factory.mktemp("ranks"), "ndm_fast.distributed")
     yield made
     made.close()
 
@@ -375,13 +330,6 @@ def test_each_site_is_trained_by_one_rank(launcher, train_flags, tmp_path):
     assert [output.count("held-out distance") for output in outputs] == [2, 1]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    assert condition()
-
-
 def checkpoint_step(folder: Path) -> int:
     file = folder / "checkpoint.safetensors"
     return int(load_checkpoint(file)[1]["step"]) if file.exists() else 0
@@ -397,7 +345,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(launcher, train_flags, tmp_path)
         before = steps[-1]
         wait_for(lambda: checkpoint_step(out) > before)  # noqa: B023
         os.kill(process, signal.SIGKILL)
-        codes, outputs = launcher.wait()
+        codes, outputs = launcher.wait_all()
         assert codes.count(-signal.SIGKILL) == 1
         for rank, (code, output) in enumerate(zip(codes, outputs, strict=True)):
             if code != -signal.SIGKILL:
@@ -408,7 +356,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(launcher, train_flags, tmp_path)
     process = launcher.start(2, [*arguments, "--resume"])[1]
     wait_for(lambda: checkpoint_step(out) > steps[-1])
     os.kill(process, signal.SIGTERM)  # one of them is enough: they agree to stop
-    codes, outputs = launcher.wait()
+    codes, outputs = launcher.wait_all()
     assert codes == [130, 130]
     assert "state saved: go on with the same command and --resume" in outputs[0]
     assert not (out / "result.json").exists()
@@ -422,7 +370,7 @@ def test_a_rank_that_hangs_is_given_up(launcher, train_flags, tmp_path):
     os.kill(processes[1], signal.SIGSTOP)
     wait_for(lambda: not Path(f"/proc/{processes[0]}/fd/1").exists())
     os.kill(processes[1], signal.SIGKILL)
-    codes, outputs = launcher.wait()
+    codes, outputs = launcher.wait_all()
     assert codes == [1, -signal.SIGKILL]
     assert re.fullmatch(r"ndm-fast: rank 0 lost another rank, .*Timed out.* with --resume\n", outputs[0])
 
@@ -437,7 +385,7 @@ def test_a_rank_that_hangs_is_given_up(launcher, train_flags, tmp_path):
 )
 def test_bad_input_ends_every_rank(launcher, train_flags, tmp_path, changes, says):
     launcher.start(2, train_flags(tmp_path / "run", **changes))
-    codes, outputs = launcher.wait()
+    codes, outputs = launcher.wait_all()
     assert codes == [2, 2]
     assert all(says in output for output in outputs)
 
@@ -446,21 +394,27 @@ def test_another_run_is_not_overwritten_by_any_rank(launcher, tmp_path, train_fl
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     launcher.start(2, train_flags(tmp_path / "run"))
-    codes, outputs = launcher.wait()
+    codes, outputs = launcher.wait_all()
     assert codes == [2, 2]
     assert "exists and is no run of ndm-fast" in outputs[1]
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def torchrun(size: int, arguments: list[str]) -> subprocess.Popen[str]:
+@contextmanager
+def torchrun(size: int, arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """The real thing; it does not outlive the block."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", "ndm_fast"]
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*command, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ) as job:
+        try:
+            yield job
+        finally:
+            job.terminate()  # it ends its ranks
 
 
 def said(error: str) -> list[str]:
@@ -468,8 +422,9 @@ def said(error: str) -> list[str]:
 
 
 def test_torchrun_prints_an_error_once(tmp_path):
-    """The real thing; `no text given` comes before the imports that take seconds."""
-    error = torchrun(2, ["train", "--site", "x0.mid", "--out", str(tmp_path / "run")]).communicate()[1]
+    """`no text given` comes before the imports that take seconds."""
+    with torchrun(2, ["train", "--site", "x0.mid", "--out", str(tmp_path / "run")]) as job:
+        error = job.communicate(timeout=120)[1]
     assert said(error) == ["ndm-fast: no text given: pass --data with a file, folder, glob or dataset name"]
     assert re.search(r"exitcode *: 2", error)
 
@@ -480,17 +435,17 @@ def test_a_killed_rank_ends_torchrun(train_flags, tmp_path, victim):
     """Within a minute, with one line, and the run goes on."""
     out = tmp_path / "run"
     arguments = train_flags(out, parallel="queries", max_steps=100_000, repeat_data=True)
-    job = torchrun(2, arguments)
-    wait_for(lambda: checkpoint_step(out) > 0)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
-    ranks = {
-        int(re.search(r"(?:^|\0)RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())[1]): int(child)
-        for child in children
-    }
-    os.kill(ranks[victim], signal.SIGKILL)
-    began = time.monotonic()
-    error = job.communicate(timeout=120)[1]
-    assert time.monotonic() - began < 60
+    with torchrun(2, arguments) as job:
+        wait_for(lambda: checkpoint_step(out) > 0)
+        children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+        ranks = {
+            int(re.search(r"(?:^|\0)RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())[1]): int(child)
+            for child in children
+        }
+        os.kill(ranks[victim], signal.SIGKILL)
+        began = time.monotonic()
+        error = job.communicate(timeout=120)[1]
+        assert time.monotonic() - began < 60
     assert job.returncode == 1
     assert len(said(error)) == 1
     assert re.match(rf"ndm-fast: rank {1 - victim} lost another rank", said(error)[0])
@@ -519,7 +474,7 @@ def test_ten_kills_change_nothing(launcher, train_flags, tmp_path, shared):
                 time.sleep(chance.uniform(0, 0.25) * seconds)
                 with suppress(ProcessLookupError):
                     os.kill(processes[victim], signal.SIGKILL)
-            codes, outputs = launcher.wait()
+            codes, outputs = launcher.wait_all()
             steps.append(checkpoint_step(killed))  # reads it whole, or raises
             if -signal.SIGKILL in codes:
                 kills.append((victim, steps[-1]))
