@@ -1,9 +1,9 @@
 """Tile choices as data, per architecture and width of the subspaces, each with its reasoning.
 
-Those for Hopper were measured on an H200 (bench/results/gpu-h200-*.json). The others follow from registers and
-shared memory, which ``resources.py`` reads from the compiled kernels, and from the bytes of queries that a tile
-of keys reads: a tile of n keys does n operations for each, and a card needs about its ratio of fp16 rate to L2
-bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
+Those for Hopper were measured on an H200 (bench/results/gpu-h200-*.json). The others follow from registers
+and shared memory, which ``resources.py`` reads from the compiled kernels, and from the bytes of queries that
+a tile of keys reads: a tile of n keys does n operations for each, and a card needs about its ratio of fp16
+rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
 """
 
 from __future__ import annotations

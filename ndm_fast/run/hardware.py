@@ -93,16 +93,16 @@ CPU_EFFICIENCY = Efficiencies(
 
 GPU_EFFICIENCY = Efficiencies(
     forward=0.5,
-    rotate=0.68,
-    sweep=0.42,
-    sweep_half=0.42,
+    rotate=0.75,
+    sweep=0.40,
+    sweep_half=0.40,
     exact=0.05,
     gradient=0.2,
-    product=0.7,
-    elementwise=0.6,
+    product=0.6,
+    elementwise=0.66,
     pair=31.0,
-    step=3e-4,
-    source="docs/kernels-gpu.md, predicted: nothing was measured on a GPU yet",
+    step=5e-5,
+    source="an H200, docs/kernels-gpu.md; forward pass, evaluations and merging are guesses",
 )
 
 
