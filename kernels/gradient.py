@@ -100,7 +100,7 @@ def loss_and_gradient(
     tiles = dict(zip(("MAIN", "REST"), tuning.gradient_columns(widths), strict=True)) | common
     log = {"LOG": log_floor is not None}
     with device_of(queries):
-        project_kernel[(split, -(-count // shape.project_queries), len(cut.table))](
+        project_kernel[(-(-count // shape.project_queries), split, len(cut.table))](
             *neighbors, rotation, rotation.stride(0), width, projected, **tiles, **shape.project(split)
         )
         units_kernel[(-(-count // tuning.UNITS["QUERY_BLOCK"]), subspaces)](
