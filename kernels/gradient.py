@@ -98,21 +98,27 @@ def loss_and_gradient(
     common: dict[str, Any] = {"COUNTED": counted is not None, "DOT": products, "ALIGNED": cut.aligned}
     common |= tuning.OPTIONS
     tiles = dict(zip(("MAIN", "REST"), tuning.gradient_columns(widths), strict=True)) | common
-    log = {"LOG": log_floor is not None}
+    log, unit = {"LOG": log_floor is not None}, tuning.units_shape(widths, split)
+    half = queries.dtype == keys.dtype == torch.float16
     with device_of(queries):
         project_kernel[(-(-count // shape.project_queries), split, len(cut.table))](
-            *neighbors, rotation, rotation.stride(0), width, projected, **tiles, **shape.project(split)
+            *neighbors,
+            rotation,
+            rotation.stride(0),
+            width,
+            projected,
+            HALF=half,
+            **(tiles | shape.project(split)),
         )
-        units_kernel[(-(-count // tuning.UNITS["QUERY_BLOCK"]), subspaces)](
+        units_kernel[(-(-count // unit["QUERY_BLOCK"]), subspaces)](
             *(count, width, mask, *mask.stride(), cut.subspaces, losses if log_floor is None else log_floor),
             *(width * count, projected, units, distances, weights),
-            **tuning.units_shape(widths, split),
-            **common,
-            **log,
+            **(common | log | unit),
         )
         gradient_kernel[(-(-width // shape.rows), len(cut.table))](
             *(*neighbors, width * count, units, distances, weights, width, losses, result),
             *(1 / count, 1 / (count * (subspaces if log_floor is None else width)), cut.sizes),
+            HALF=half and log_floor is None,
             **(tiles | log | shape.total()),
         )
     return Objective(losses, result)
