@@ -68,8 +68,8 @@ def loss_and_gradient(
         counted: [S, Q] bool, the neighbors that contribute; default all. Others are not read.
         log_floor: [S] fp32, for the loss of logarithms.
         products: ``"ieee"`` for fp32 products; ``"fp16x3"`` or ``"tf32x3"`` for products on the matrix units
-            of numbers split into two fp16, or tf32, each, good to 2^-21. With fp16 an entry of ``rotation``
-            beyond 1000 makes NaN.
+            of numbers split into two fp16, or tf32, each, good to 2^-21. With fp16 entries of ``rotation``
+            are good to 2^-31, and one beyond 1000 makes NaN; differences of fp16 rows are good to 2^-24.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
 
     Returns:
