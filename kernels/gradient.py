@@ -70,7 +70,8 @@ def loss_and_gradient(
         log_floor: [S] fp32, for the loss of logarithms.
         products: ``"ieee"`` for fp32 products; ``"fp16x3"`` or ``"tf32x3"`` for products on the matrix units
             of numbers split into two fp16, or tf32, each, good to 2^-21 (GPT-2 on an H200: 29, 23 and 29 us).
-            With fp16 an entry of ``rotation`` beyond 1000 makes NaN.
+            With fp16 entries of ``rotation`` are good to 2^-31, and one beyond 1000 makes NaN; differences of
+            fp16 rows are good to 2^-24. The form of fp16x3 has changed since it ran on a card.
         shape: of the kernels' tiles; default by ``kernels/tuning.py``.
 
     Returns:
@@ -100,21 +101,27 @@ def loss_and_gradient(
     common: dict[str, Any] = {"COUNTED": counted is not None, "DOT": products, "ALIGNED": cut.aligned}
     common |= tuning.OPTIONS
     tiles = dict(zip(("MAIN", "REST"), columns, strict=True)) | common
-    log = {"LOG": log_floor is not None}
+    log, unit = {"LOG": log_floor is not None}, tuning.units_shape(widths, split)
+    half = queries.dtype == keys.dtype == torch.float16
     with device_of(queries):
-        project_kernel[(split, -(-count // shape.project_queries), len(cut.table))](
-            *neighbors, rotation, rotation.stride(0), width, projected, **tiles, **shape.project(split)
+        project_kernel[(-(-count // shape.project_queries), split, len(cut.table))](
+            *neighbors,
+            rotation,
+            rotation.stride(0),
+            width,
+            projected,
+            HALF=half,
+            **(tiles | shape.project(split)),
         )
-        units_kernel[(-(-count // tuning.UNITS["QUERY_BLOCK"]), subspaces)](
+        units_kernel[(-(-count // unit["QUERY_BLOCK"]), subspaces)](
             *(count, width, mask, *mask.stride(), cut.subspaces, losses if log_floor is None else log_floor),
             *(width * count, projected, units, distances, weights),
-            **tuning.units_shape(widths, split),
-            **common,
-            **log,
+            **(common | log | unit),
         )
         gradient_kernel[(-(-width // shape.rows), len(cut.table))](
             *(*neighbors, width * count, units, distances, weights, width, losses, result),
             *(1 / count, 1 / (count * (subspaces if log_floor is None else width)), cut.sizes),
+            HALF=half and log_floor is None,
             **(tiles | log | shape.total()),
         )
     return Objective(losses, result)

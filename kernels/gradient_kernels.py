@@ -2,9 +2,12 @@
 
 ``DOT`` names the products. ``"ieee"`` and ``"tf32x3"`` are triton's. ``"fp16x3"`` splits both factors into
 two fp16 each, 22 bits, and leaves out the product of the lesser halves: as good as three products in tf32 at
-half the cost, and the matrix units take fp16 in either order of rows and columns. What fp16 lacks is range.
-So rows of differences are scaled by powers of two to a largest entry from 2^14 to 2^15, beside which 2^-40 of
-it is still represented; entries of a rotation and of unit vectors are at most about 1 anyhow.
+half the cost, and the matrix units take fp16 in either order of rows and columns.
+
+What fp16 lacks is range: entries of a rotation and of unit vectors are at most about 1, but differences are
+not. Half a difference of two fp16 numbers is in range, always; it is good to 2^-24, to which fp16 itself
+represents small numbers (``HALF``). Other rows of differences are scaled by powers of two to a largest entry
+from 2^14 to 2^15, beside which 2^-40 of it is still represented.
 """
 
 from __future__ import annotations
@@ -25,28 +28,54 @@ def _halves(numbers):
 
 
 @triton.jit
-def _left(rows, DOT: tl.constexpr):
-    """Two parts of a left factor, [N, K] fp32, and the power of two that each row is in units of."""
-    if DOT == "fp16x3":
-        # Exponents, as they lie in fp32: far enough from both ends that the powers of two below exist.
-        largest = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True) & 0x7F800000
-        largest = tl.minimum(tl.maximum(largest, 32 << 23), 254 << 23)
-        down = ((254 << 23) - largest + (14 << 23)).to(tl.float32, bitcast=True)
-        up = (largest - (14 << 23)).to(tl.float32, bitcast=True)
-        high, low = _halves(rows * down[:, None])
-    else:
-        high, low, up = rows, rows, 1.0
-    return high, low, up
+def _no_exponents(SIZE: tl.constexpr):
+    """[N] what rows are in units of before any has been seen: far enough from 0 that those below exist."""
+    return tl.full([SIZE], 32 << 23, tl.int32)
 
 
 @triton.jit
-def _add_product(total, left, left_low, up, right, right_low, DOT: tl.constexpr):
-    """``total`` plus the product of a left factor and a right one, each in its parts."""
+def _left(rows, exponents, DOT: tl.constexpr, HALF: tl.constexpr):
+    """Two parts of a left factor, [N, K] fp32, in units that its largest entry so far asks for.
+
+    Returns the parts, the new exponents as they lie in fp32, and [N] what brings sums to the new units.
+    """
     if DOT == "fp16x3":
-        product = tl.dot(left_low, right)
-        product = tl.dot(left, right_low, product)
-        product = tl.dot(left, right, product)
-        total += product * up[:, None]
+        if HALF:
+            high, low = _halves(rows * 0.5)
+            new, change = exponents, 1.0
+        else:
+            largest = tl.max(tl.abs(rows), 1).to(tl.int32, bitcast=True) & 0x7F800000
+            new = tl.minimum(tl.maximum(largest, exponents), 254 << 23)
+            down = ((254 << 23) - new + (14 << 23)).to(tl.float32, bitcast=True)
+            change = tl.maximum((127 << 23) - new + exponents, 0).to(tl.float32, bitcast=True)
+            high, low = _halves(rows * down[:, None])
+    else:
+        high, low, new, change = rows, rows, exponents, 1.0
+    return high, low, new, change
+
+
+@triton.jit
+def _unit(exponents, scale, DOT: tl.constexpr, HALF: tl.constexpr):
+    """What sums of products are in units of, [N, 1] or a number: ``scale`` is that of the right factor."""
+    if DOT == "fp16x3":
+        if HALF:
+            unit = 2.0 / scale
+        else:
+            unit = ((exponents - (14 << 23)).to(tl.float32, bitcast=True) * (1.0 / scale))[:, None]
+    else:
+        unit = 1.0
+    return unit
+
+
+@triton.jit
+def _add_product(total, change, left, left_low, right, right_low, DOT: tl.constexpr, HALF: tl.constexpr):
+    """``total``, in new units, plus the product of a left factor and a right one, each in its parts."""
+    if DOT == "fp16x3":
+        if not HALF:
+            total *= change[:, None]
+        total = tl.dot(left_low, right, total)
+        total = tl.dot(left, right_low, total)
+        total = tl.dot(left, right, total)
     else:
         total = tl.dot(left, right, total, input_precision=DOT)
     return total
@@ -85,7 +114,8 @@ def _differences(queries, query_stride, keys, key_stride, q, row, real, deep, de
 def _basis(rotation, rotation_stride, deep, depth, columns, inside, DOT: tl.constexpr):
     """[D, C] of the rotation as a right factor."""
     mask = (deep < depth)[:, None] & inside[None, :]
-    basis = tl.load(rotation + deep[:, None] * rotation_stride + columns[None, :], mask=mask, other=0.0)
+    at = rotation + deep[:, None] * rotation_stride + columns[None, :]
+    basis = tl.load(at, mask=mask, other=0.0)
     if DOT == "fp16x3":
         high, low = _halves(basis * ROTATION_SCALE)
     else:
@@ -131,11 +161,12 @@ def project_kernel(
     QUERY_BLOCK: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
+    HALF: tl.constexpr,  # queries and keys are fp16, and there are no weights
     DOT: tl.constexpr,
 ):
-    """Grid (splits, query blocks, pieces): queries times the piece's columns, over a part of the depth."""
-    split, piece = tl.program_id(0), tl.program_id(2)
-    q = tl.program_id(1).to(tl.int64) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
+    """Grid (query blocks, splits, pieces): queries times the piece's columns, over a part of the depth."""
+    split, piece = tl.program_id(1), tl.program_id(2)
+    q = tl.program_id(0).to(tl.int64) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     s = tl.load(pieces + 4 * piece).to(tl.int64)
     # All first columns and numbers of columns are multiples of ALIGNED, so that loads may be wide.
     first = tl.multiple_of(tl.load(pieces + 4 * piece + 1), ALIGNED)
@@ -144,6 +175,7 @@ def project_kernel(
     row, real = _neighbors(
         index, index_stride, index_step, counted, counted_stride, counted_step, s, q, query_count, COUNTED
     )
+    exponents = _no_exponents(QUERY_BLOCK)
     total = tl.zeros([QUERY_BLOCK, MAIN], tl.float32)
     if REST > 0:
         others, beyond = first + MAIN + tl.arange(0, REST), MAIN + tl.arange(0, REST) < width
@@ -152,21 +184,18 @@ def project_kernel(
     for start in range(split * share, tl.minimum((split + 1) * share, depth), DEPTH_BLOCK):
         deep = start + tl.arange(0, DEPTH_BLOCK)
         delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
-        left, low, up = _left(delta, DOT)
+        left, low, exponents, change = _left(delta, exponents, DOT, HALF)
         basis, basis_low = _basis(rotation, rotation_stride, deep, depth, columns, inside, DOT)
-        total = _add_product(total, left, low, up, basis, basis_low, DOT)
+        total = _add_product(total, change, left, low, basis, basis_low, DOT, HALF)
         if REST > 0:
             basis, basis_low = _basis(rotation, rotation_stride, deep, depth, others, beyond, DOT)
-            rest = _add_product(rest, left, low, up, basis, basis_low, DOT)
+            rest = _add_product(rest, change, left, low, basis, basis_low, DOT, HALF)
     there = (q < query_count)[:, None]
     at = projected + (split * query_count + q)[:, None] * depth
-    if DOT == "fp16x3":
-        total *= 1 / ROTATION_SCALE
-    tl.store(at + columns[None, :], total, mask=there & inside[None, :])
+    unit = _unit(exponents, ROTATION_SCALE, DOT, HALF)
+    tl.store(at + columns[None, :], total * unit, mask=there & inside[None, :])
     if REST > 0:
-        if DOT == "fp16x3":
-            rest *= 1 / ROTATION_SCALE
-        tl.store(at + others[None, :], rest, mask=there & beyond[None, :])
+        tl.store(at + others[None, :], rest * unit, mask=there & beyond[None, :])
 
 
 @triton.jit
@@ -286,6 +315,7 @@ def gradient_kernel(
     QUERY_BLOCK: tl.constexpr,
     COUNTED: tl.constexpr,
     LOG: tl.constexpr,
+    HALF: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """Grid (row blocks, pieces): ROWS of the piece's columns of the gradient; the first has the loss too."""
@@ -295,6 +325,7 @@ def gradient_kernel(
     width = tl.multiple_of(tl.load(pieces + 4 * piece + 2), ALIGNED)
     columns, inside = first + tl.arange(0, MAIN), tl.arange(0, MAIN) < width
     deep = block * ROWS + tl.arange(0, ROWS)
+    exponents = _no_exponents(ROWS)
     total = tl.zeros([ROWS, MAIN], tl.float32)
     if REST > 0:
         others, beyond = first + MAIN + tl.arange(0, REST), MAIN + tl.arange(0, REST) < width
@@ -308,17 +339,15 @@ def gradient_kernel(
         delta = _differences(queries, query_stride, keys, key_stride, q, row, real, deep, depth)
         if LOG:
             delta *= tl.load(weights + s * query_count + q, mask=there, other=0.0)[:, None]
-        left, low, up = _left(tl.trans(delta), DOT)
+        left, low, exponents, change = _left(tl.trans(delta), exponents, DOT, HALF)
         unit, unit_low = _units(units, plane, q, there, depth, columns, inside, DOT)
-        total = _add_product(total, left, low, up, unit, unit_low, DOT)
+        total = _add_product(total, change, left, low, unit, unit_low, DOT, HALF)
         if REST > 0:
             unit, unit_low = _units(units, plane, q, there, depth, others, beyond, DOT)
-            rest = _add_product(rest, left, low, up, unit, unit_low, DOT)
+            rest = _add_product(rest, change, left, low, unit, unit_low, DOT, HALF)
     if LOG:
         share *= tl.load(sizes + s)
-    scale = share
-    if DOT == "fp16x3":
-        scale = share * (1 / UNIT_SCALE)
+    scale = share * _unit(exponents, UNIT_SCALE, DOT, HALF)
     at = gradient + deep.to(tl.int64)[:, None] * depth
     real_rows = (deep < depth)[:, None]
     tl.store(at + columns[None, :], total * scale, mask=real_rows & inside[None, :])

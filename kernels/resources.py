@@ -192,14 +192,18 @@ def gradient_cases(widths: tuple[int, ...], products: str, shape: tuning.Gradien
     common |= {"COUNTED": widths[0] == 432, "ALIGNED": math.gcd(16, *widths)}
     pieced = common | {"MAIN": main, "REST": rest}
     launches = [
-        ("project", gradient_kernels.project_kernel, pieced | shape.project(splits)),
+        ("project", gradient_kernels.project_kernel, pieced | shape.project(splits) | {"HALF": True}),
         (
             "units",
             gradient_kernels.units_kernel,
             common | tuning.units_shape(widths, splits) | {"LOG": False},
         ),
-        ("gradient", gradient_kernels.gradient_kernel, pieced | shape.total() | {"LOG": False}),
-        ("gradient log", gradient_kernels.gradient_kernel, pieced | shape.total() | {"LOG": True}),
+        ("gradient", gradient_kernels.gradient_kernel, pieced | shape.total() | {"LOG": False, "HALF": True}),
+        (
+            "gradient log",
+            gradient_kernels.gradient_kernel,
+            pieced | shape.total() | {"LOG": True, "HALF": False},
+        ),
     ]
     for name, kernel, choices in launches:
         options: dict[str, int] = {key: value for key, value in choices.items() if key.startswith("num_")}

@@ -191,7 +191,7 @@ class Gradient(NamedTuple):
     depth: int
     """Rows of the rotation it multiplies at once."""
     blocks: int
-    """How many of them to make, at least, by splitting the depth."""
+    """How many of them to make, at most, by splitting the depth."""
     project_warps: int
     project_stages: int
     rows: int
@@ -221,13 +221,14 @@ class Gradient(NamedTuple):
         }
 
 
-_GRADIENT = Gradient(64, 64, 396, 4, 2, 64, 64, 4, 2)
-"""With wgmma: blocks of 4 warps, three on a multiprocessor at 160 to 168 registers and 70 to 74 KB. One works
-while the others' neighbors are on their way. 396 blocks are one wave of that on 132 multiprocessors."""
+_GRADIENT = Gradient(128, 32, 264, 8, 3, 64, 64, 4, 2)
+"""With wgmma, Gemma: two blocks of 8 warps on a multiprocessor that project, at 118 registers and 61 KB, and
+read the rotation once; then four of 4 warps that sum, at 128 registers and 49 KB. One works while the others'
+neighbors are on their way. The projections' blocks are one wave on 132 multiprocessors."""
 
 
 _GRADIENT_AMPERE = Gradient(64, 32, 216, 4, 2, 64, 32, 4, 2)
-"""mma.sync holds both factors in registers, 240 at 80 columns; at a depth of 64 it spills."""
+"""mma.sync holds both factors in registers, up to 250 at 80 columns; at a depth of 64 it spills."""
 
 
 _GRADIENT_IEEE = Gradient(32, 32, 396, 4, 1, 64, 32, 4, 2)
@@ -240,10 +241,6 @@ _PIECES = ((16, 0), (32, 0), (64, 0), (64, 16), (128, 0))
 
 _GATHERING = 48
 """Columns that take as long as it takes to gather and split the differences they are multiplied by."""
-
-
-UNITS = {"QUERY_BLOCK": 16, "num_warps": 4}
-"""Of ``units_kernel``: 256 blocks for Gemma, which read up to nine parts of 16 x 72 sums each."""
 
 
 LIE_BLOCK = 32
@@ -276,16 +273,17 @@ def gradient_shape(capability: int, products: str) -> Gradient:
 
 
 def gradient_splits(shape: Gradient, queries: int, depth: int, pieces: int) -> int:
-    """Parts of the depth that make as many blocks of ``project_kernel`` as the shape asks for."""
+    """Parts of the depth that make as many blocks of ``project_kernel`` as the shape asks for, or fewer."""
     tiles = -(-depth // shape.depth)
-    wanted = -(-shape.blocks // (pieces * -(-queries // shape.project_queries)))
-    return -(-tiles // -(-tiles // min(tiles, wanted)))  # no part is empty
+    wanted = max(1, shape.blocks // (pieces * -(-queries // shape.project_queries)))
+    return -(-tiles // -(-tiles // wanted))  # no part is empty
 
 
 def units_shape(widths: Sequence[int], splits: int) -> dict[str, Any]:
-    """Choices of ``units_kernel``."""
+    """Choices of ``units_kernel``: up to eight sums a thread, whose parts are on their way at once."""
     columns = min(128, max(16, 1 << (max(widths) - 1).bit_length()))
-    return {"SPLITS": splits, "COLUMNS": columns, "WHOLE": max(widths) <= columns, **UNITS}
+    choices = {"COLUMNS": columns, "WHOLE": max(widths) <= columns, "QUERY_BLOCK": min(16, 1024 // columns)}
+    return {"SPLITS": splits, **choices, "num_warps": 4}
 
 
 GRADIENT_CANDIDATES = [
@@ -294,14 +292,14 @@ GRADIENT_CANDIDATES = [
             project_queries=queries, depth=depth, blocks=blocks, project_warps=warps, project_stages=stages
         )
         for queries, depth, blocks, warps, stages in (
-            (64, 64, 396, 4, 2),
-            (64, 64, 264, 4, 3),
-            (64, 64, 396, 4, 1),
-            (64, 32, 396, 4, 3),
             (128, 32, 264, 8, 3),
+            (128, 32, 264, 8, 2),
+            (128, 32, 528, 8, 3),
             (128, 64, 132, 8, 2),
             (128, 64, 132, 8, 3),
-            (64, 64, 768, 4, 2),
+            (64, 64, 396, 4, 2),
+            (64, 64, 264, 4, 3),
+            (64, 32, 528, 4, 3),
         )
     ),
     *(
@@ -311,9 +309,9 @@ GRADIENT_CANDIDATES = [
             (64, 32, 4, 2),
             (64, 32, 4, 3),
             (64, 128, 8, 1),
-            (128, 32, 8, 2),
             (128, 64, 8, 1),
-            (128, 64, 8, 2),
+            (128, 32, 8, 2),
+            (128, 32, 8, 3),
         )
     ),
 ]

@@ -35,5 +35,7 @@ def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     assert [row for row in rows if row["shared"] > row["limit"]] == []
     sweeps = {row["tensor_core"] for row in rows if row["kernel"].startswith("sweep")}
     assert sweeps == {"mma.sync" if arch == 80 else "wgmma"}
+    halves = [row for row in rows if "fp16x3" in row["kernel"] and not row["kernel"].startswith("units")]
+    assert {row["tensor_core"] for row in halves} == sweeps
     # fp64 on the matrix units; summed over an axis it went through shared memory, ten times slower.
     assert {row["tensor_core"] for row in rows if row["kernel"].startswith("rerank")} == {"mma.sync"}

@@ -62,8 +62,9 @@ def test_gradient_splits_the_depth_until_the_card_is_full(pieces: int, queries: 
         tiles = -(-depth // shape.depth)
         share = -(-tiles // splits)
         assert (splits - 1) * share < tiles <= splits * share
-        blocks = pieces * -(-queries // shape.project_queries)
-        assert splits == tiles or blocks >= shape.blocks or blocks * splits > shape.blocks / 2
+        blocks = pieces * -(-queries // shape.project_queries) * splits
+        assert splits == 1 or blocks <= shape.blocks
+        assert splits == tiles or blocks > shape.blocks / 2
 
 
 @pytest.mark.parametrize(
