@@ -267,8 +267,8 @@ def gradient_columns(widths: Sequence[int], products: str) -> tuple[int, int]:
 
 def gradient_shape(capability: int, products: str) -> Gradient:
     """Shapes for the gradient, by what multiplies."""
-    if products == "ieee":
-        return _GRADIENT_IEEE
+    if products == "ieee":  # at 4 warps sm_80 spills from 72 columns on
+        return _GRADIENT_IEEE._replace(warps=4 if architecture(capability) in (90, 100) else 8)
     return _GRADIENT if architecture(capability) in (90, 100) else _GRADIENT_AMPERE
 
 
