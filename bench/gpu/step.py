@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STEPS, QUERIES = 32, 128
 """Steps a search, and queries a step."""
+CAPTURED = 5
+"""Blocks after which the package's graphs are captured: the first two are of different kinds."""
 LR = 3e-4
 BETAS = (0.9, 0.999)
 
@@ -231,7 +233,7 @@ def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
         yield (
             label,
             lambda label=label, make=make: [
-                measure(label, make(), flops, 2.0 * k * d / STEPS, device, STEPS, **shape)
+                measure(label, make(), flops, 2.0 * k * d / STEPS, device, STEPS, warm=CAPTURED, **shape)
             ],
         )
     for name, run, flop, read in parts(work, device):

@@ -23,8 +23,8 @@ REPLAYED = 20
 Run = Callable[[], object]
 
 
-def milliseconds(run: Run, device: str, seconds: float = 0.3) -> list[float]:
-    """Times of up to 30 runs, in about so many seconds, after two to warm up; of one on a CPU, or once."""
+def milliseconds(run: Run, device: str, warm: int = 2, seconds: float = 0.3) -> list[float]:
+    """Times of up to 30 runs, in about so many seconds, after some to warm up; of one on a CPU, or once."""
     began = time.monotonic()
     if device != "cuda" or ONCE:
         run()
@@ -32,13 +32,15 @@ def milliseconds(run: Run, device: str, seconds: float = 0.3) -> list[float]:
             torch.cuda.synchronize()
         return [1e3 * (time.monotonic() - began)]
     times: list[float] = []
-    for turn in range(32):
+    for turn in range(warm + 30):
+        if turn == warm:
+            began = time.monotonic()
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         stop.record()
         stop.synchronize()
-        if turn > 1:
+        if turn >= warm:
             times.append(start.elapsed_time(stop))
         if times and time.monotonic() - began > seconds:
             break
@@ -46,7 +48,15 @@ def milliseconds(run: Run, device: str, seconds: float = 0.3) -> list[float]:
 
 
 def measure(
-    name: str, run: Run, work: float, read: float, device: str, parts: int = 1, **more: object
+    name: str,
+    run: Run,
+    work: float,
+    read: float,
+    device: str,
+    parts: int = 1,
+    *,
+    warm: int = 2,
+    **more: object,
 ) -> Row:
     """Median and spread, rates and memory of one contender.
 
@@ -55,7 +65,7 @@ def measure(
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    times = [took / parts for took in milliseconds(run, device)]
+    times = [took / parts for took in milliseconds(run, device, warm)]
     peak = torch.cuda.max_memory_allocated() - before if device == "cuda" else 0
     middle = statistics.median(times)
     found: Row = {"name": name, "ms": middle, "spread_ms": [min(times), max(times)], "runs": len(times)}
