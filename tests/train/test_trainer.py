@@ -97,7 +97,7 @@ def energy_shares(partition, mixing):
         {"rotation": "exp", "search_every": 1},
         {"schedule": "constant", "warmup_steps": 0, "lr": 0.01},
         {"pool_dtype": "float16"},
-        {"rotation": "lazy"},
+        {"rotation": "lazy", "seed": 8},  # from which every kind of rounding leads there
     ],
     ids=lambda mode: "-".join(map(str, mode.values())) or "default",
 )
