@@ -25,7 +25,6 @@ def add_evaluate(commands: Any) -> None:
         add_shift,
         _add_stability,
         _add_sae,
-        _add_sensitivity,
     ):
         add(kinds)
 
@@ -132,40 +131,6 @@ def _sae(options: argparse.Namespace) -> None:
         print_json(found)
         return
     print(text_table(found))
-
-
-def _add_sensitivity(kinds: Any) -> None:
-    about = "how the result depends on keys, threshold and width of the units, for equal steps"
-    sensitivity = add_kind(kinds, "sensitivity", about, _sensitivity)
-    sensitivity.add_argument("folder", metavar="RUN", help="folder of a run, whose settings are varied")
-    sensitivity.add_argument("--keys", type=int, nargs="+", default=[], help="numbers of keys to try")
-    sensitivity.add_argument(
-        "--thresholds", type=float, nargs="+", default=[], help="merge thresholds to try"
-    )
-    sensitivity.add_argument("--units", type=int, nargs="+", default=[], help="unit sizes to try")
-    sensitivity.add_argument("--steps", type=int, default=None, help="steps of each; default: the run's")
-    sensitivity.add_argument("--out", default="runs/sensitivity", help="folder for sensitivity.json and .png")
-
-
-def _sensitivity(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.sensitivity import draw_sensitivity, run_sensitivity
-    from ndm_fast.table import text_table
-
-    found = run_sensitivity(
-        options.folder,
-        keys=options.keys,
-        thresholds=options.thresholds,
-        units=options.units,
-        steps=options.steps,
-        device=options.device,
-    )
-    out = save_json(found, options.out, "sensitivity")
-    draw_sensitivity(found, out.with_suffix(".png"))
-    if options.json:
-        print_json(found)
-        return
-    print(text_table([{name: v for name, v in row.items() if name != "widths"} for row in found]))
-    print(f"{out}, {out.with_suffix('.png')}")
 
 
 def _add_planted(kinds: Any) -> None:

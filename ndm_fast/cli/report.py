@@ -54,9 +54,6 @@ def _add_index(commands: Any) -> None:
     index.add_argument("--rows", type=int, default=200_000, help="activations to store")
     index.add_argument("--dtype", default="float16", help="float16, or float32 for activations as they are")
     index.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    index.add_argument(
-        "--faiss", default=None, metavar="FOLDER", help="also write it as faiss files, one per subspace"
-    )
     index.set_defaults(run=_index)
 
 
@@ -75,11 +72,6 @@ def _index(options: argparse.Namespace) -> None:
         device=options.device,
     )
     print(f"{len(index)} activations in {index.folder}")
-    if options.faiss:
-        from ndm_fast.report.index.faiss_export import export_faiss
-
-        for path in export_faiss(index, options.faiss, folder.config().train.metric):
-            print(path)
 
 
 def _add_explore(commands: Any) -> None:

@@ -17,7 +17,6 @@ from torch import Tensor
 from ndm_fast import ActivationStream, HarvestConfig, InputError, SubspacePartition, open_documents
 from ndm_fast.files import write_json
 from ndm_fast.geometry.orthogonal import random_rotation
-from ndm_fast.report.index.faiss_export import export_faiss
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.rows import RotatedRows, Shard
 from ndm_fast.report.index.search import nearest_rows
@@ -268,21 +267,3 @@ def test_manifest_of_another_format_is_refused(built: Path, tmp_path: Path) -> N
     write_json(folder / "manifest.json", {**manifest, "format": 99}, seal=True)
     with pytest.raises(InputError, match="format 99"):
         PreimageIndex(folder)
-
-
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_faiss_files_find_the_same_rows(built: Path, tmp_path: Path, metric: str) -> None:
-    faiss = pytest.importorskip("faiss")
-    index = PreimageIndex(built)
-    files = export_faiss(index, tmp_path / "faiss", metric)
-    queries = index.stored(torch.tensor([0, 7, 50]))
-    ours = nearest_rows(queries, index.rows, 4, metric=metric)
-    for subspace, (path, columns) in enumerate(zip(files, index.rows.columns, strict=True)):
-        found = faiss.read_index(str(path))
-        assert found.ntotal == len(index)
-        part = queries[:, columns]
-        if metric == "cosine":
-            part = torch.nn.functional.normalize(part + index.rows.origin[columns])
-        score = torch.from_numpy(found.search(part.contiguous().numpy(), 4)[0]).double()
-        distance = 1 - score if metric == "cosine" else score.sqrt()
-        torch.testing.assert_close(distance, ours.distance[subspace], rtol=1e-3, atol=2e-3)

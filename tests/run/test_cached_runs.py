@@ -86,16 +86,6 @@ def test_another_cache_in_its_place_is_refused(ndm, cached, harvest_flags):
     assert re.search("acts was harvested anew .context_length is 16, for the run it was 32.: move it", said)
 
 
-def test_a_sweep_is_trained_from_the_cache(ndm, cached, passes, tmp_path):
-    command = ("evaluate", "sensitivity", cached / "run", "--keys", "64", "--json", "--out", tmp_path)
-    read = ndm(*command)
-    assert read.code == 0
-    assert not passes
-    (cached / "acts").rename(cached / "away")
-    assert ndm(*command).out == read.out
-    assert passes
-
-
 @pytest.mark.parametrize("changes", [{}, {"bos": True}, {"max_norm_ratio": 1.2}])
 def test_an_index_is_made_from_the_cache(ndm, train_flags, harvest_flags, tmp_path, files, passes, changes):
     """The same bytes as from the model: special tokens and outliers are not in the cache, but in the text."""
