@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "parallel.h"
 #include "scratch.h"
@@ -18,7 +19,7 @@ int64_t search_scratch_floats(const Search& a) {
   int64_t packed = 0;
   for (int64_t s = 0; s < a.subspaces; ++s) {
     const int64_t width = a.offsets[s + 1] - a.offsets[s];
-    packed = std::max(packed, pack_size(width, a.tile) * width);
+    packed = std::max(packed, pack_size(width, a.tile) * (width + (a.shadows ? 1 : 0)));
   }
   const int64_t plain = a.bf16 ? 32 * a.width : 0;
   const int64_t sweep = kMaxPack + 8 * a.width + 16 + plain + packed;
@@ -73,7 +74,9 @@ class SearchRun {
   }
 
  private:
-  const Proposal& proposal(const Search& a) const { return a.bf16 ? kernels_.bf16 : kernels_.fp32; }
+  const Proposal& proposal(const Search& a) const {
+    return a.shadows ? kernels_.shadow : a.bf16 ? kernels_.bf16 : kernels_.fp32;
+  }
 
   template <class F>
   void share(int64_t items, F&& work) {
@@ -90,18 +93,20 @@ class SearchRun {
 
 void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
   // Cosine scores take all rows for unit vectors, which rounded ones are not.
-  a.bf16 = a.bf16 && kernels.bf16.sweep && !a.cosine;
+  a.bf16 = a.bf16 && !a.shadows && kernels.bf16.sweep && !a.cosine;
   a.tile = tile_size(a.keys, a.width / a.subspaces);
   a.tiles = ceil_div(a.keys, a.tile);
   a.padded = ceil_div(a.queries, kernels.query_block) * kernels.query_block;
   const int64_t per_subspace = a.tiles * a.padded * kGroups;
   const int64_t at_once = std::clamp<int64_t>(kMinimaBytes / (per_subspace * 4), 1, a.subspaces);
-  Aligned<float> packed_queries(a.padded * a.width), query_norm(a.subspaces * a.padded);
+  Aligned<float> packed_queries(a.padded * (a.width + (a.shadows ? kShadows * a.subspaces : 0))), query_norm(a.subspaces * a.padded);
   Aligned<float> minima(at_once * per_subspace);
   Aligned<float> group_norm(a.subspaces * a.tiles * kGroups), group_error(a.subspaces * a.tiles * kGroups);
   Aligned<uint8_t> irregular(a.subspaces * a.tiles);
   Aligned<float> query_rounding(a.subspaces * a.padded);
   Aligned<uint8_t> crowded(at_once * a.queries);
+  Aligned<float> nearest_score(a.shadows ? a.subspaces * a.padded : 0);
+  Aligned<float> shadow_costs(a.shadows ? a.subspaces * kShadows : 0);
   SearchRun run(a, kernels, threads);
   a.packed_queries = packed_queries.get();
   a.query_norm = query_norm.get();
@@ -111,6 +116,12 @@ void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
   a.irregular = irregular.get();
   a.query_rounding = query_rounding.get();
   a.crowded = crowded.get();
+  if (a.shadows) {
+    a.nearest_score = nearest_score.get();
+    a.shadow_costs = shadow_costs.get();
+    std::fill(a.nearest_score, a.nearest_score + a.subspaces * a.padded, std::numeric_limits<float>::infinity());
+    std::fill(a.shadow_costs, a.shadow_costs + a.subspaces * kShadows, 0.0f);
+  }
 
   run.pack(a, 0, a.subspaces);
   for (a.first = 0; a.first < a.subspaces; a.first = a.last) {

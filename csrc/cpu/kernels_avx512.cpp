@@ -10,13 +10,14 @@
 #include "ksg_kernel.h"
 #include "lie_kernel.h"
 #include "search_rerank.h"
+#include "search_shadow.h"
 
 namespace ndm {
 
 // 12 x 2 accumulators + 2 keys + 1 query: 27 of 32 registers.
 const Kernels* avx512_kernels() {
   static const Kernels kernels = {"avx512", 12,       {pack_queries<12, Fp32>, sweep_tile<Vec16, 12, Fp32>},
-                                  {},       rerank<Vec16>, ksg_kernels<Vec16, 6, 4>(),
+                                  {},       {pack_shadow_queries<12>, sweep_shadow_tile<Vec16, 12>}, rerank<Vec16>, ksg_kernels<Vec16, 6, 4>(),
                                   gradient_kernels<Vec16, 8, 3>(), lie_update<Vec16>};
   return &kernels;
 }

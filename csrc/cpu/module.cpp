@@ -43,7 +43,8 @@ void check_sizes(int64_t queries, int64_t keys, const std::vector<int64_t>& offs
 }
 
 void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int64_t keys,
-                       const std::vector<int64_t>& offsets, bool cosine, bool bf16, const RowsTuple& rotated_keys,
+                       const std::vector<int64_t>& offsets, bool cosine, bool bf16, bool shadows,
+                       const RowsTuple& rotated_keys,
                        uintptr_t center, uintptr_t rotated_queries, uintptr_t exact_queries,
                        const RowsTuple& raw_queries, const RowsTuple& raw_keys, uintptr_t rotation,
                        uintptr_t query_error, uintptr_t key_error, uintptr_t distance, uintptr_t index) {
@@ -57,6 +58,7 @@ void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int
   a.offsets = offsets.data();
   a.cosine = cosine;
   a.bf16 = bf16;
+  a.shadows = shadows;
   a.rotated_keys = rows(rotated_keys);
   a.center = at<const float>(center);
   a.rotated_queries = at<const float>(rotated_queries);

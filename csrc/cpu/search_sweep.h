@@ -27,11 +27,14 @@ constexpr float kUnit = 5.9604645e-8f;  // 2^-24, unit roundoff of fp32
 // One column per lane.
 struct Fp32 {
   static constexpr int columns = 1;
+  static constexpr int64_t extra_words = 0;  // of a query beyond one for each column
   template <class V>
   static V multiply_add(V query, V key, V sum) {
     return V::fma(query, key, sum);
   }
   static int64_t words(int64_t p) { return p; }
+  // Rows of a packed panel of keys.
+  static int64_t key_words(int64_t p) { return words(p); }
   // Rows stay where they are, unrounded.
   template <class V, int Panel>
   static void encode(float*, int64_t, float*, float*, float*) {}
@@ -39,6 +42,12 @@ struct Fp32 {
   static float encode_query(const float* x) { return *x; }
   static float decode_query(float word, int) { return word; }
 };
+
+// Where the packed queries of a subspace begin.
+template <class E>
+float* packed_queries_of(const Search& a, int64_t s) {
+  return a.packed_queries + a.padded * (a.offsets[s] + s * E::extra_words);
+}
 
 // Where a key goes. A pack of `size` keys from row `first` on is cut into 8 runs of consecutive rows, one per
 // lane group, so that the exact pass reads neighboring rows: row first + g * size / 8 + r is in group g.
@@ -167,11 +176,11 @@ void pack_keys(const Search& a, const Pack& pack, float* packed, float* half, fl
   constexpr int panel_size = 2 * V::lanes;
   for (int start = 0; start < pack.size; start += panel_size) {
     alignas(64) float squared[panel_size], error[panel_size] = {};
-    float* panel = E::columns == 1 ? packed + start * pack.p : plain;
+    float* panel = E::columns == 1 ? packed + start * E::key_words(pack.p) : plain;
     for (int lane = 0; lane < panel_size; lane += 8)
       transpose_rows<panel_size>(a, pack, pack.key(panel_size, start, lane), panel + lane, buffer);
     center_panel<V, panel_size>(a.center ? a.center + pack.column : nullptr, pack.p, panel, squared);
-    E::template encode<V, panel_size>(panel, pack.p, packed + start * E::words(pack.p), squared, error);
+    E::template encode<V, panel_size>(panel, pack.p, packed + start * E::key_words(pack.p), squared, error);
     finish_panel<panel_size>(a, pack, start, panel, squared, error, half + start, stats);
   }
 }
@@ -191,14 +200,15 @@ inline void write_stats(const Search& a, int64_t s, int64_t tile, const GroupSta
   }
 }
 
-// The micro-kernel: Block queries against all panels of a pack; minima [Block][8]. Rows are `words` lanes long.
+// The micro-kernel: Block queries against all panels of a pack; minima [Block][8]. Rows are `words` lanes long, and
+// `stride` of them from one panel to the next.
 template <class V, int Block, class E>
 void sweep_block(const float* packed, const float* half, int count, int64_t words, const float* queries, float* minima,
-                 bool first) {
+                 bool first, int64_t stride) {
   V least[Block];
   for (int m = 0; m < Block; ++m) least[m] = V::set1(std::numeric_limits<float>::infinity());
   for (int done = 0; done < count; done += 2 * V::lanes) {
-    const float* key = packed + done * words;
+    const float* key = packed + done * stride;
     const float* query = queries;
     V sum0[Block], sum1[Block];
     const V half0 = V::load(half + done), half1 = V::load(half + done + V::lanes);
@@ -260,7 +270,7 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
     const int size = pack_size(p, a.tile);
     GroupStats stats;
     float* minima = a.minima + ((s - a.first) * a.tiles + tile) * a.padded * kGroups;
-    const float* queries = a.packed_queries + a.padded * a.offsets[s];
+    const float* queries = packed_queries_of<E>(a, s);
     for (int64_t at = start; at < stop; at += size) {
       pack_keys<V, E>(a, Pack{at, size, a.offsets[s], p}, packed, half, buffer, plain, stats);
       const bool more = at + size < stop, turn = s + 1 < a.last;
@@ -269,7 +279,7 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
       const int64_t rows = more || turn ? next.left * Block / a.padded + 1 : 0;
       for (int64_t q = 0; q < a.padded; q += Block) {
         next.prefetch(rows);
-        sweep_block<V, Block, E>(packed, half, size, words, queries + q * words, minima + q * kGroups, at == start);
+        sweep_block<V, Block, E>(packed, half, size, words, queries + q * words, minima + q * kGroups, at == start, words);
       }
     }
     write_stats(a, s, tile, stats);
@@ -288,7 +298,7 @@ template <int Block, class E>
 void pack_queries(const Search& a, int64_t s) {
   const int64_t column = a.offsets[s], p = a.offsets[s + 1] - column, words = E::words(p);
   for (int64_t q = 0; q < a.padded; ++q) {
-    float* out = a.packed_queries + a.padded * column + (q / Block) * Block * words + q % Block;
+    float* out = packed_queries_of<E>(a, s) + (q / Block) * Block * words + q % Block;
     double squared = 0, lost = 0;
     for (int64_t word = 0; word < words; ++word) {
       float x[E::columns];

@@ -18,6 +18,8 @@ struct Rows {
 
 // Lanes of the stored minima; which keys of a tile are in a group is the same on every ISA (search_sweep.h).
 constexpr int kGroups = 8;
+// Choices of the columns of a shadow beside all of them, and the one to begin with (search_shadow.h).
+constexpr int kShadows = 7, kFirstShadow = 3;
 // Entries of a subspace in a KSG pass come in whole vectors of the widest instruction set.
 constexpr int kEntries = 16;
 // Largest number of keys packed at once (bounds stack buffers).
@@ -36,6 +38,8 @@ struct Search {
   const int64_t* offsets = nullptr;  // [S + 1]
   bool cosine = false;
   bool bf16 = false;     // propose from rows rounded to bf16: see search_sweep.h
+
+  bool shadows = false;  // propose from a part of the columns first: see search_shadow.h
 
   Rows rotated_keys;
   const float* center = nullptr;           // [d] subtracted from rotated_keys, or null
@@ -61,6 +65,8 @@ struct Search {
   float* group_norm = nullptr;           // [S, tiles, 8] largest norm in the group
   float* group_error = nullptr;          // [S, tiles, 8] largest error bound in the group
   uint8_t* irregular = nullptr;          // [S, tiles] a norm is NaN or Inf: bounds do not hold
+  float* nearest_score = nullptr;        // [S, padded] least score met, shadows only
+  float* shadow_costs = nullptr;         // [S, kShadows] columns that a key takes by choice, shadows only
   uint8_t* crowded = nullptr;            // [last - first, Q] more groups are in reach than the exact pass reads
   bool crowded_only = false;             // read all groups in reach, for crowded queries alone
 };
@@ -161,6 +167,7 @@ struct Kernels {
   int query_block;  // queries per micro-kernel call
   Proposal fp32;
   Proposal bf16;  // null where the instruction set has no such products
+  Proposal shadow;
   void (*rerank)(const Search&, int64_t subspace, int64_t first_query, int64_t last_query, float* scratch);
   KsgKernels ksg;
   GradientKernels gradient;

@@ -16,11 +16,13 @@ inline uint32_t bfloat16_bits(float x) { return static_cast<uint32_t>(to_bfloat1
 // Two columns per lane, the even one in the low half.
 struct Bf16Pairs {
   static constexpr int columns = 2;
+  static constexpr int64_t extra_words = 0;
 
   static Vec16 multiply_add(Vec16 query, Vec16 key, Vec16 sum) {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)query.v, (__m512bh)key.v)};
   }
   static int64_t words(int64_t p) { return (p + 1) / 2; }
+  static int64_t key_words(int64_t p) { return words(p); }
 
   static float encode_query(const float* x) {
     const uint32_t bits = bfloat16_bits(x[0]) >> 16 | bfloat16_bits(x[1]);

@@ -84,7 +84,8 @@ double distance(const double* q, const double* k, int64_t from, int64_t to, bool
   return 1 - (scale > 0 ? dot / scale : 0);
 }
 
-void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, bool raw, bool half, bool bf16) {
+void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, bool raw, bool half, bool bf16,
+                  bool shadows) {
   const std::vector<int64_t> offsets = offsets_of(shape);
   const int64_t d = offsets.back();
   std::vector<float> queries = random_rows(shape.queries, d, true), keys = random_rows(shape.keys, d, true);
@@ -104,6 +105,7 @@ void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, 
   a.offsets = offsets.data();
   a.cosine = cosine;
   a.bf16 = bf16;
+  a.shadows = shadows;
   a.rotated_keys = {keys.data(), ndm::Type::float32, d};
   const ndm::Rows given = half ? ndm::Rows{half_keys.data(), ndm::Type::bfloat16, d} : a.rotated_keys;
   if (raw) {
@@ -124,7 +126,8 @@ void check_search(const ndm::Kernels& kernels, const Shape& shape, bool cosine, 
 
   const std::string name = std::string(kernels.name) + " search Q" + std::to_string(shape.queries) + " K" +
                            std::to_string(shape.keys) + " d" + std::to_string(d) + (cosine ? " cosine" : "") +
-                           (raw ? " raw" : "") + (half ? " bf16 keys" : "") + (bf16 ? " bf16 sweep" : "");
+                           (raw ? " raw" : "") + (half ? " bf16 keys" : "") + (bf16 ? " bf16 sweep" : "") +
+                           (shadows ? " shadows" : "");
   const double allowed = bf16 ? 1e-2 : 1e-6;
   bool good = true;
   for (size_t s = 0; s < shape.widths.size(); ++s)
@@ -309,7 +312,8 @@ int main() {
       continue;
     }
     for (const Shape& shape : shapes) {
-      for (int form = 0; form < 16; ++form) check_search(*kernels, shape, form & 1, form & 2, form & 4, form & 8);
+      for (int form = 0; form < 24; ++form)
+        check_search(*kernels, shape, form & 1, form & 2, form & 4, form & 8, form & 16);
       if (shape.keys <= 1000) check_ksg(*kernels, shape);
       for (const bool half : {false, true}) check_step(*kernels, shape, half);
     }

@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 from op_backend import Backend
 
+from ndm_fast.geometry import shadow
 from ndm_fast.ops import backends
 from ndm_fast.ops.cpu import extension
 
@@ -77,11 +78,17 @@ def cuda_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return module
 
 
-@pytest.fixture(params=[*_names(), "cuda"])
+_SHADOWS = "-shadows"
+"""Of a CPU backend: its search goes over shadows, whatever their cost."""
+
+
+@pytest.fixture(params=[*_names(), *(f"{name}{_SHADOWS}" for name in _names() if "cpu" in name), "cuda"])
 def search_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     """Every backend that has the search: CUDA C++ too, built for this CPU where there is no GPU."""
     if request.param != "cuda":
-        return _made_ready(request.param, monkeypatch)
+        if request.param.endswith(_SHADOWS):
+            monkeypatch.setattr(shadow, "pays", lambda *sizes: True)
+        return _made_ready(request.param.removesuffix(_SHADOWS), monkeypatch)
     from ndm_fast.ops import cuda
 
     monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("cuda_extension"))

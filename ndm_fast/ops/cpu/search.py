@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.geometry import shadow
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.geometry.columns import unit_columns
 from ndm_fast.geometry.reference import Neighbors
@@ -62,7 +63,7 @@ def nearest_neighbors(
         gives NaN distances.
     """
     queries, keys, rotation = unit_columns(queries), unit_columns(keys), rotation.detach().contiguous()
-    call = _Search(extension(), offsets_of(widths), metric == "cosine", precision == "bf16")
+    call = _Search(extension(), offsets_of(widths), metric == "cosine", precision == "bf16", shadows=False)
     origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:
         blocks = [
@@ -72,7 +73,11 @@ def nearest_neighbors(
             for rows in _query_blocks(queries)
         ]
     else:
-        prepared = _PreparedKeys(origin, *_rotate_with_bound(keys, rotation, origin))
+        turn = None
+        if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
+            call = call._replace(shadows=True)
+            turn = shadow.turned_to_axes(rotation, keys, origin, widths)
+        prepared = _PreparedKeys(origin, turn, *_rotate_with_bound(keys, rotation, origin, turn))
         blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
     if len(blocks) == 1:
         return blocks[0]
@@ -83,17 +88,18 @@ def nearest_index(
     queries: Tensor, keys: Tensor, rotation: Tensor, widths: Sequence[int], metric: str, precision: str
 ) -> Tensor:
     """[S, Q] int64 rows that are nearest, up to the rounding of an fp32 rotation of both sides."""
-    rotated = metric == "euclidean"
-    if rotated:
-        origin = sample_mean(keys)
-        queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
-    return nearest_neighbors(
-        *(queries, keys, rotation, widths),
-        metric=metric,
-        precision=precision,
-        keys_rotated=rotated,
-        queries_rotated=rotated,
-    ).index
+    if metric == "cosine":
+        return nearest_neighbors(queries, keys, rotation, widths, metric=metric, precision=precision).index
+    origin = sample_mean(keys)
+    call = _Search(extension(), offsets_of(widths), False, precision == "bf16", shadows=False)
+    if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
+        call = call._replace(shadows=True)
+        rotation = shadow.turned_to_axes(rotation, keys, origin, widths)
+    queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
+    found = [
+        _search_rotated(call, rows.double(), keys, sample_mean(keys)).index for rows in _query_blocks(queries)
+    ]
+    return torch.cat(found, 1)
 
 
 class _Search(NamedTuple):
@@ -103,13 +109,22 @@ class _Search(NamedTuple):
     offsets: list[int]
     cosine: bool
     bf16: bool
+    shadows: bool
+    """Propose by a part of the columns first: they come in the order of their variance."""
+
+
+def _in_half(call: _Search) -> bool:
+    """Whether keys would be proposed by products in bf16."""
+    return call.bf16 and not call.cosine and isa() == "avx512bf16"
 
 
 class _PreparedKeys(NamedTuple):
     origin: Tensor | None
     """[d] fp32."""
+    turn: Tensor | None
+    """[d, d] fp32 the rotation with each subspace turned to its axes, where shadows are used."""
     rotated: Tensor
-    """[K, d] fp32 keys, ``(keys - origin) @ rotation``."""
+    """[K, d] fp32 keys, ``(keys - origin)`` times the rotation, or times ``turn``."""
     error: Tensor
     """[K] fp32 bound on the norm of the rotation's rounding error."""
 
@@ -130,16 +145,19 @@ def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
     return exact
 
 
-def _rotate_with_bound(rows: Tensor, rotation: Tensor, origin: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rotate_with_bound(
+    rows: Tensor, rotation: Tensor, origin: Tensor | None, turn: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """[N, d] fp32 ``(rows - origin) @ rotation``, and [N] a bound on the norm of its error in any subspace.
 
     Each of d additions is off by 2^-24 of a partial sum whose norm is at most that of the row; the errors
     have random signs, so they add to sqrt(d) of that (Higham & Mary 2019), times 2 for safety. A bound in
-    probability, then, not for every input.
+    probability, then, not for every input. A ``turn`` of the rotation takes its place; what rounding has
+    made of it moves a row by less than that once more.
     """
     norms = torch.empty(len(rows))
-    rotated = rotate_centred(rows, rotation, origin, norms=norms)
-    return rotated, norms.mul_(2 * _UNIT * math.sqrt(rows.shape[1] + 4))
+    rotated = rotate_centred(rows, rotation if turn is None else turn, origin, norms=norms)
+    return rotated, norms.mul_((2 if turn is None else 4) * _UNIT * math.sqrt(rows.shape[1] + 4))
 
 
 def _empty_neighbors(subspaces: int, queries: int) -> Neighbors:
@@ -150,9 +168,9 @@ def _search_raw(
     call: _Search, queries: Tensor, keys: Tensor, rotation: Tensor, prepared: _PreparedKeys
 ) -> Neighbors:
     found = _empty_neighbors(len(call.offsets) - 1, len(queries))
-    rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin)
+    rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin, prepared.turn)
     call.extension.nearest_neighbors(
-        *(isa(), torch.get_num_threads(), len(queries), len(keys), call.offsets, call.cosine, call.bf16),
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), *call[1:]),
         *(rows_of(prepared.rotated), 0, rotated.data_ptr(), 0),
         *(rows_of(queries), rows_of(keys), rotation.data_ptr()),
         *(query_error.data_ptr(), prepared.error.data_ptr()),
@@ -166,15 +184,7 @@ def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: 
     exact_queries = exact_queries.contiguous()
     found = _empty_neighbors(len(call.offsets) - 1, len(exact_queries))
     call.extension.nearest_neighbors(
-        *(
-            isa(),
-            torch.get_num_threads(),
-            len(exact_queries),
-            len(keys),
-            call.offsets,
-            call.cosine,
-            call.bf16,
-        ),
+        *(isa(), torch.get_num_threads(), len(exact_queries), len(keys), *call[1:]),
         *(rows_of(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),

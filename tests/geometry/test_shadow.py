@@ -1,0 +1,82 @@
+"""Shadows are no farther apart than rows, and axes are a turn of each subspace in itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle_inputs import heavy_tailed, rotation_of
+
+from ndm_fast.geometry import shadow
+
+ROWS = {
+    "noise": lambda n, p: torch.randn(n, p),
+    "heavy-tailed": heavy_tailed,
+    "tied": lambda n, p: torch.randn(1, p).repeat(n, 1),
+    "constant": lambda n, p: torch.full((n, p), 3.5),
+    "zero": lambda n, p: torch.zeros(n, p),
+    "in a line": lambda n, p: torch.randn(n, 1) * torch.randn(1, p),
+    "far away": lambda n, p: 1e6 + torch.randn(n, p),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@settings(max_examples=30)
+@given(width=st.integers(1, 70), part=st.floats(0, 1), seed=st.integers(0, 2**30))
+def test_a_shadow_is_no_farther(kind: str, width: int, part: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    queries, keys = ROWS[kind](5, width).double(), ROWS[kind](9, width).double()
+    columns = int(part * width)
+    true = torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
+    seen = torch.cdist(
+        *(shadow.shadow(rows, columns) for rows in (queries, keys)),
+        compute_mode="donot_use_mm_for_euclid_dist",
+    )
+    assert bool((seen <= true + 1e-12 * (queries.norm(dim=1)[:, None] + keys.norm(dim=1))).all())
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("widths", [[1], [5, 5, 3], [40, 24]], ids=str)
+def test_axes_turn_each_subspace_in_itself(kind: str, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    keys, rotation = ROWS[kind](300, sum(widths)), rotation_of(sum(widths))
+    turned = shadow.turned_to_axes(rotation, keys, keys.mean(0), widths)
+    for before, after in zip(rotation.split(widths, 1), turned.split(widths, 1), strict=True):
+        torch.testing.assert_close(after @ after.T, before @ before.T, rtol=0, atol=2e-6)
+        torch.testing.assert_close(after.T @ after, torch.eye(after.shape[1]), rtol=0, atol=2e-6)
+
+
+def test_the_first_columns_say_most() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(2000, 32) * torch.logspace(0, -2, 32)
+    rotation = torch.eye(32)
+    mixed = keys @ rotation_of(32)
+    turned = shadow.turned_to_axes(rotation, mixed, None, [32])
+    spread = (mixed @ turned).var(0)
+    assert float(spread[:8].sum() / spread.sum()) > 0.95 * float(keys.var(0)[:8].sum() / keys.var(0).sum())
+
+
+def test_nan_in_the_sample_spoils_no_axis() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(200, 12)
+    keys[3, 2], keys[7, 0] = torch.nan, torch.inf
+    turned = shadow.turned_to_axes(torch.eye(12), keys, torch.zeros(12), [8, 4])
+    torch.testing.assert_close(turned.T @ turned, torch.eye(12), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "widths", "half", "expected"),
+    [
+        (1024, 16384, [96] * 8, True, True),
+        (4096, 16384, [72] * 32, False, True),
+        (4096, 16384, [72] * 32, True, False),  # half precision saves more
+        (4096, 65536, [384] * 6, True, True),
+        (1024, 65536, [24] * 32, False, False),  # too narrow
+        (16, 16384, [96] * 8, False, False),  # axes would take longer than the search
+    ],
+)
+def test_shadows_are_for_searches_that_are_worth_it(
+    queries: int, keys: int, widths: list[int], half: bool, expected: bool
+) -> None:
+    assert shadow.pays(queries, keys, widths, half) is expected
