@@ -39,8 +39,10 @@ from ndm_fast.evaluate.patching.language_model import load_language_model
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.provenance import provenance
 from ndm_fast.run.folder import RunFolder
+from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
 
+PRESET = preset("language-model")
 _TRAINING_PROMPTS = 256
 
 
@@ -113,9 +115,14 @@ def _record_of(model: str) -> Path:
 
 
 def trained(paths: list[Path]) -> dict[str, tuple[SubspacePartition, float]]:
-    """NDM's partitions by seed, with their held-out losses."""
-    runs = {f"ndm seed {folder.config().train.seed}": folder for folder in map(RunFolder, paths)}
-    return {name: (folder.partition(), folder.result()["heldout_loss"]) for name, folder in runs.items()}
+    """NDM's partitions by seed and what their settings change of the preset, with their held-out losses."""
+    found = {}
+    for folder in map(RunFolder, paths):
+        settings = folder.config().flat()
+        changed = [f", {key} {settings[key]}" for key, value in PRESET.items() if settings[key] != value]
+        name = f"ndm seed {settings['seed']}{''.join(changed)}"
+        found[name] = folder.partition(), folder.result()["heldout_loss"]
+    return found
 
 
 def baselines(first: SubspacePartition, random_seeds: int) -> list[tuple[str, str, int]]:
