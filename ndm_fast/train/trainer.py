@@ -150,6 +150,8 @@ class Trainer:
         """
         queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
         keys = self.pool.next_keys()
+        if self.config.pace == "ratio":
+            self.rotation.pace(self.heldout.deviations(self.rotation.matrix))
         # Neighbors found where the steps begin hold them back.
         ahead, rate = self.config.search_ahead * (steps - 1), self.schedule.learning_rate(self.step)
         index = self.steps.neighbors(queries, keys, self.rotation.ahead(ahead, rate))
