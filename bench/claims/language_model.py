@@ -17,6 +17,7 @@ can come later.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -29,6 +30,7 @@ from measuring import RESULTS
 from tqdm import tqdm
 
 from ndm_fast.activations.site_rows import site_activations
+from ndm_fast.config import from_flat
 from ndm_fast.drawing import BLUE, GREY, VERMILION, new_figure, save_figure, style
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.circuits.circuits import circuit_effects
@@ -42,7 +44,8 @@ from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
 
-PRESET = preset("language-model")
+PRESET = dataclasses.asdict(from_flat(preset("language-model")).train)
+del PRESET["seed"]
 _TRAINING_PROMPTS = 256
 
 
@@ -118,7 +121,7 @@ def trained(paths: list[Path]) -> dict[str, tuple[SubspacePartition, float]]:
     """NDM's partitions by seed and what their settings change of the preset, with their held-out losses."""
     found = {}
     for folder in map(RunFolder, paths):
-        settings = folder.config().flat()
+        settings = dataclasses.asdict(folder.config().train)
         changed = [f", {key} {settings[key]}" for key, value in PRESET.items() if settings[key] != value]
         name = f"ndm seed {settings['seed']}{''.join(changed)}"
         found[name] = folder.partition(), folder.result()["heldout_loss"]
