@@ -158,8 +158,7 @@ class Trainer:
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = self.steps.shown(loss)
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
-        size = self.steps.batch_size
-        self._last = queries[-size:], keys, index[:, -size:]
+        self._last = queries[-self.steps.batch_size :], keys, index[:, -self.steps.batch_size :]
 
     def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
         """One optimiser step for every batch of the queries, without waiting for the device.
