@@ -112,6 +112,8 @@ class TrainConfig:
     """Steps at which training ends, merged or not."""
     lr: float = 3e-3
     """Peak learning rate, radians per step and coordinate pair."""
+    pace: Literal["equal", "ratio"] = "equal"
+    """Rate of a pair of directions: lr, or lr times the quieter one's deviation over the louder's."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of Adam's first and second moment."""
     grad_clip: float = 100.0
@@ -147,6 +149,8 @@ class TrainConfig:
             raise InputError(
                 f"objective log goes with metric euclidean, not {self.metric}: change one of them"
             )
+        if self.pace == "ratio" and self.rotation == "exp":
+            raise InputError("pace ratio goes with rotation lie or lazy, not exp: change one of them")
         if not 0 <= self.search_ahead <= 1:
             raise InputError(f"search_ahead is {self.search_ahead}: give a share from 0 to 1")
         if self.warmup_steps < 0 or self.escape_tries < 0:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from ndm_fast.activations.rows import Stream, take_rows
 from ndm_fast.config import TrainConfig
+from ndm_fast.geometry.precision import full_fp32
 from ndm_fast.ranks import Group
 from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import subspace_variances
 from ndm_fast.train.steps import Steps
+
+_LEAST_VARIANCE = 1e-12
+"""Of the largest, at which a direction counts as if it varied."""
 
 
 def hold_out(stream: Stream, train: TrainConfig) -> tuple[Tensor, int]:
@@ -39,12 +43,21 @@ class HeldOut:
         self.rows = rows
         self.queries, self.keys = rows[:queries], rows[queries:]
         self._group, self._scale = group, scale
+        self._covariance: Tensor | None = None
 
     def distance(self, steps: Steps, rotation: Tensor) -> Tensor:
         """[S] mean distance of the queries to their neighbors among the keys; geometric for logarithms."""
         queries, keys = self._group.queries.share(self.queries), self._group.keys.share(self.keys)
         distance = steps.search(queries, keys, rotation).distance
         return steps.mean_distance(distance, len(self.queries)) / steps.distance_scale
+
+    def deviations(self, rotation: Tensor) -> Tensor:
+        """[d] standard deviations along the columns of a rotation, as stored; never 0."""
+        if self._covariance is None:
+            self._covariance = torch.cov(self.rows.float().T)
+        with full_fp32():
+            variances = ((self._covariance @ rotation) * rotation).sum(0)
+        return variances.clamp_min(variances.max() * _LEAST_VARIANCE).sqrt()
 
     def variances(self, rotation: Tensor, widths: Sequence[int]) -> Tensor:
         """[S] fp64 variance of the activations in each subspace."""

@@ -150,14 +150,15 @@ class Trainer:
         """
         queries = self.group.queries.share(self.pool.take(steps * self.config.queries))
         keys = self.pool.next_keys()
+        if self.config.pace == "ratio":
+            self.rotation.pace(self.heldout.deviations(self.rotation.matrix))
         # Neighbors found where the steps begin hold them back.
         ahead, rate = self.config.search_ahead * (steps - 1), self.schedule.learning_rate(self.step)
         index = self.steps.neighbors(queries, keys, self.rotation.ahead(ahead, rate))
         for step, rate, loss in self.take_steps(queries, keys, index):
             self.train_loss = self.steps.shown(loss)
             observer.event({"event": "train", "step": step, "loss": self.train_loss, "lr": rate})
-        size = self.steps.batch_size
-        self._last = queries[-size:], keys, index[:, -size:]
+        self._last = queries[-self.steps.batch_size :], keys, index[:, -self.steps.batch_size :]
 
     def take_steps(self, queries: Tensor, keys: Tensor, index: Tensor) -> list[tuple[int, float, Tensor]]:
         """One optimiser step for every batch of the queries, without waiting for the device.

@@ -61,6 +61,7 @@ OTHER: dict[str, Any] = {
     "search_ahead": 0.5,
     "max_steps": 9,
     "lr": 0.5,
+    "pace": "ratio",
     "betas": [0.5, 0.6],
     "grad_clip": 2.5,
     "schedule": "constant",

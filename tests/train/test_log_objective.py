@@ -86,8 +86,22 @@ def test_the_steps_of_a_search_share_its_floor() -> None:
     assert bool(rotation.matrix.isfinite().all())
 
 
-def test_resumes_to_the_same_rotation() -> None:
-    stream, config = TensorStream(clustered(6000).split(500)), TrainConfig(**SETTINGS)
+def test_a_pace_by_ratio_keeps_loud_directions_out_of_quiet_ones() -> None:
+    """At an equal pace each step adds a little of what is 100 times as loud, and the loss first rises."""
+    rises = {}
+    for pace in ("equal", "ratio"):
+        config = TrainConfig(**SETTINGS, pace=pace, lr=3e-2, schedule="constant")
+        trainer = Trainer(TensorStream(clustered(30000).split(500)), config)
+        trainer.evaluate(Observer())
+        before = trainer.heldout_loss
+        trainer.run()
+        rises[pace] = trainer.heldout_loss / before
+    assert rises["ratio"] < 1 < rises["equal"]
+
+
+@pytest.mark.parametrize("pace", ["equal", "ratio"])
+def test_resumes_to_the_same_rotation(pace: str) -> None:
+    stream, config = TensorStream(clustered(6000).split(500)), TrainConfig(**SETTINGS, pace=pace)
     whole = Trainer(stream, config)
     whole.run()
 
@@ -100,6 +114,11 @@ def test_resumes_to_the_same_rotation() -> None:
         trainer.run(Stop())
         trainer = Trainer.resumed(stream, config, state=trainer.state_dict())
     assert torch.equal(trainer.rotation.matrix, whole.rotation.matrix)
+
+
+def test_a_pace_by_ratio_needs_a_rotation_that_turns_pairs() -> None:
+    with pytest.raises(InputError, match="pace ratio goes with rotation lie or lazy, not exp"):
+        TrainConfig(rotation="exp", pace="ratio")
 
 
 def test_goes_with_the_euclidean_metric_alone() -> None:

@@ -128,3 +128,18 @@ def test_is_orthogonal_where_the_program_wants_fast_products(kind: str) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("kind", ["lie", "lazy"])
+def test_a_pace_slows_pairs_of_unlike_deviation(kind: str) -> None:
+    """Adam's first step turns every pair by the rate; then the pace is all that differs."""
+    gradient = torch.randn(12, 12, generator=torch.Generator().manual_seed(7))
+    deviations = torch.tensor([100.0] * 4 + [10.0] * 4 + [1.0] * 4)
+    rotation = make_rotation(kind, torch.eye(12), (0.9, 0.999))
+    for loud in (torch.ones(12), deviations):  # the second call replaces the first
+        rotation.pace(loud)
+    rotation.step(gradient, 1e-3)
+    ratios = torch.minimum(deviations[:, None], deviations) / torch.maximum(deviations[:, None], deviations)
+    turned = rotation.matrix - torch.eye(12)
+    unlike = ~torch.eye(12, dtype=torch.bool)
+    torch.testing.assert_close(turned.abs()[unlike], 1e-3 * ratios[unlike], rtol=0.01, atol=1e-5)

@@ -42,6 +42,10 @@ class Rotation(Protocol):
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
         ...
 
+    def pace(self, deviations: Tensor) -> None:
+        """Turn each pair of columns by less, in the ratio of these [d] deviations along them."""
+        ...
+
     def next_turn(self, lr: float) -> Turn:
         """Count a step at this learning rate; :meth:`turn` must take it."""
         ...

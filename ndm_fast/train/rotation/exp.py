@@ -48,6 +48,10 @@ class ExpRotation:
         """``matrix``: this scheme searches where it is."""
         return self.matrix
 
+    def pace(self, deviations: Tensor) -> None:
+        """Not possible: its parameters turn all pairs together."""
+        raise NotImplementedError("an ExpRotation turns all pairs at one rate")
+
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
         self.turn(gradient, self.next_turn(lr))

@@ -51,6 +51,7 @@ class LieRotation:
         self._second = torch.zeros_like(self._matrix)
         self._steps = 0
         self._betas = betas
+        self._pace: Tensor | None = None
 
     @property
     def matrix(self) -> Tensor:
@@ -65,6 +66,16 @@ class LieRotation:
     def step(self, gradient: Tensor, lr: float) -> None:
         """Move against ``gradient`` = dL/dR, [d, d], at this learning rate."""
         self.turn(gradient, self.next_turn(lr))
+
+    @torch.no_grad()
+    def pace(self, deviations: Tensor) -> None:
+        """From now on turn each pair of columns by less, in the ratio of these [d] deviations along them."""
+        logs = deviations.log()
+        ratios = (logs - logs[:, None]).abs_().neg_().exp_()
+        if self._pace is None:
+            self._pace = ratios
+        else:
+            self._pace.copy_(ratios)  # where a CUDA graph reads it
 
     def next_turn(self, lr: float) -> Turn:
         """Count a step at this learning rate; :meth:`turn` must take it."""
@@ -104,7 +115,8 @@ class LieRotation:
         self, product: Tensor | None, scale: float | Tensor, guard: float | Tensor, half: bool = False
     ) -> Tensor:
         """[d, d] skew update, after moving the moments on by ``R'G`` where it is given."""
-        return ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
+        update = ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
+        return update if self._pace is None else update.mul_(self._pace)
 
     def _moved(self, update: Tensor) -> Tensor:
         with full_fp32():
