@@ -40,7 +40,7 @@ from .gradient_kernels import gradient_kernel, project_kernel, units_kernel
 from .launch import capability, device_of
 
 if TYPE_CHECKING:
-    from .tuning import Gradient
+    from .gradient_tuning import Gradient
 
 
 def loss_and_gradient(
@@ -72,7 +72,7 @@ def loss_and_gradient(
             of numbers split into two fp16, or tf32, each, good to 2^-21 (GPT-2 on an H200: 29, 23 and 29 us).
             With fp16 entries of ``rotation`` are good to 2^-31, and one beyond 1000 makes NaN; differences of
             fp16 rows are good to 2^-24. The form of fp16x3 has changed since it ran on a card.
-        shape: of the kernels' tiles; default by ``kernels/tuning.py``.
+        shape: of the kernels' tiles; default by ``kernels/gradient_tuning.py``.
 
     Returns:
         ``Objective(by_subspace [S] fp32, gradient [d, d] fp32)``. Without any distance, no gradient; a
@@ -80,14 +80,14 @@ def loss_and_gradient(
     """
     if metric == "cosine":
         return objective.loss_and_gradient(queries, keys, index, rotation, widths, metric, counted, log_floor)
-    from . import tuning
+    from . import gradient_tuning, tuning
 
     queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
     (count, width), subspaces = queries.shape, len(widths)
-    shape = shape or tuning.gradient_shape(capability(queries.device), products)
-    columns = tuning.gradient_columns(widths, products)
+    shape = shape or gradient_tuning.shape_of(capability(queries.device), products)
+    columns = gradient_tuning.columns_of(widths, products)
     cut = _pieces(tuple(widths), columns, queries.device)
-    split = tuning.gradient_splits(shape, count, width, len(cut.table))
+    split = gradient_tuning.splits_of(shape, count, width, len(cut.table))
     halves = products == "fp16x3"
     projected = torch.empty(split, count, width, device=queries.device)
     units = torch.empty((2, count, width) if halves else (count, width), device=queries.device,
@@ -101,7 +101,7 @@ def loss_and_gradient(
     common: dict[str, Any] = {"COUNTED": counted is not None, "DOT": products, "ALIGNED": cut.aligned}
     common |= tuning.OPTIONS
     tiles = dict(zip(("MAIN", "REST"), columns, strict=True)) | common
-    log, unit = {"LOG": log_floor is not None}, tuning.units_shape(widths, split)
+    log, unit = {"LOG": log_floor is not None}, gradient_tuning.units_of(widths, split)
     half = queries.dtype == keys.dtype == torch.float16
     with device_of(queries):
         project_kernel[(-(-count // shape.project_queries), split, len(cut.table))](

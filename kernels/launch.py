@@ -40,6 +40,10 @@ _TF32X3_UNIT = 2.0**-21
 """Roundoff of a product of fp32 numbers split into two tf32 each."""
 
 
+WITHOUT_A_CARD = 80
+"""Compute capability of what lies on none: for Triton's interpreter an A100's; ``replay.py`` changes it."""
+
+
 def chunks(keys: Tensor, frame: Frame, widths: list[int], search: Search) -> Iterator[KeyChunk]:
     """The keys in as many parts as keep a rotated copy small; one part where none is made."""
     scales, none = frame.keys.scales, torch.zeros_like(frame.keys.scales)
@@ -95,9 +99,9 @@ def result(best: Tensor, index: Tensor, cosine: bool) -> Neighbors:
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability such as 90; for Triton's interpreter that of an A100."""
+    """Compute capability such as 90."""
     if device.type != "cuda":
-        return 80
+        return WITHOUT_A_CARD
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -145,7 +149,7 @@ class Part(NamedTuple):
     def turn(self) -> tuple[Tensor, int, int]:
         """Arguments of both kernels: rotation, its stride and depth."""
         # Triton's interpreter multiplies the bits of bf16 as integers; in fp32 the products are the same.
-        turn = self.frame.turn if self.chunk.rows.is_cuda else self.frame.turn.float()
+        turn = self.frame.turn.float() if self.chunk.rows.is_cpu else self.frame.turn
         return turn[:, self.columns], turn.stride(0), len(turn)
 
     def scaling(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -33,6 +33,7 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 sys.path.insert(0, str(ROOT))
 
+import floors
 import jobs
 from jobs import Item, Job, Row
 
@@ -157,6 +158,11 @@ class Record:
             predicted = self.predicted.get(f"{row.get('model')} Q{row.get('Q')} {row['name']}")
             if predicted is not None:
                 row["predicted_ms"] = predicted
+            floor = floors.of_row(row) if self.head["machine"]["capability"] == (9, 0) else None
+            if floor is not None:
+                row["floor_ms"] = floor
+                if row["ms"] < floor:
+                    row["failed"] = f"{row['ms']:.4f} ms cannot be: no card takes less than {floor:.4f}"
             self.rows.append(row)
             self._print(row)
             self.head["seconds"] = time.monotonic() - self.began
@@ -171,7 +177,8 @@ class Record:
         elif "tflops" in row:
             rates = f"{row['tflops']:7.1f} TFLOP/s {row['gbs']:6.0f} GB/s"
             predicted = f" (predicted {row['predicted_ms']})" if "predicted_ms" in row else ""
-            print(f"{began} {row['ms']:9.3f} ms {rates}{predicted}", flush=True)
+            floor = f" (floor {row['floor_ms']:.3f})" if "floor_ms" in row else ""
+            print(f"{began} {row['ms']:9.3f} ms {rates}{predicted}{floor}", flush=True)
         elif "ms" in row:
             print(f"{began} {row['ms']:9.3f} ms {row['calls']:5} calls", flush=True)
         elif "registers" in row and row["spills"]:
@@ -269,6 +276,7 @@ def main() -> int:
         parser.error("--out is needed: the JSON to write")
     if not small and not torch.cuda.is_available():
         sys.exit("check.py: no CUDA device is visible to torch; --interpret tests this script without one")
+    import_package()  # the floors follow its tiles
     record = Record(arguments.out, {"machine": machine(device), "seed": arguments.seed})
     run_all(arguments, record, small)
     failures = record.failures()

@@ -184,17 +184,17 @@ def kernels(shape: Row) -> list[Row]:
 
 
 def _usage(name: str, compiled) -> Row:
+    from ndm_fast.kernels.launch import capability
+    from ndm_fast.kernels.resources import blocks_together
+
     compiled._init_handles()
-    threads = 32 * compiled.metadata.num_warps
-    shared = compiled.metadata.shared
-    registers = -(-compiled.n_regs // 8) * 8
-    fits = [65536 // (registers * threads), 2048 // threads, 32]
-    if shared:
-        fits.append(228 * 1024 // (shared + 1024))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    card = capability(torch.device("cuda"))
     constants = {str(name): str(value) for name, value in compiled.src.constants.items()}
     return {
         "name": f"kernel {name}", "registers": compiled.n_regs, "spills": compiled.n_spills, "shared": shared,
-        "warps": compiled.metadata.num_warps, "blocks_per_sm": min(fits), "constants": constants,
+        "warps": warps, "blocks_per_sm": blocks_together(card, compiled.n_regs, warps, shared),
+        "constants": constants,
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every shipped Triton configuration, compiled ahead of time: no spills, shared memory within the limit.
+"""Every shipped Triton launch, compiled ahead of time and held to golden numbers of its hot loop.
 
 In a process of its own: in this one the kernels belong to the interpreter.
 """
@@ -10,10 +10,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ndm_fast.ops import backends
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "data" / "kernel-loops.json"
+OTHER = os.environ.get("NDM_FAST_OTHER_TRITON")
+"""A folder with another triton, whose golden numbers are checked too (docs/kernels-gpu.md)."""
+MOST_STACK = 32
+"""Bytes that ptxas puts on the stack of two kernels at some alignments; the loops do not touch them."""
+TRITONS = [None, *([OTHER] if OTHER else [])]
 
 pytestmark = [
     pytest.mark.skipif(not backends.has_triton_installed(), reason="triton is not installed"),
@@ -21,21 +30,142 @@ pytestmark = [
 ]
 
 
-@pytest.mark.timeout(600)  # a minute and a half on busy cores
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
-    path = tmp_path / "usage.json"
+def python(*arguments: str, triton: str | None = None) -> None:
+    """Run python without the interpreter of kernels, and with another triton."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "ndm_fast.kernels.resources", "--arch", str(arch), "--json", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(path.read_text())
-    assert len(rows) > 15
-    assert [row for row in rows if row["stack"] > 0] == []
-    assert [row for row in rows if row["shared"] > row["limit"]] == []
-    sweeps = {row["tensor_core"] for row in rows if row["kernel"].startswith("sweep")}
-    assert sweeps == {"mma.sync" if arch == 80 else "wgmma"}
-    halves = [row for row in rows if "fp16x3" in row["kernel"] and not row["kernel"].startswith("units")]
-    assert {row["tensor_core"] for row in halves} == sweeps
-    # fp64 on the matrix units; summed over an axis it went through shared memory, ten times slower.
-    assert {row["tensor_core"] for row in rows if row["kernel"].startswith("rerank")} == {"mma.sync"}
+    if triton:
+        environment["PYTHONPATH"] = os.pathsep.join([triton, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def compiled(path: Path, *arguments: str, triton: str | None = None) -> dict[str, Any]:
+    """What the lint says of the shipped launches."""
+    python("-m", "ndm_fast.kernels.lint", "--json", str(path), *arguments, triton=triton)
+    return json.loads(path.read_text())
+
+
+def check_limits(rows: list[dict[str, Any]]) -> None:
+    """Shared memory fits, and products are on the matrix units that the architecture has."""
+    assert [row for row in rows if row["shared"] > row["limit"] or row["blocks"] < 1] == []
+    kinds = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 120: "mma.sync"}
+    for row in rows:
+        kernel = row["label"].split(": ")[1]
+        wanted = kinds.get(row["arch"])
+        if wanted and (kernel.startswith(("sweep", "stream")) or "fp16x3: gradient" in row["label"]):
+            assert row["tensor_core"] == wanted, row
+        # fp64 on the matrix units; summed over an axis it went through shared memory, ten times slower.
+        if kernel == "rerank" and row["arch"] in (80, 90):
+            assert row["tensor_core"] == "mma.sync", row
+
+
+@pytest.mark.timeout(600)  # half a minute on an idle core
+@pytest.mark.parametrize("triton", TRITONS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_hot_loops_are_as_they_were(arch: int, triton: str | None, tmp_path: Path) -> None:
+    from ndm_fast.kernels import lint
+
+    found = compiled(tmp_path / "found.json", "--arch", str(arch), triton=triton)
+    rows = found["rows"]
+    assert len(rows) > 30
+    check_limits(rows)
+    golden = json.loads(GOLDEN.read_text()).get(found["triton"])
+    if golden is None:
+        pytest.skip(f"there are no golden numbers of triton {found['triton']}: docs/kernels-gpu.md")
+    golden = golden[f"sm_{arch}"]
+    assert {row["label"] for row in rows} == set(golden)
+    assert {row["label"]: wrong for row in rows if (wrong := lint.worse(row, golden[row["label"]]))} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_everything_compiles(arch: int, tmp_path: Path) -> None:
+    """Whatever a caller may ask for, in every alignment."""
+    rows = compiled(tmp_path / "found.json", "--arch", str(arch), "--every")["rows"]
+    assert len(rows) > 100
+    check_limits(rows)
+    assert {row["label"]: row["stack"] for row in rows if row["stack"] > MOST_STACK} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_all_that_the_check_launches_compiles(arch: int) -> None:
+    python(str(ROOT / "bench" / "gpu" / "launches.py"), "--arch", str(arch))
+
+
+LOOP = """
+        /*0010*/                   STS [R1], R2 ;             /* 0x0 */
+        /*0020*/                   DEPBAR.LE SB0, 0x2 ;       /* 0x0 */
+        /*0030*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ; /* 0x0 */
+        /*0040*/                   FENCE.VIEW.ASYNC.S ;       /* 0x0 */
+        /*0050*/                   WARPGROUP.ARRIVE ;         /* 0x0 */
+        /*0060*/                   HGMMA.64x64x16.F32 R24, R56, gdesc[UR12], RZ, !UPT ; /* 0x0 */
+        /*0070*/                   HGMMA.64x64x16.F32 R24, R60, gdesc[UR16], R24, gsb0 ; /* 0x0 */
+        /*0080*/                   DEPBAR.LE SB0, 0x0 ;       /* 0x0 */
+        /*0090*/                   LDGSTS.E.BYPASS.128 [R83], desc[UR10][R72.64], P2 ; /* 0x0 */
+        /*00a0*/              @!P2 BRA 0x20 ;                 /* 0x0 */
+        /*00b0*/                   FADD R1, R1, R2 ;          /* 0x0 */
+        /*00c0*/              @!P1 BRA 0xb0 ;                 /* 0x0 */
+        /*00d0*/               @P3 BRA 0x10 ;                 /* 0x0 */
+        /*00e0*/                   BRA 0xe0 ;                 /* 0x0 */
+"""
+
+
+def test_the_hot_loop_is_the_inner_one_with_products() -> None:
+    from ndm_fast.kernels import lint
+
+    assert lint.hot_loop(LOOP) == lint.Loop(9, 2, 1, 0, 2, 0)
+    assert lint.hot_loop("/*0010*/   EXIT ;").instructions == 0
+    without = LOOP.replace("HGMMA", "FFMA")
+    assert lint.hot_loop(without) == lint.Loop(13, 0, 1, 1, 2, 0)
+
+
+def test_a_copy_of_the_turn_before_needs_a_fence() -> None:
+    from ndm_fast.kernels import lint
+
+    assert lint.hot_loop(LOOP.replace("FENCE.VIEW.ASYNC.S", "NOP")).unfenced == 1
+    assert lint.hot_loop(LOOP.replace("FENCE.VIEW.ASYNC.S", "STS [R1], R2")).unfenced == 1
+    hoisted = LOOP.replace("FENCE.VIEW.ASYNC.S", "NOP").replace("LDGSTS.E.BYPASS.128", "LDG.E.128")
+    assert lint.hot_loop(hoisted).unfenced == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wrong"),
+    [
+        ("instructions", 210, False),
+        ("instructions", 211, True),
+        ("registers", 106, True),
+        ("registers", 90, False),
+        ("barriers", 3, True),
+        ("shared_stores", 2, True),
+        ("unfenced", 1, True),
+        ("stack", 8, True),
+        ("wait", 0, True),
+        ("wait", None, True),
+        ("wait", 2, False),
+        ("blocks", 1, True),
+    ],
+)
+def test_what_is_worse(name: str, value: int | None, wrong: bool) -> None:
+    from ndm_fast.kernels import lint
+
+    golden = {"instructions": 200, "registers": 100, "barriers": 2, "shared_stores": 1, "unfenced": 0,
+              "stack": 0, "wait": 1, "blocks": 2}  # fmt: skip
+    assert lint.worse(golden, golden) == []
+    found = lint.worse({**golden, name: value}, golden)
+    assert [each.split()[0] for each in found] == ([name] if wrong else [])
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "warps", "shared", "blocks"),
+    [(90, 118, 8, 61952, 2), (90, 114, 8, 33280, 2), (90, 32, 4, 0, 16), (86, 32, 4, 40_000, 2)],
+)
+def test_blocks_of_a_multiprocessor(arch: int, registers: int, warps: int, shared: int, blocks: int) -> None:
+    """The first two as the H200's runtime had them (bench/results/gpu-h200-*.json)."""
+    from ndm_fast.kernels import resources
+
+    assert resources.blocks_together(arch, registers, warps, shared) == blocks

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ndm_fast.kernels import tuning
+from ndm_fast.kernels import gradient_tuning, tuning
 from ndm_fast.kernels.tuning import Sweep
 
 
@@ -47,8 +47,8 @@ def test_every_architecture_has_tiles_for_every_width() -> None:
     ids=str,
 )
 def test_gradient_pads_little(widths: list[int], columns: tuple[int, int]) -> None:
-    assert tuning.gradient_columns(widths, "ieee") == columns
-    whole, rest = tuning.gradient_columns(widths, "fp16x3")
+    assert gradient_tuning.columns_of(widths, "ieee") == columns
+    whole, rest = gradient_tuning.columns_of(widths, "fp16x3")
     assert rest == 0
     assert whole >= columns[0]
 
@@ -57,8 +57,8 @@ def test_gradient_pads_little(widths: list[int], columns: tuple[int, int]) -> No
     ("pieces", "queries", "depth"), [(32, 128, 2304), (24, 128, 768), (1, 1, 7), (500, 4096, 768)]
 )
 def test_gradient_splits_the_depth_until_the_card_is_full(pieces: int, queries: int, depth: int) -> None:
-    for shape in tuning.GRADIENT_CANDIDATES:
-        splits = tuning.gradient_splits(shape, queries, depth, pieces)
+    for shape in gradient_tuning.CANDIDATES:
+        splits = gradient_tuning.splits_of(shape, queries, depth, pieces)
         tiles = -(-depth // shape.depth)
         share = -(-tiles // splits)
         assert (splits - 1) * share < tiles <= splits * share

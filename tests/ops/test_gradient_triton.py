@@ -111,10 +111,10 @@ def test_a_rotation_that_fp16_cannot_hold_shows() -> None:
 
 
 def test_shape_of_the_tiles_does_not_matter() -> None:
-    from ndm_fast.kernels import tuning
+    from ndm_fast.kernels import gradient_tuning
 
     data = case(heavy_tailed, [72, 33], queries=140)
-    for shape in [*tuning.GRADIENT_CANDIDATES[::3], tuning.gradient_shape(90, "ieee")]:
+    for shape in [*gradient_tuning.CANDIDATES[::3], gradient_tuning.shape_of(90, "ieee")]:
         assert_close(find(data, shape=shape), *data, unit=UNITS["fp16x3"])
 
 
