@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.site_rows import site_activations
@@ -66,18 +67,19 @@ def run_information(
     methods = {"ndm": partition.to(device)} | {
         kind: baseline_partition(kind, partition.widths, rows) for kind in ("identity", "random")
     }
+    return [
+        {"method": kind, **_of_pairs(rows[:queries], rows[queries:], method)}
+        for kind, method in methods.items()
+    ]
+
+
+def _of_pairs(queries: Tensor, keys: Tensor, partition: SubspacePartition) -> dict[str, Any]:
     upper = torch.ones(len(partition), len(partition), dtype=torch.bool).triu(1)
-    found = []
-    for kind, method in methods.items():
-        matrix = mutual_information(rows[:queries], rows[queries:], method.rotation, method.widths)
-        scores = merge_scores(matrix, method.widths)[upper]
-        found.append(
-            {
-                "method": kind,
-                "mean_mi": float(matrix[upper].mean()),
-                "mean_score": float(scores.mean()),
-                "largest_score": float(scores.max()),
-                "matrix": matrix.tolist(),
-            }
-        )
-    return found
+    matrix = mutual_information(queries, keys, partition.rotation, partition.widths)
+    scores = merge_scores(matrix, partition.widths)[upper]
+    return {
+        "mean_mi": float(matrix[upper].mean()),
+        "mean_score": float(scores.mean()),
+        "largest_score": float(scores.max()),
+        "matrix": matrix.tolist(),
+    }

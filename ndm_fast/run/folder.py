@@ -28,7 +28,7 @@ _RESULT = {
 
 _EVENTS: dict[str, dict[str, object]] = {
     "train": {"step": int, "loss": object},
-    "evaluate": {"step": int, "heldout_loss": object, "widths": [int]},
+    "evaluate": {"step": int, "heldout_loss": object, "by_subspace": [object], "widths": [int]},
     "merge": {"step": int, "mutual_information": [[object]], "pairs": [[int]], "widths_before": [int]},
     "escape": {"step": int, "kept": bool},
 }
