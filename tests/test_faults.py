@@ -58,7 +58,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
         yield made
 
 
-@pytest.mark.parametrize("name", ["train", "train, two sites", "harvest", "index again", "report"])
+@pytest.mark.parametrize("name", ["train", "train, two sites", "harvest", "index again", "explore"])
 def test_a_failure_and_a_crash_need_no_hand(some, name):
     writer, chance = some.writers[name], random.Random(time.time_ns())
     expected, changes = some.undisturbed(writer)
