@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from ndm_fast.errors import InputError
 from ndm_fast.fields import check_positive, check_words, fitted, kinds
@@ -17,6 +17,13 @@ from ndm_fast.fields import check_positive, check_words, fitted, kinds
 Metric = Literal["euclidean", "cosine"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 METRICS, DTYPES = get_args(Metric), get_args(Dtype)
+
+
+class HubOptions(TypedDict, total=False):
+    """Arguments of ``load_model``, ``load_tokenizer`` and ``load_config`` beside the name."""
+
+    revision: str | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,8 @@ class HarvestConfig:
         return {name: given[name] for name, default in defaults.items() if given[name] != default}
 
     @property
-    def hub_options(self) -> dict[str, Any]:
-        """Arguments of ``load_model``, ``load_tokenizer`` and ``load_config`` beside the name."""
+    def hub_options(self) -> HubOptions:
+        """Which version of the model to load, and whether its code may run."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -70,6 +71,20 @@ def _sweep(folder: Path, name: str | None = None) -> None:
         process = int(found["process"])
         if process == os.getpid() or not is_alive(process):  # an earlier one may have had our number
             leftover.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; where a kill comes between, it counts as gone, and a second call deletes the rest.
+
+    Raises:
+        OSError: it cannot be deleted.
+    """
+    gone = folder.with_name(f".{folder.name}.removed")
+    if gone.exists():
+        shutil.rmtree(gone)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone)
 
 
 def is_alive(process: int) -> bool:

@@ -92,6 +92,13 @@ def is_trace(path: Path) -> bool:
     return path.name == LOCK_FILE or is_leftover(path)
 
 
+def sweep_lock(folder: Path) -> None:
+    """Remove the lock of a process that died before it could."""
+    if (folder / LOCK_FILE).exists():
+        with suppress(InputError):  # it lives, and will
+            Lock(folder).release()
+
+
 @contextmanager
 def locked(folder: Path, file: Path | None = None) -> Iterator[None]:
     """A :class:`Lock` for the time of a block."""

@@ -150,6 +150,21 @@ class SubspacePartition(
                 "take activations of the site it was trained on"
             )
 
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
+        """Save into a folder, which is made; options as for ``huggingface_hub``'s mixin."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        card = folder / "README.md"
+        if not card.exists():  # the mixin would write it in place, and keep one that a kill has cut
+            write_atomic(card, str(self.generate_model_card(**(model_card_kwargs or {}))).encode())
+        return super().save_pretrained(folder, model_card_kwargs=model_card_kwargs, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         weights = save({"rotation": self.rotation.cpu().contiguous()})
         write_atomic(save_directory / WEIGHTS_NAME, weights)

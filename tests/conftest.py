@@ -9,9 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; read once, by torch
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 from processes import Driver
+from tiny import harvest_command, make_corpus, make_model, train_command
 
 from ndm_fast.ops.cpu import extension
 
@@ -30,12 +31,6 @@ settings.register_profile("shared", deadline=None)  # a shared machine stalls no
 settings.load_profile("shared")
 
 pytest_plugins = ["time_limits"]
-
-WIDTH = 32
-"""Width of the tiny model's activations."""
-
-_EOS = "<|endoftext|>"
-_WORDS = "a red old cat dog bird tree house river sees eats likes and but then slowly never in"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,41 +64,10 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return request.param
 
 
-def words(count: int, seed: int) -> str:
-    """Text of ``count`` random words, the same for the same seed."""
-    return " ".join(random.Random(seed).choices(_WORDS.split(), k=count))
-
-
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random GPT-2, 2 layers, 32 wide, 64 positions, and a trained BPE tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        [words(2000, seed=0)],
-        trainers.BpeTrainer(vocab_size=400, special_tokens=[_EOS], initial_alphabet=alphabet),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=_EOS, eos_token=_EOS)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=64,
-        n_embd=WIDTH,
-        n_layer=2,
-        n_head=4,
-        initializer_range=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    GPT2Model(config).save_pretrained(folder)
-    return folder
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
@@ -117,84 +81,19 @@ def loaded(tiny_model: Path) -> tuple[Any, Any]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with 60 short text files, about 6,000 tokens."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(60):
-        (folder / f"{number:02}.txt").write_text(words(70 + number, seed=number))
-    return folder
-
-
-TINY: dict[str, Any] = {
-    "site": "x0.post",
-    "context_length": 32,
-    "rows_per_batch": 4,
-    "unit_size": 8,
-    "queries": 16,
-    "keys": 256,
-    "pool_rows": 640,
-    "heldout_queries": 32,
-    "heldout_keys": 256,
-    "max_steps": 64,
-    "search_every": 4,
-    "warmup_steps": 4,
-    "log_every": 4,
-    "eval_every": 16,
-    "checkpoint_every": 8,
-    "mi_queries": 32,
-    "mi_keys": 128,
-}
-"""Settings of a run that takes well under a second; the pool is filled three times."""
-
-MERGING: dict[str, Any] = {
-    "escape_tries": 2,
-    "escape_steps": 8,
-    "merge_start": 32,
-    "merge_interval": 16,
-    "merge_threshold": -1.0,
-}
-"""Settings that add escapes at steps 16 and 24, and merges at 32 and 48."""
-
-
-def flags(settings: dict[str, Any]) -> list[str]:
-    """Settings as flags of ``ndm-fast train``; None leaves one away."""
-    given: list[str] = []
-    for name, value in settings.items():
-        flag = name.replace("_", "-")
-        if value is True or value is False:
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            given += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return given
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def train_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
     """Arguments of a tiny ``ndm-fast train`` into a folder, with settings changed by keyword."""
-
-    def make(out: Path | str, *, merging: bool = False, **changes: Any) -> list[str]:
-        settings = {"model": tiny_model, "data": corpus, **TINY, **(MERGING if merging else {}), **changes}
-        return ["train", "--quiet", "--out", str(out), *flags(settings)]
-
-    return make
+    return partial(train_command, tiny_model, corpus)
 
 
 @pytest.fixture(scope="session")
 def harvest_flags(tiny_model: Path, corpus: Path) -> Callable[..., list[str]]:
     """Arguments of a tiny ``ndm-fast harvest`` of three sites: 24 batches in 6 shards per site."""
-
-    def make(out: Path, **changes: Any) -> list[str]:
-        settings = {
-            "model": tiny_model,
-            "data": corpus,
-            "site": ["blocks.0.hook_resid_mid", "blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"],
-            "rows": 3000,
-            "context_length": 32,
-            "rows_per_batch": 4,
-            "shard_mib": 4 * 32 * 4 * WIDTH * 4 / 2**20,
-            **changes,
-        }
-        return ["harvest", "--quiet", "--out", str(out), *flags(settings)]
-
-    return make
+    return partial(harvest_command, tiny_model, corpus)
 
 
 @pytest.fixture

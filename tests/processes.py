@@ -58,15 +58,17 @@ class Forked:
     Args:
         folder: for what they print.
         modules: further ones to import.
+        environment: of all its processes, beside ours.
     """
 
-    def __init__(self, folder: Path, modules: str = "sys") -> None:
+    def __init__(self, folder: Path, modules: str = "sys", environment: dict[str, str] | None = None) -> None:
         self._folder, self._outputs = folder, list[Path]()
         self._running: list[int] = []
         self._process = subprocess.Popen(
             [sys.executable, "-c", _SCRIPT.format(modules=modules)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
             bufsize=0,  # `select` sees no line that is already in a buffer
         )
 

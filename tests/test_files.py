@@ -18,6 +18,7 @@ from ndm_fast.files import (
     digest,
     is_leftover,
     read_json,
+    remove_folder,
     sealed,
     sweep,
     write_atomic,
@@ -152,3 +153,16 @@ def test_an_error_of_the_disk_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no space left"):
         write_atomic(tmp_path / "a", b"")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
+    folder = tmp_path / "activations"
+    folder.mkdir()
+    (folder / "shard").write_bytes(b"x")
+    with monkeypatch.context() as stopped:
+        stopped.setattr("ndm_fast.files.shutil.rmtree", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            remove_folder(folder)
+    assert not folder.exists()
+    remove_folder(folder)
+    assert list(tmp_path.iterdir()) == []

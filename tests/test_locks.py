@@ -16,7 +16,7 @@ import pytest
 from processes import wait_for
 
 from ndm_fast.errors import InputError
-from ndm_fast.locks import LOCK_FILE, Lock, locked
+from ndm_fast.locks import LOCK_FILE, Lock, locked, sweep_lock
 
 _HOLDER = """
 import sys
@@ -51,6 +51,15 @@ def test_a_killed_process_holds_nothing(tmp_path, holder):
     with locked(tmp_path):
         assert (tmp_path / LOCK_FILE).read_text() == f"{os.getpid()} {platform.node()}"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_what_a_dead_process_left_is_swept(tmp_path, holder):
+    sweep_lock(tmp_path)
+    assert (tmp_path / LOCK_FILE).exists()
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    sweep_lock(tmp_path)
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 def test_a_lock_whose_file_was_replaced_is_taken_again(tmp_path):

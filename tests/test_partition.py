@@ -151,6 +151,17 @@ def test_saved_and_loaded_partitions_are_the_same(tmp_path):
     assert (again / "partition.safetensors").read_bytes() == (tmp_path / "partition.safetensors").read_bytes()
 
 
+def test_the_card_is_whole_or_not_there(tmp_path, monkeypatch):
+    """The mixin writes it in place, and leaves alone one that is there, which a kill may have cut."""
+    monkeypatch.setattr("huggingface_hub.ModelCard.save", lambda *_: pytest.fail("written in place"))
+    monkeypatch.setattr(SubspacePartition, "generate_model_card", lambda _, **asked: asked)
+    make().save_pretrained(tmp_path, model_card_kwargs={"author": "me"})
+    assert (tmp_path / "README.md").read_text() == "{'author': 'me'}"
+    (tmp_path / "README.md").write_text("mine")
+    make().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
 def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     sent: dict[str, Any] = {}
 

@@ -111,8 +111,11 @@ def _check_gguf(path: Path) -> None:
 
 
 @contextmanager
-def loading(source: Source) -> Iterator[None]:
+def loading(source: Source, quantized: str | None = None) -> Iterator[None]:
     """One line for all that loading a model raises; no progress bars where nothing is downloaded.
+
+    Args:
+        quantized: by what its weights are, if by anything.
 
     Raises:
         InputError: whatever transformers, a tokenizer, a reader of weights or a model's own code raised.
@@ -123,10 +126,10 @@ def loading(source: Source) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # damaged files raise whatever the reader that stumbles over them raises
-        raise InputError(f"cannot load model {source.name!r} {_reason(source, error)}") from None
+        raise InputError(f"cannot load model {source.name!r} {_reason(source, error, quantized)}") from None
 
 
-def _reason(source: Source, error: Exception) -> str:
+def _reason(source: Source, error: Exception, quantized: str | None) -> str:
     """In brackets what went wrong, then what to do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else type(error).__name__
@@ -139,6 +142,11 @@ def _reason(source: Source, error: Exception) -> str:
         )
     if isinstance(error, ImportError):
         return f"({said}): install the package that it names"
+    if quantized:
+        return (
+            f"({said}), whose weights are quantized by {quantized}: take a device that this runs on, or the "
+            "model's plain weights"
+        )
     if source.is_gguf:
         return f"({said}): the file is damaged, or of a family that transformers does not read from GGUF"
     if source.name in GGUF_PACKAGES:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from ndm_fast.activations.model_source import Source, loading, locate
+from ndm_fast.activations.quantized import quantized_by, reads_with_head
 from ndm_fast.activations.sites import blocks_without, resolve_sites
 from ndm_fast.config import HarvestConfig
 from ndm_fast.errors import InputError
@@ -58,7 +59,7 @@ def load_model(
     """
     source = locate(name, _unpack, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = _tokenizer(source)
-    model = _model(source, getattr(torch, dtype), head)
+    model = _model(source, getattr(torch, dtype), head, device)
     return model.eval().requires_grad_(False).to(device), tokenizer
 
 
@@ -92,25 +93,29 @@ def _tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def _model(source: Source, dtype: torch.dtype, head: bool) -> Any:
-    kind: Any = AutoModelForCausalLM if head or source.adapter else AutoModel
-    with loading(source):
-        if kind is AutoModelForCausalLM and not source.is_gguf:  # whose config takes long to read
-            _check_head(source)
-        model, found = kind.from_pretrained(
-            source.place, dtype=dtype, output_loading_info=True, **source.options
-        )
+def _model(source: Source, dtype: torch.dtype, head: bool, device: str = "cpu") -> Any:
+    if source.is_gguf:  # whose config takes long to read
+        config, quantized = None, None
+    else:
+        with loading(source):
+            config = AutoConfig.from_pretrained(source.place, **source.options)
+            quantized = quantized_by(source, config)
+    through_head = bool(source.adapter) or reads_with_head(quantized, config)
+    kind: Any = AutoModelForCausalLM if head or through_head else AutoModel
+    options = {**source.options, **({"device_map": {"": device}} if quantized else {})}
+    with loading(source, quantized):
+        if kind is AutoModelForCausalLM and config is not None:
+            _check_head(source, config)
+        model, found = kind.from_pretrained(source.place, dtype=dtype, output_loading_info=True, **options)
         _check_weights(source, model, found["missing_keys"])
         if source.is_gguf:
             _forget_quantization(model)
         if source.adapter:
             model = _with_adapter(source, model)
-            model = model if head else model.base_model
-    return model
+    return model.base_model if through_head and not head else model
 
 
-def _check_head(source: Source) -> None:
-    config = AutoConfig.from_pretrained(source.place, **source.options)
+def _check_head(source: Source, config: Any) -> None:
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise _no_head(source, config.model_type)

@@ -95,22 +95,37 @@ def text_of(record: Any, text_field: str, where: str) -> Value:
         if not isinstance(value, dict):
             raise no_text(where, text_field, type(value).__name__, record)
         if name not in value:
-            raise no_text(where, text_field, "", {f"{above}{other}": None for other in value})
+            raise no_text(where, text_field, "", record)
         value, above = value[name], f"{above}{name}."
-    messages = isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
-    if isinstance(value, str | bytes | None) or messages:
+    if value is None or _is_text(value):
         return value
-    choices = {f"{text_field}.{name}": None for name in value} if isinstance(value, dict) else record
-    raise no_text(where, text_field, type(value).__name__, choices)
+    raise no_text(where, text_field, type(value).__name__, record)
 
 
-def no_text(where: str, text_field: str, found: str, choices: Any) -> InputError:
+def _is_text(value: Any) -> bool:
+    messages = isinstance(value, list) and all(isinstance(m, dict) and "role" in m for m in value)
+    return isinstance(value, str | bytes) or messages
+
+
+def _text_fields(record: dict[str, Any], above: str = "") -> Iterator[str]:
+    """Fields that hold text, also nested ones."""
+    for name, value in record.items():
+        if _is_text(value):
+            yield f"{above}{name}"
+        elif isinstance(value, dict):
+            yield from _text_fields(value, f"{above}{name}.")
+
+
+def no_text(where: str, text_field: str, found: str, record: Any) -> InputError:
     """The error for a record without text.
 
     Args:
         found: type of what is there instead; none where there is no such field.
-        choices: fields there are.
+        record: its fields that hold text are named; where none does, all others.
     """
+    fields = sorted(_text_fields(record)) if isinstance(record, dict) else []
+    if not fields and isinstance(record, dict):
+        fields = sorted(name for name in record if name != text_field)
     what = f"has no text in field {text_field!r}" + (f" but {found}" if found else "")
-    remedy = f"set --text-field to one of {sorted(choices)}" if isinstance(choices, dict) else "mend it"
+    remedy = f"set --text-field to one of {fields}" if fields else "mend it"
     return InputError(f"{where} {what}: {remedy}, or pass --bad-text skip")

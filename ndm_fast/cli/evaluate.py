@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ndm_fast.cli.options import add_kind, print_json, save_json
+from ndm_fast.cli.options import add_hub_flags, add_kind, hub_choice, print_json, save_json
 from ndm_fast.cli.patching import add_causalgym, add_circuits, add_conflict, add_shift, add_trace
 from ndm_fast.errors import InputError
 
@@ -63,6 +63,7 @@ def _add_mi(kinds: Any) -> None:
     mi = add_kind(kinds, "mi", about, _mi)
     mi.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-<model>-<site>.pt")
     mi.add_argument("--model", default=None, help="default: the one that the partition names")
+    add_hub_flags(mi)
     mi.add_argument("--data", default=None, help="text; default: what the run was trained on")
     mi.add_argument("--context-length", type=int, default=None, help="tokens in a row of text")
     mi.add_argument("--queries", type=int, default=512, help="queries of the estimate")
@@ -82,6 +83,7 @@ def _mi(options: argparse.Namespace) -> None:
         keys=options.keys,
         context_length=options.context_length,
         device=options.device,
+        hub=hub_choice(options),
     )
     if options.json:
         print_json(found)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from ndm_fast.config import GROUPS, HarvestConfig, RunConfig, from_flat
+from ndm_fast.config import GROUPS, HarvestConfig, HubOptions, RunConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.fields import alternatives, kinds, meanings, words
 from ndm_fast.run.presets import PRESETS, preset
@@ -55,6 +55,20 @@ def add_kind(kinds: Any, name: str, about: str, run: Callable[[argparse.Namespac
 
     parser.set_defaults(run=checked)
     return parser
+
+
+def add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    """Add ``--revision`` and ``--trust-remote-code``, with the meanings that ``train`` gives them."""
+    about = meanings(HarvestConfig)
+    parser.add_argument("--revision", default=None, help=about["revision"].removesuffix("."))
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help=about["trust_remote_code"].removesuffix(".")
+    )
+
+
+def hub_choice(options: argparse.Namespace) -> HubOptions:
+    """What :func:`add_hub_flags` read."""
+    return {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
 
 
 def print_json(content: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ndm_fast.cli.options import add_kind, print_json, save_json
+from ndm_fast.cli.options import add_hub_flags, add_kind, hub_choice, print_json, save_json
 
 
 def add_trace(kinds: Any) -> None:
@@ -13,6 +13,7 @@ def add_trace(kinds: Any) -> None:
     about = "patch the whole activation after every block: where does each circuit test's information sit?"
     trace = add_kind(kinds, "trace", about, _trace)
     trace.add_argument("--model", default="gpt2", help="Hugging Face name or folder, with its head")
+    add_hub_flags(trace)
     trace.add_argument("--tests", nargs="+", default=None, metavar="TEST", help="of 1 2 3 3b 4; default: all")
     trace.add_argument("--prompts", type=int, default=48, help="prompts of each test")
     trace.add_argument("--layers", type=int, nargs="+", default=None, help="blocks; default: all")
@@ -38,6 +39,7 @@ def _trace(options: argparse.Namespace) -> None:
         kinds=options.positions,
         rows=options.rows,
         device=options.device,
+        hub=hub_choice(options),
     )
     out = save_json(found.to_json(), options.out, "trace")
     draw_trace(found, out.with_suffix(".png"))
@@ -58,6 +60,7 @@ def add_circuits(kinds: Any) -> None:
         "partitions", nargs="+", metavar="RUN", help="run folder, saved partition, or R-<model>-<site>.pt"
     )
     circuits.add_argument("--model", default="gpt2", help="Hugging Face name or folder, with its head")
+    add_hub_flags(circuits)
     circuits.add_argument(
         "--tests", nargs="+", default=None, metavar="TEST", help="1 2 3 3b 4; default: those for the site"
     )
@@ -103,6 +106,7 @@ def _circuits(options: argparse.Namespace) -> None:
         data=options.data,
         context_length=options.context_length,
         device=options.device,
+        hub=hub_choice(options),
         options=CircuitOptions(
             prompts=options.prompts,
             seed=options.seed,
@@ -130,6 +134,7 @@ def add_conflict(kinds: Any) -> None:
     conflict = add_kind(kinds, "conflict", about, _conflict)
     conflict.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
     conflict.add_argument("--model", default=None, help="default: the one that the partition names")
+    add_hub_flags(conflict)
     conflict.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
     conflict.add_argument("--entities", required=True, help="RAVEL's ravel_<kind>_entity_attributes.json")
     conflict.add_argument("--texts", required=True, help="RAVEL's ravel_<kind>_attribute_to_prompts.json")
@@ -157,6 +162,7 @@ def _conflict(options: argparse.Namespace) -> None:
         seed=options.seed,
         rows=options.rows,
         device=options.device,
+        hub=hub_choice(options),
     )
     path = save_json(found, options.out, "conflict")
     if options.json:
@@ -177,6 +183,7 @@ def add_causalgym(kinds: Any) -> None:
         "--partition", required=True, metavar="RUN", help="run folder, saved partition, or R-....pt"
     )
     gym.add_argument("--model", required=True, help="Hugging Face name or folder, with its head")
+    add_hub_flags(gym)
     gym.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
     gym.add_argument("--data", default=None, help="text for PCA; default: what the run was trained on")
     gym.add_argument("--rows", type=int, default=64, help="prompts in one forward pass")
@@ -197,6 +204,7 @@ def _causalgym(options: argparse.Namespace) -> None:
         data=options.data,
         rows=options.rows,
         device=options.device,
+        hub=hub_choice(options),
     )
     path = save_json(causalgym_json(found), options.out, "causalgym")
     if options.json:

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ndm_fast.activations.site_rows import site_activations
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.circuits.ioi import logit_difference
@@ -28,6 +29,7 @@ from ndm_fast.evaluate.patching.language_model import check_lengths, load_langua
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import pad_prompts
+from ndm_fast.evaluate.revision import trained_on
 from ndm_fast.partition import SubspacePartition
 
 _FIELDS = ("base", "src", "base_type", "src_type", "base_label", "src_label")
@@ -151,6 +153,7 @@ def run_causalgym(
     data: str | None = None,
     rows: int = 64,
     device: str = "cpu",
+    hub: HubOptions | None = None,
 ) -> list[SpanEffects]:
     """Log odds ratios of every subspace at every span, by task, beside partitions of the same widths.
 
@@ -158,11 +161,15 @@ def run_causalgym(
         site: default the partition's own.
         data: text for principal components; default what the partition was trained on, and where that is not
             known either, PCA is left out.
+        hub: the model's revision, default the one that the partition was trained on, and whether its own code
+            may run.
 
     Raises:
         InputError: no site, a partition of another width, no usable pair, a prompt that is too long.
     """
-    model, tokenizer = load_language_model(model_name, device)
+    model, tokenizer = load_language_model(
+        model_name, device, hub=trained_on(model_name, hub, partition.source)
+    )
     where = site or partition.source.get("site")
     if not where:
         raise InputError("the partition does not say which site it is for: give --site")

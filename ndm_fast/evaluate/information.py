@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.site_rows import site_activations
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
+from ndm_fast.evaluate.revision import trained_on
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.merge.mutual_information import mutual_information
@@ -25,12 +28,15 @@ def run_information(
     keys: int = 16384,
     context_length: int | None = None,
     device: str = "cpu",
+    hub: HubOptions | None = None,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
     """Pairwise mutual information on ordinary text, of the partition, identity and random.
 
     Args:
         model_name, data: default what the partition's ``source`` names.
+        hub: the model's revision, default the one that the partition was trained on, and whether its own code
+            may run.
 
     Returns:
         A row per method: ``method``, mean over pairs of the information (``mean_mi``, nats), of information
@@ -43,7 +49,8 @@ def run_information(
         raise InputError("a partition of one subspace has no pairs: give one of at least two")
     if min(queries, keys) < 1:
         raise InputError(f"{queries} queries and {keys} keys: give at least one of each")
-    model, tokenizer = load_model(model_name or partition.source.get("model", ""), device=device)
+    name = model_name or partition.source.get("model", "")
+    model, tokenizer = load_model(name, device=device, **trained_on(name, hub, partition.source))
     site = partition.source.get("site")
     if not site:
         raise InputError("the partition does not say which site it is for: train or import it with ndm-fast")
@@ -60,18 +67,19 @@ def run_information(
     methods = {"ndm": partition.to(device)} | {
         kind: baseline_partition(kind, partition.widths, rows) for kind in ("identity", "random")
     }
+    return [
+        {"method": kind, **_of_pairs(rows[:queries], rows[queries:], method)}
+        for kind, method in methods.items()
+    ]
+
+
+def _of_pairs(queries: Tensor, keys: Tensor, partition: SubspacePartition) -> dict[str, Any]:
     upper = torch.ones(len(partition), len(partition), dtype=torch.bool).triu(1)
-    found = []
-    for kind, method in methods.items():
-        matrix = mutual_information(rows[:queries], rows[queries:], method.rotation, method.widths)
-        scores = merge_scores(matrix, method.widths)[upper]
-        found.append(
-            {
-                "method": kind,
-                "mean_mi": float(matrix[upper].mean()),
-                "mean_score": float(scores.mean()),
-                "largest_score": float(scores.max()),
-                "matrix": matrix.tolist(),
-            }
-        )
-    return found
+    matrix = mutual_information(queries, keys, partition.rotation, partition.widths)
+    scores = merge_scores(matrix, partition.widths)[upper]
+    return {
+        "mean_mi": float(matrix[upper].mean()),
+        "mean_score": float(scores.mean()),
+        "largest_score": float(scores.max()),
+        "matrix": matrix.tolist(),
+    }

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.evaluate.patching.answers import answer_token, prompt_tokens
@@ -24,18 +25,16 @@ from ndm_fast.evaluate.patching.language_model import check_lengths, load_langua
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import pad_prompts
+from ndm_fast.evaluate.revision import trained_on
 from ndm_fast.files import read_json
 from ndm_fast.partition import SubspacePartition
 
 _SYLLABLES = tuple(first + second for first in "bdfgklmnrstvz" for second in "aeiou")
 
-
 _TRIES = 2000
-
 
 _CANDIDATES = 32
 """Entities that the model is asked about in one forward pass."""
-
 
 RUNS = ("corrupt_param", "corrupt_context")
 
@@ -259,16 +258,19 @@ def run_conflict(
     seed: int = 0,
     rows: int = 32,
     device: str = "cpu",
+    hub: HubOptions | None = None,
 ) -> dict[str, Any]:
     """:func:`conflict_rates` of a partition at its own site, beside identity and random.
 
     Args:
         model_name, site: default those that the partition's ``source`` names.
+        hub: as for ``run_information``.
 
     Raises:
         InputError: as :func:`make_conflicts`; a partition that names no site, or of another width.
     """
-    model, tokenizer = load_language_model(model_name or partition.source.get("model", ""), device)
+    name = model_name or partition.source.get("model", "")
+    model, tokenizer = load_language_model(name, device, hub=trained_on(name, hub, partition.source))
     site = site or partition.source.get("site")
     if not site:
         raise InputError("the partition does not say which site it is for: give --site")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ndm_fast.config import TrainConfig
 from ndm_fast.drawing import (
     BLUE,
     GREY,
@@ -48,6 +49,12 @@ _CURVES: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )
 
 
+_WHY_IT_JUMPS = (
+    "Wider subspaces have larger distances: at a merge the mean jumps up though nothing got worse,\n"
+    "and per √width it hardly does."
+)
+
+
 def draw_run(folder: RunFolder, vector: bool = False) -> list[Path]:
     """Draw what the files of a run allow, into its ``figures`` folder.
 
@@ -76,7 +83,7 @@ def _figures(folder: RunFolder) -> Iterator[tuple[str, Figure]]:
     settings = folder.config() if folder.config_file.exists() else None
     merges = [event for event in events if event["event"] == "merge"]
     if any(event["event"] in ("train", "evaluate") for event in events):
-        yield "loss", loss_figure(events, settings.train.metric if settings else "euclidean")
+        yield "loss", loss_figure(events, settings.train if settings else TrainConfig())
     if any(len(event["widths_before"]) > 1 for event in merges):
         yield (
             "mutual_information",
@@ -94,35 +101,68 @@ def purity_tables(file: Path) -> dict[str, list[dict[str, Any]]]:
     return read_json(file, {str: [row]}, remedy=f"run `ndm-fast evaluate purity {file.parent}` again")
 
 
-def loss_figure(events: Sequence[Event], metric: str = "euclidean") -> Figure:
+def loss_figure(events: Sequence[Event], train: TrainConfig) -> Figure:
     """Training loss and held-out loss against steps, with every merge as a vertical line.
+
+    Where subspaces merged and the metric is euclidean, a second panel has the held-out distance per root of
+    the width, which a merge alone leaves about where it is.
 
     Args:
         events: of kinds "train", "evaluate", "merge" and "escape", as the trainer logs them.
+        train: of the run.
     """
     kinds = {
         kind: [e for e in events if e["event"] == kind] for kind in ("train", "evaluate", "merge", "escape")
     }
     merges = [event for event in kinds["merge"] if event["pairs"]]
-    figure = new_figure(9, 5)
-    axes = figure.add_subplot()
+    breaks = [event["step"] for event in merges]
+    beside = bool(merges) and train.metric == "euclidean"
+    figure = new_figure(9, 7.5 if beside else 5)
+    panels = figure.subplots(1 + beside, sharex=True, squeeze=False)[:, 0]
     last = max(event["step"] for event in events)
-    axes.set_xlim(-0.01 * last - 0.5, 1.01 * last + 0.5)
-    values = []
+    panels[0].set_xlim(-0.01 * last - 0.5, 1.01 * last + 0.5)
     for kind, field, label, look in _CURVES:
-        steps, losses = _broken_at([(e["step"], e[field]) for e in kinds[kind]], [m["step"] for m in merges])
-        axes.plot(steps, losses, label=label, **look)
-        values += [loss for loss in losses if math.isfinite(loss)]
-    if values and min(values) > 0 and max(values) > _LOG_SCALE_FROM * min(values):
-        _make_logarithmic(axes)
-    _mark_escapes(axes, kinds["escape"])
-    _mark_merges(axes, merges, _first_count(kinds))
-    count_steps(axes)
-    unit = "−cosine, weighted by width" if metric == "cosine" else "units of the activations"
-    axes.set_ylabel(f"mean distance to the nearest neighbor\n({unit})")
-    axes.legend(loc="best")
+        _draw(panels[0], [(e["step"], e[field]) for e in kinds[kind]], breaks, label=label, **look)
+    if beside:
+        points = [(e["step"], per_root_width(e, train.objective)) for e in kinds["evaluate"]]
+        _draw(panels[1], points, breaks, label="held out, per √width", **_CURVES[1][3])
+        panels[1].set_ylabel("distance over the root of\nthe subspace's width, mean")
+    _mark_escapes(panels[0], kinds["escape"])
+    for axes in panels:
+        _scale(axes)
+        axes.legend(loc="best")
+        for at in breaks:
+            axes.axvline(at, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    _count_subspaces(panels[0], merges, _first_count(kinds))
+    count_steps(panels[-1])
+    if beside:
+        panels[-1].set_xlabel(f"training step\n\n{_WHY_IT_JUMPS}")
+    unit = "−cosine, weighted by width" if train.metric == "cosine" else "units of the activations"
+    panels[0].set_ylabel(f"mean distance to the nearest neighbor\n({unit})")
     figure.suptitle("Loss: how near the nearest neighbor is, averaged over subspaces")
     return figure
+
+
+def per_root_width(event: Event, objective: str) -> float:
+    """The held-out distance of an "evaluate" event over the root of each width, averaged as the loss is."""
+    widths = np.array(event["widths"], dtype=float)
+    distance = np.array(event["by_subspace"], dtype=float) / np.sqrt(widths)
+    if objective == "log":
+        with np.errstate(divide="ignore"):
+            return float(np.exp(np.average(np.log(distance), weights=widths)))
+    return float(distance.mean())
+
+
+def _draw(axes: Axes, points: Sequence[tuple[int, float]], breaks: Sequence[int], **look: Any) -> None:
+    steps, values = _broken_at(points, breaks)
+    axes.plot(steps, values, **look)
+
+
+def _scale(axes: Axes) -> None:
+    """A logarithmic axis where the curves fall far."""
+    values = [v for line in axes.lines for v in np.asarray(line.get_ydata(), dtype=float) if math.isfinite(v)]
+    if values and min(values) > 0 and max(values) > _LOG_SCALE_FROM * min(values):
+        _make_logarithmic(axes)
 
 
 def _make_logarithmic(axes: Axes) -> None:
@@ -155,10 +195,8 @@ def _first_count(kinds: Mapping[str, Sequence[Event]]) -> int | None:
     return len(kinds["evaluate"][0]["widths"]) if kinds["evaluate"] else None
 
 
-def _mark_merges(axes: Axes, merges: Sequence[Event], first: int | None) -> None:
-    """Vertical lines, and above the axes the number of subspaces from there on."""
-    for event in merges:
-        axes.axvline(event["step"], color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+def _count_subspaces(axes: Axes, merges: Sequence[Event], first: int | None) -> None:
+    """Above the axes the number of subspaces from each merge on."""
     if not merges:
         if first is not None:
             axes.set_title(f"{first} subspaces, no merges")

@@ -6,6 +6,7 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,8 @@ def serve(path: Path, *, host: str, port: int, allow_remote: bool, rows: int, de
             timeout_keep_alive=10,
             timeout_graceful_shutdown=3,
         )
-        server.run(sockets=[listening])
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listening])
 
 
 def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:

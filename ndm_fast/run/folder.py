@@ -10,7 +10,7 @@ from typing import Any
 from ndm_fast.config import RunConfig, from_flat
 from ndm_fast.errors import InputError
 from ndm_fast.files import digest, parse_json, read_json, sweep, unwritable, write_json
-from ndm_fast.locks import Lock, is_trace
+from ndm_fast.locks import Lock, is_trace, sweep_lock
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.provenance import provenance
 from ndm_fast.run.checkpoint import Checkpoint, load_checkpoint
@@ -28,7 +28,7 @@ _RESULT = {
 
 _EVENTS: dict[str, dict[str, object]] = {
     "train": {"step": int, "loss": object},
-    "evaluate": {"step": int, "heldout_loss": object, "widths": [int]},
+    "evaluate": {"step": int, "heldout_loss": object, "by_subspace": [object], "widths": [int]},
     "merge": {"step": int, "mutual_information": [[object]], "pairs": [[int]], "widths_before": [int]},
     "escape": {"step": int, "kept": bool},
 }
@@ -87,6 +87,7 @@ class RunFolder:
         if self.result_file.exists():
             self._refuse_other(config, resume)
             sweep(self.path)
+            sweep_lock(self.path)
             return
         if not self.config_file.exists() and self.path.exists() and not self._is_free():
             raise InputError(f"{self.path} exists and is no run of ndm-fast: choose another --out")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,11 +15,15 @@ from ndm_fast.activations.rows import SiteStream
 from ndm_fast.activations.stream import ActivationStream
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
+from ndm_fast.files import remove_folder, unwritable
 from ndm_fast.ranks import Group, Launch, launched
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Progress
 from ndm_fast.run.site import ACTIVATIONS, SiteRun, standing, train_one
 from ndm_fast.run.source import documents, share_harvest, with_cache
+
+_TEMPORARY = f".{ACTIVATIONS}.temporary"
+"""Beside shared activations that nobody asked to keep."""
 
 
 def train_run(
@@ -85,18 +88,37 @@ def _train_together(
     keep_activations: bool,
 ) -> list[RunFolder]:
     """Train several sites from one harvest, where there is room for it; a single one from the model."""
-    folder = out / ACTIVATIONS
+    folder, temporary = out / ACTIVATIONS, out / _TEMPORARY
     open_runs = sum(not run.folder.result_file.exists() for run in runs)
     shared = None
     if open_runs > 1 or (open_runs and len(runs) > 1 and folder.exists()):
+        _mark(temporary, there=not keep_activations)
         shared = share_harvest(config, model, tokenizer, folder, show_progress=show_progress)
     if shared is None:
-        return train_sites(runs, device=device, show_progress=show_progress)
+        folders = train_sites(runs, device=device, show_progress=show_progress)
+        _end_sharing(folder, temporary)
+        return folders
     runs = [dataclasses.replace(run, stream=shared.stream(run.stream.site)) for run in runs]
     folders = train_sites(runs, device=device, show_progress=show_progress)
-    if not keep_activations:
-        shutil.rmtree(folder)
+    _end_sharing(folder, temporary)
     return folders
+
+
+def _mark(temporary: Path, there: bool) -> None:
+    """Say on disk whether shared activations go when the last site is done, as we may not live to see it."""
+    try:
+        if there:
+            temporary.touch()
+        else:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(temporary, error) from None
+
+
+def _end_sharing(folder: Path, temporary: Path) -> None:
+    if temporary.exists():
+        remove_folder(folder)
+        temporary.unlink()
 
 
 def _train_streams(

@@ -478,6 +478,21 @@ def test_what_several_sites_share_can_be_kept(ndm, train_flags, tmp_path, passes
         assert run_folder(tmp_path / "again" / site) == run_folder(tmp_path / "run" / site)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_was_shared_goes_with_the_last_site_even_after_a_kill(
+    ndm, train_flags, tmp_path, monkeypatch, keep
+):
+    """Killed after the last site, before the activations were deleted; what was to be kept stays."""
+    command = [*train_flags(tmp_path / "run", site=SITES[:2], max_steps=8)]
+    with monkeypatch.context() as killed:
+        killed.setattr("ndm_fast.run.train._end_sharing", lambda *_: None)
+        assert ndm(*command, *(["--keep-activations"] if keep else [])).code == 0
+    assert (tmp_path / "run" / "activations").exists()
+    assert ndm(*command, "--resume").code == 0
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert left == (["activations", *SITES[:2]] if keep else SITES[:2])
+
+
 def test_several_sites_stopped_while_harvesting_go_on(ndm, train_flags, tmp_path, monkeypatch):
     found, asked = Harvester._found, []
 

@@ -190,14 +190,21 @@ def test_nested_fields(tmp_path, kind):
     else:
         path.write_text(json.dumps(NESTED) if kind == "json" else "\n".join(map(json.dumps, NESTED)))
     assert read(path, text_field="data.text") == ["one", "two"]
-    for field, there in (
-        ("data", r"\['data.meta', 'data.text'\]"),
-        ("data.txt", r"\['data.meta', 'data.text'\]"),
-        ("data.meta", r"\['data.meta.n'\]"),
-        ("text", r"\['data'"),
-    ):
-        with pytest.raises(InputError, match=f"set --text-field to one of {there}"):
+    for field in ("data", "data.txt", "data.meta", "data.text.deeper"):
+        with pytest.raises(InputError, match=r"set --text-field to one of \['data.text'\]"):
             open_documents(str(path), text_field=field)
+    there = r"\['data', 'n'\]" if kind == "parquet" else r"\['data.text'\]"
+    with pytest.raises(InputError, match=f"set --text-field to one of {there}"):
+        open_documents(str(path), text_field="text")
+
+
+def test_a_field_without_text_is_not_advised(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 3, "n": {"m": 4}}')
+    with pytest.raises(InputError, match=r"in field 'text' but int: set --text-field to one of \['n'\]"):
+        read(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": 3}')
+    with pytest.raises(InputError, match=r"in field 'text' but int: mend it, or pass"):
+        read(tmp_path)
 
 
 def test_a_field_with_a_dot_in_its_name(tmp_path):

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from tiny import gpt2_like, tokenizer_of
 
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.circuits import circuits, word_lists, yardsticks
@@ -24,46 +25,12 @@ from ndm_fast.run.published import export_published
 
 WIDTH = 32
 OPTIONS = CircuitOptions(prompts=12, rows=12, random_seeds=2)
-BOS = "<|endoftext|>"
 
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread, monkeypatch):
     """Tiny tensors, and few activations of ordinary text."""
     monkeypatch.setattr(circuits, "site_activations", partial(circuits.site_activations, rows=512))
-
-
-def tokenizer_of(words, split_digits=False):
-    """Byte-level BPE whose merges make every word, with the space before it, one token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {BOS: 0}
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
-        vocabulary[letter] = len(vocabulary)
-    merges = []
-    for word in words:
-        built = word[0]
-        for letter in word[1:]:
-            if built + letter not in vocabulary:
-                vocabulary[built + letter] = len(vocabulary)
-                merges.append((built, letter))
-            built += letter
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([*digits, level])
-    bpe.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=BOS)
-
-
-def gpt2_like(split_digits=False):
-    text = " ".join((*word_lists.IOI_TEMPLATES, word_lists.YEARS_TEMPLATE)).replace("{", "").replace("}", "")
-    words = {*word_lists.NAMES, *word_lists.PLACES, *word_lists.THINGS, *word_lists.NOUNS, *text.split()}
-    spaced = [f"Ġ{word}" for word in sorted(words)]
-    return tokenizer_of(
-        [*(f"Ġ{c}" for c in range(11, 19)), *(f"{y:02}" for y in range(100)), *spaced], split_digits
-    )
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from ndm_fast.config import from_flat
+from ndm_fast.config import TrainConfig, from_flat
 from ndm_fast.drawing import style, thinned
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.purity import SHARES
 from ndm_fast.evaluate.truth.toy_figure import draw_toy, toy_figure
 from ndm_fast.files import write_json
 from ndm_fast.partition import SubspacePartition, merged_order
-from ndm_fast.report.figures import draw_run, loss_figure, purity_figure
+from ndm_fast.report.figures import draw_run, loss_figure, per_root_width, purity_figure
 from ndm_fast.report.merge_figures import information_figure, merge_tree, tree_figure
 from ndm_fast.run.folder import RunFolder, log_line
 from ndm_fast.train.merge.pairs import choose_pairs, merge_scores
@@ -40,12 +40,17 @@ def _merge(step, widths, pairs, seed=0):
     }
 
 
+def _evaluated(step, loss, widths):
+    distances = {"heldout_loss": loss, "by_subspace": [loss] * len(widths)}
+    return {"event": "evaluate", "step": step, **distances, "widths": list(widths)}
+
+
 def _events(merges, last=800, widths=(8, 8, 8, 8)):
-    events = [{"event": "evaluate", "step": 0, "heldout_loss": 1.7, "widths": list(widths)}]
+    events = [_evaluated(0, 1.7, widths)]
     for step in range(20, last + 1, 20):
         events.append({"event": "train", "step": step, "loss": 1 + 0.7 * 0.99**step, "lr": 1e-3})
         if step % 100 == 0:
-            events.append({"event": "evaluate", "step": step, "heldout_loss": 1.01, "widths": list(widths)})
+            events.append(_evaluated(step, 1.01, widths))
         events += [event for event in merges if event["step"] == step]
     return events
 
@@ -203,7 +208,7 @@ def test_one_panel_for_every_round(merges):
 
 def test_loss_marks_merges_and_breaks_there(merges):
     with style():
-        axes = loss_figure(_events(merges)).axes[0]
+        axes = loss_figure(_events(merges), TrainConfig()).axes[0]
     training, heldout, *lines = axes.lines
     assert [line.get_xdata()[0] for line in lines] == [400, 600]
     assert _labels(axes.child_axes[0].xaxis) == ["4", "3", "2"]
@@ -214,13 +219,36 @@ def test_loss_marks_merges_and_breaks_there(merges):
     assert axes.get_yscale() == "linear"
 
 
+@pytest.mark.parametrize("objective", ["distance", "log"])
+def test_beside_the_loss_is_that_per_root_of_the_width(merges, objective):
+    """Of subspaces that are Gaussian in every direction it stays where it is, though the loss jumps."""
+    events = [_evaluated(0, 4.0, [16] * 4), *merges, _evaluated(800, 6.0, [16, 48])]
+    events[-1]["by_subspace"] = [4.0, 48**0.5]
+    with style():
+        figure = loss_figure(events, TrainConfig(objective=objective))
+    curve = figure.axes[1].lines[0].get_ydata()
+    assert curve[0] == pytest.approx(1)
+    assert curve[-1] == pytest.approx(1)
+    assert "at a merge the mean jumps up" in figure.axes[1].get_xlabel()
+    events[-1]["by_subspace"] = [8.0, 48**0.5]
+    assert per_root_width(events[-1], objective) == pytest.approx(1.5 if objective == "distance" else 2**0.25)
+
+
+def test_there_is_one_panel_where_nothing_jumps(merges):
+    with style():
+        assert len(loss_figure(_events([]), TrainConfig()).axes) == 1
+        assert len(loss_figure(_events(merges), TrainConfig(metric="cosine")).axes) == 1
+
+
 def test_loss_that_falls_far_is_logarithmic_and_escapes_are_marked():
     events = [{"event": "train", "step": step, "loss": 10 / step} for step in range(1, 100)]
     events.append({"event": "escape", "step": 50, "kept": True, "pair": [0, 1]})
     with style():
-        axes = loss_figure(events).axes[0]
+        axes = loss_figure(events, TrainConfig()).axes[0]
         assert (
-            loss_figure([{**e, "loss": -e["loss"]} for e in events[:-1]], "cosine").axes[0].get_yscale()
+            loss_figure([{**e, "loss": -e["loss"]} for e in events[:-1]], TrainConfig(metric="cosine"))
+            .axes[0]
+            .get_yscale()
             == "linear"
         )
     assert axes.get_yscale() == "log"
@@ -254,7 +282,7 @@ def test_toy_is_drawn_on_a_symmetric_scale(tmp_path):
 def test_nothing_runs_over_the_edge(merges):
     with style():
         figures = [
-            loss_figure(_events(merges)),
+            loss_figure(_events(merges), TrainConfig()),
             information_figure(merges, 0.06),
             information_figure(merges[:1], 0.06),
             information_figure(merges[2:], 0.04),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -233,6 +234,34 @@ def test_interrupted_build_leaves_the_old_index(
 
     with pytest.raises(KeyboardInterrupt):
         build_index(breaking(), partition, folder, loaded[1], rows_per_shard=300)
+    assert len(PreimageIndex(folder)) == 1000
+    assert [path.name for path in tmp_path.iterdir()] == ["preimages"]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_an_index_that_is_replaced_survives(
+    built: Path,
+    stream: ActivationStream,
+    partition: SubspacePartition,
+    loaded: tuple[Any, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    at: int,
+) -> None:
+    """Where the old one cannot be moved away, or the new one cannot take its place."""
+    folder = tmp_path / "preimages"
+    shutil.copytree(built, folder)
+    rename, moved = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        moved.append(target)
+        if len(moved) == at:
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(InputError, match=r"cannot write .*broken"):
+        build_index(text_batches(stream.harvested_rows(), 400), partition, folder, loaded[1])
     assert len(PreimageIndex(folder)) == 1000
     assert [path.name for path in tmp_path.iterdir()] == ["preimages"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ndm_fast.activations.site_rows import site_activations
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.circuits.bootstrap import gini_intervals
@@ -30,6 +31,7 @@ from ndm_fast.evaluate.patching.language_model import check_lengths, load_langua
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import pad_prompts
+from ndm_fast.evaluate.revision import trained_on
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.train.merge.mutual_information import subspace_variances
 
@@ -130,6 +132,7 @@ def run_circuits(
     data: str | None = None,
     context_length: int | None = None,
     device: str = "cpu",
+    hub: HubOptions | None = None,
     options: CircuitOptions | None = None,
 ) -> CircuitResults:
     """Run circuit tests at each partition's site, for NDM, the four baselines and perhaps yardsticks.
@@ -139,6 +142,8 @@ def run_circuits(
         tests: names; default those that peak at the site in ``trace``, without one those made for it.
         site: where to patch; default each partition's own.
         data: text for variances and principal components; default what the partition was trained on.
+        hub: the model's revision, default the one that the partition was trained on, and whether its own code
+            may run.
 
     Raises:
         InputError: no test for a site, unknown tests, a model without a head, a tokenizer that splits the
@@ -148,7 +153,9 @@ def run_circuits(
     for count, things in ((options.prompts, "prompts"), (options.random_seeds, "random seeds")):
         if count < 1:
             raise InputError(f"{count} {things} are too few: give at least 1")
-    model, tokenizer = load_language_model(model_name, device)
+    model, tokenizer = load_language_model(
+        model_name, device, hub=trained_on(model_name, hub, *(p.source for p in partitions.values()))
+    )
     results: CircuitResults = {}
     for name, partition in partitions.items():
         where = site or partition.source.get("site")

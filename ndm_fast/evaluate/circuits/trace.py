@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ndm_fast.activations.hooks import collect_activations
 from ndm_fast.activations.sites import canonical_name, number_of_blocks
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.circuits.prompts import TESTS, CircuitTest, chosen_tests
 from ndm_fast.evaluate.circuits.words import CircuitPrompts
@@ -125,6 +126,7 @@ def run_trace(
     kinds: bool = False,
     rows: int = 48,
     device: str = "cpu",
+    hub: HubOptions | None = None,
     progress: bool = True,
 ) -> Trace:
     """Trace circuit tests through a model.
@@ -134,12 +136,13 @@ def run_trace(
         layers: blocks after which to patch; default all.
         kinds: also every kind of position by itself; tests with the same prompts share these curves.
         rows: prompts in one forward pass.
+        hub: see ``load_model``.
 
     Raises:
         InputError: unknown tests or layers, a model without a head, a tokenizer that splits the words.
     """
     chosen = chosen_tests(list(TESTS) if tests is None else tests)
-    model, tokenizer = load_language_model(model_name, device)
+    model, tokenizer = load_language_model(model_name, device, hub=hub)
     count = number_of_blocks(model)
     layers = list(range(count)) if layers is None else sorted(set(layers))
     if not layers or layers[0] < 0 or layers[-1] >= count:

@@ -8,18 +8,22 @@ from typing import Any
 from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from ndm_fast.activations.models import load_model, longest_context
+from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
-def load_language_model(name: str, device: str = "cpu") -> tuple[Any, Any]:
+def load_language_model(name: str, device: str = "cpu", *, hub: HubOptions | None = None) -> tuple[Any, Any]:
     """A causal language model in eval mode, and its fast tokenizer.
+
+    Args:
+        hub: see ``load_model``.
 
     Raises:
         InputError: as ``load_model``; also one that was trained to fill in masks.
     """
-    model, tokenizer = load_model(name, device=device, head=True)
+    model, tokenizer = load_model(name, device=device, head=True, **(hub or {}))
     config = model.config
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
     saved_as = config.architectures or []

@@ -147,6 +147,11 @@ def unfinished(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.unfinished")
 
 
+def replaced(folder: Path) -> Path:
+    """Where the index before is while another takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     build = "build it with `ndm-fast index RUN`"
     if not folder.is_dir():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ndm_fast.report.index.format import (
     PIECES,
     PreimageIndex,
     TextBatch,
+    replaced,
     unfinished,
 )
 from ndm_fast.report.index.tokens import token_pieces
@@ -50,6 +52,7 @@ def run_index(
         InputError: the run is not finished, or its index is damaged or of another partition.
     """
     partition = folder.partition()
+    _sweep_after_kill(folder.index_folder)
     if folder.index_folder.exists() and not rebuild:
         index = PreimageIndex(folder.index_folder)
         if not index.partition.rotation.equal(partition.rotation) or index.rows.widths != partition.widths:
@@ -100,21 +103,43 @@ def build_index(
     building = unfinished(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder, folder.with_name(f".{folder.name}{LOCK_FILE}")):
+        with locked(folder, _lock_file(folder)):
             try:
-                shutil.rmtree(building, ignore_errors=True)
+                _sweep(folder)
                 building.mkdir()
                 writer = _Writer(building, partition, dtype, rows_per_shard)
                 for batch in batches:
                     writer.add(batch)
                 writer.finish(tokenizer)
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder.exists():
+                    folder.rename(replaced(folder))
                 building.rename(folder)
             finally:
-                shutil.rmtree(building, ignore_errors=True)
+                _sweep(folder)
     except OSError as error:
         raise unwritable(folder, error) from None
     return PreimageIndex(folder, verify=False)
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{LOCK_FILE}")
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what is no index, or no longer; an index that was to be replaced, but was not, comes back."""
+    old, building = replaced(folder), unfinished(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    for leftover in (old, building):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sweep_after_kill(folder: Path) -> None:
+    """Also while nothing is to be built."""
+    lock = _lock_file(folder)
+    if any(path.exists() for path in (lock, replaced(folder), unfinished(folder))):
+        with suppress(InputError), locked(folder, lock):  # else it is being built just now
+            _sweep(folder)
 
 
 class _Writer:
