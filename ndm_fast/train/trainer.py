@@ -218,8 +218,7 @@ class Trainer:
     def set_widths(self, widths: tuple[int, ...]) -> None:
         """Take further steps on the same rotation for subspaces of these widths."""
         self.widths = widths
-        alone = self.device.type == "cuda" and self.group.all.size == 1 and self.config.rotation != "exp"
-        graph = self.settings.cuda_graph == "on" or (self.settings.cuda_graph == "auto" and alone)
+        graph = self.settings.graphs(self.config, self.device.type, self.group.all.size)
         self.steps = Steps(self.config, self.group, widths, self.rotation, self.scale, cuda_graph=graph)
 
     def state_dict(self) -> State:
