@@ -246,11 +246,6 @@ class RunSettings:
         if self.cuda_graph == "on" and train.rotation == "exp":
             raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
 
-    def graphs(self, train: TrainConfig, device: str, ranks: int) -> bool:
-        """Whether search and steps are replayed as CUDA graphs on a type of device."""
-        possible = device == "cuda" and ranks == 1 and train.rotation != "exp"
-        return self.cuda_graph == "on" or (self.cuda_graph == "auto" and possible)
-
 
 @dataclass(frozen=True)
 class RunConfig:

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
+from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.models import load_model
+from ndm_fast.activations.rows import take_rows
+from ndm_fast.activations.stream import ActivationStream
 from ndm_fast.config import from_flat
 from ndm_fast.distributed import together
-from ndm_fast.activations.models import load_model
-from ndm_fast.activations.stream import ActivationStream
-from ndm_fast.activations.rows import take_rows
-from ndm_fast.run.presets import preset
 from ndm_fast.provenance import provenance
-from ndm_fast.table import text_table
 from ndm_fast.run.folder import RunFolder
-from ndm_fast.activations.documents import open_documents
+from ndm_fast.run.presets import preset
+from ndm_fast.table import text_table
 from ndm_fast.train.over_ranks import nearest_neighbors
 
 RANKS = 2

@@ -22,16 +22,16 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `kernels` hides another
 
 from measuring import result_file, seconds, spread, times_faster, write_results
-from ndm_fast.run.source import harvest_run
-from ndm_fast.config import HarvestConfig, from_flat
-from ndm_fast.activations.models import load_model
-from ndm_fast.activations.stream import ActivationStream, Harvester
-from ndm_fast.run.presets import preset
-from ndm_fast.table import text_table
-from ndm_fast.run.train import train_run
-from ndm_fast.activations.documents import open_documents
-from ndm_fast.activations.packing import pack
 
+from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.models import load_model
+from ndm_fast.activations.packing import pack
+from ndm_fast.activations.stream import ActivationStream, Harvester
+from ndm_fast.config import HarvestConfig, from_flat
+from ndm_fast.run.presets import preset
+from ndm_fast.run.source import harvest_run
+from ndm_fast.run.train import train_run
+from ndm_fast.table import text_table
 
 SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.3.hook_resid_post")
 CONFIG = HarvestConfig(model="minilm", site=SITES, data="docstrings", context_length=40)

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.evaluate.patching.patching import logit_of, patch_effects, subspace_patch
 from ndm_fast.evaluate.patching.prompts import Prompts, pad_prompts
-from ndm_fast.activations.hooks import collect_activations, replace_activations
-from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import seeded
-from ndm_fast.provenance import provenance
-from ndm_fast.table import text_table
 from ndm_fast.geometry.orthogonal import random_rotation
+from ndm_fast.partition import SubspacePartition
+from ndm_fast.provenance import provenance
+from ndm_fast.seeds import seeded
+from ndm_fast.table import text_table
 
 WIDTHS = (128, 128, 96, 96, 64, 64, 64, 32, 32, 32, 32)
 CASES = (("1", 4, 20, [4, 6]), ("2", 6, 20, [13]), ("3", 8, 20, [-1]), ("4", 9, 12, [-1]))

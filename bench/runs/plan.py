@@ -21,16 +21,16 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 
 from measuring import result_file, seconds, verdict, write_results
 from timed import TimedStream, TimedTrainer
-from ndm_fast.config import RunConfig, from_flat
-from ndm_fast.run.hardware import machine_of
+
+from ndm_fast.activations.docstrings import all_docstrings
+from ndm_fast.activations.documents import open_documents
 from ndm_fast.activations.models import load_model
 from ndm_fast.activations.stream import ActivationStream
+from ndm_fast.config import RunConfig, from_flat
+from ndm_fast.run.hardware import machine_of
 from ndm_fast.run.plan import make_plan, model_shape
 from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
-from ndm_fast.activations.docstrings import all_docstrings
-from ndm_fast.activations.documents import open_documents
-
 
 WITHIN = 0.25
 BASE: dict[str, Any] = {**preset("demo"), "heldout_keys": 16384, "pool_rows": 65536, "eval_every": 100}

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from ndm_fast import RunFolder, SubspacePartition, load_model
-from ndm_fast.seeds import seeded
 from ndm_fast.provenance import provenance
 from ndm_fast.report.index.format import PreimageIndex, TextBatch
-from ndm_fast.report.index.writer import build_index
 from ndm_fast.report.index.search import nearest_rows
+from ndm_fast.report.index.writer import build_index
+from ndm_fast.seeds import seeded
 
 _NOISE = 0.05
 """Of the rows' standard deviation: as near as neighbors are in real text."""

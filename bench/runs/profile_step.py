@@ -19,11 +19,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 
 from measuring import result_file, seconds, verdict, write_results
 from synthetic import clustered
-from ndm_fast.config import TrainConfig
+
 from ndm_fast.activations.rows import TensorStream
+from ndm_fast.config import TrainConfig
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer, Trainer
-
 
 GOAL = 0.90
 BLAS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "mkldnn")

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from ndm_fast.config import RunSettings, TrainConfig, from_flat
-from ndm_fast.activations.models import load_model
-from ndm_fast.activations.stream import ActivationStream
-from ndm_fast.activations.rows import TensorStream, take_rows
-from ndm_fast.run.presets import preset
-from ndm_fast.provenance import provenance
-from ndm_fast.table import text_table
 from ndm_fast.activations.documents import open_documents
+from ndm_fast.activations.models import load_model
+from ndm_fast.activations.rows import TensorStream, take_rows
+from ndm_fast.activations.stream import ActivationStream
+from ndm_fast.config import RunSettings, TrainConfig, from_flat
+from ndm_fast.provenance import provenance
+from ndm_fast.run.presets import preset
+from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Trainer
 
 MODES = ("exp/1", "lie/1", "lie/8", "lie/32")

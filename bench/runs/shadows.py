@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python bench/runs/shadows.py [--acts FOLDER ...] [--out FILE]
 
-``--acts`` are harvests of ``ndm-fast harvest``, of which the first site is taken. Rows are rotated before; what
-is timed are the two passes of the search alone, checked against each other in every case: the same neighbors.
-Then the whole op, with its rotation, and with finding the axes.
+``--acts`` are harvests, of which the first site is taken. Rows are rotated before; what is timed are the two
+passes of the search alone, which have to find the same neighbors. Then the whole op, with its rotation, and
+with finding the axes.
 """
 
 from __future__ import annotations

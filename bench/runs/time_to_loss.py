@@ -23,14 +23,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 from measuring import result_file, seconds, verdict, write_results
 from published import PublishedTrainer
 from quality import harvest, settings
+
 from ndm_fast import nearest_neighbors
-from ndm_fast.config import TrainConfig
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import TensorStream, take_rows
+from ndm_fast.config import TrainConfig
 from ndm_fast.seeds import Draw, seeded
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer, Trainer
-
 
 GOAL = 50.0
 POINTS = 20

@@ -27,14 +27,14 @@ from measuring import result_file, seconds, spread, verdict, write_results
 from published import PublishedTrainer
 from synthetic import clustered
 from timed import TimedTrainer
-from ndm_fast.config import MergeConfig, TrainConfig
-from ndm_fast.run.hardware import Machine, machine_of
-from ndm_fast.partition import orthogonality_error
-from ndm_fast.run.plan import loop_parts
+
 from ndm_fast.activations.rows import TensorStream
+from ndm_fast.config import MergeConfig, TrainConfig
+from ndm_fast.partition import orthogonality_error
+from ndm_fast.run.hardware import Machine, machine_of
+from ndm_fast.run.plan import loop_parts
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer
-
 
 UNITS = {384: 32, 768: 32, 1536: 64, 2304: 72}
 KEYS, QUERIES, SHARED = 16384, 128, 32

@@ -21,11 +21,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 from measuring import result_file, seconds, spread, times_faster, verdict, write_results
 from published import PublishedTrainer
 from quality import harvest, settings
-from ndm_fast.geometry import reference
+
 from ndm_fast.activations.pool import ActivationPool, PoolConfig
 from ndm_fast.activations.rows import take_rows
+from ndm_fast.geometry import reference
 from ndm_fast.train.trainer import Observer, Trainer
-
 
 TURN = 32
 QUERIES, KEYS, UNIT = 128, 16384, 32

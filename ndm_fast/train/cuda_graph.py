@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ndm_fast.config import RunSettings, TrainConfig
 from ndm_fast.train.rotation.base import Rotation, Turn
 
 TakeSteps = Callable[[Tensor, Tensor, Tensor, Sequence[Turn]], Tensor]
@@ -154,6 +155,12 @@ class GraphedSearch:
             torch.cuda.empty_cache()  # what the search before has held serves the graph
             self._memory = self._memory or torch.cuda.graph_pool_handle()
         return _captured(work, keys.device, self._memory)
+
+
+def are_wanted(settings: RunSettings, train: TrainConfig, device: str, ranks: int) -> bool:
+    """Whether search and steps are replayed as CUDA graphs on a type of device."""
+    auto = device == "cuda" and ranks == 1 and train.rotation != "exp"
+    return auto if settings.cuda_graph == "auto" else settings.cuda_graph == "on"
 
 
 def _on_host(turns: Sequence[Turn], device: torch.device) -> Tensor:

@@ -14,6 +14,7 @@ from ndm_fast.geometry.orthogonal import principal_components, random_rotation
 from ndm_fast.partition import SubspacePartition, orthogonality_error
 from ndm_fast.ranks import Group
 from ndm_fast.seeds import Draw, seeded
+from ndm_fast.train import cuda_graph
 from ndm_fast.train.escape import Escape, try_escape
 from ndm_fast.train.heldout import HeldOut, hold_out
 from ndm_fast.train.merge.merger import Merger
@@ -218,7 +219,7 @@ class Trainer:
     def set_widths(self, widths: tuple[int, ...]) -> None:
         """Take further steps on the same rotation for subspaces of these widths."""
         self.widths = widths
-        graph = self.settings.graphs(self.config, self.device.type, self.group.all.size)
+        graph = cuda_graph.are_wanted(self.settings, self.config, self.device.type, self.group.all.size)
         self.steps = Steps(self.config, self.group, widths, self.rotation, self.scale, cuda_graph=graph)
 
     def state_dict(self) -> State:
