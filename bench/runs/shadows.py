@@ -32,7 +32,7 @@ from ndm_fast.table import text_table
 SHAPES = [(32, 1024, 32768), (64, 1024, 32768), (96, 1024, 32768), (160, 1024, 32768), (320, 1024, 32768),
           (160, 128, 16384)]  # fmt: skip
 """Width of the subspaces, queries, keys."""
-REPEATS = 5
+REPEATS = 3
 
 
 def main() -> None:
