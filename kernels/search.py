@@ -16,7 +16,7 @@ from ..geometry.columns import unit_columns
 from ..geometry.reference import Neighbors
 from .keys import rounding_of, underflow_of
 from .launch import NO_KEY, Part, capability, chunks, device_of, portions, result
-from .queries import Frame, Search, make_frame, make_search
+from .queries import Frame, QueryPack, Search, make_frame, make_search
 from .rerank import rerank, settle
 from .sweep import sweep
 
@@ -132,40 +132,50 @@ def _search(
     shape = (len(widths), len(queries), slots)
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else NO_KEY, device=keys.device)
-    tiles_of = _tiles_of(keys, search, len(queries))
+    tiles_of = tile_choice(keys, search, len(queries))
     for chunk in chunks(keys, frame, list(widths), search):
         parts = portions(widths, len(queries), len(chunk.rows), lambda width: tiles_of(width).tile)
         for subspaces, columns, group in parts:
             state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
             part = Part(frame, chunk, search, subspaces, columns, group)
-            _search_part(part, tiles_of(part.width), state)
+            tiles = tiles_of(part.width)
+            resolve_part(part, tiles, *sweep(part, tiles), state)
             best[subspaces, group], index[subspaces, group] = state
     return _Found(frame, search, keys, best, index)
 
 
-def _tiles_of(keys: Tensor, search: Search, queries: int) -> Callable[[int], Sweep]:
+def tile_choice(keys: Tensor, search: Search, queries: int) -> Callable[[int], Sweep]:
     """Tiles by the width of subspaces. Keys can pass in fp16, centred by the product that rotates them."""
     from . import tuning
 
     in_place = keys.dtype == torch.float16 and search.in_half and not (search.fused or search.cosine)
     card = capability(keys.device)
-    return lambda width: tuning.sweep(card, width, queries if in_place else 0)
+    swept = keys.dtype if search.in_half or search.keys_rotated or search.fused else torch.float32
+    return lambda width: tuning.sweep(card, width, queries if in_place else 0, str(swept)[6:])
 
 
-def _search_part(part: Part, tiles: Sweep, state: tuple[Tensor, Tensor]) -> None:
-    """Sweeps and resolves; brings best and index, [s, q, slots], up to date."""
+def resolve_part(
+    part: Part, tiles: Sweep, minima: Tensor, pack: QueryPack, state: tuple[Tensor, Tensor]
+) -> None:
+    """Brings best and index, [s, q, slots], up to date, after :func:`kernels.sweep.sweep`."""
     from . import look, resolve, tuning
     from .tiles import RAW, ROTATED, SLOTS
 
     search, frame = part.search, part.frame
-    minima, pack = sweep(part, tiles)
     _, tile_count, slots = minima.shape
     few = look.look(minima, len(frame.rotated[part.group]))
     rotated, exact = frame.rotated[part.group][:, part.columns], frame.exact[part.group][:, part.columns]
     raw, keys, rotation = frame.raw[part.group], part.chunk.raw, frame.rotation[:, part.columns]
     mode = ROTATED if search.keys_rotated else SLOTS if search.in_half else RAW
     kind = {"fused": search.fused, "raw": mode is RAW, "cosine": search.cosine}
-    shape = tuning.resolve_shape(part.width, tiles.tile, **kind)
+    shape = tuning.resolve_shape(
+        part.width,
+        tiles.tile,
+        **kind,
+        capability=capability(minima.device),
+        few=tiles.streams > 0,
+        keys=str(part.chunk.rows.dtype)[6:],
+    )
     resolve.resolve_kernel[(len(rotated), part.subspace_count)](
         *(minima, tile_count, slots, *few, *part.keys(), part.chunk.first, *part.turn(), *part.scaling()),
         *(rotated, exact, rotated.stride(0), pack.sizes, pack.half_norms),

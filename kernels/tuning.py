@@ -1,19 +1,24 @@
-"""Tile choices as data, per architecture and width of the subspaces, each with its reasoning.
+"""Tiles of the sweep and of the search that decides, as data: ``tuning.json``, and what was measured here.
 
-Those for Hopper were measured on an H200 (bench/results/gpu-h200-*.json). The others follow from registers
-and shared memory, which ``resources.py`` reads from the compiled kernels, and from the bytes of queries that
-a tile of keys reads: a tile of n keys does n operations for each, and a card needs about its ratio of fp16
-rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
+Both files have the same form: by compute capability, lists of entries for the sweep and for the resolve. An
+entry says for which subspaces (``columns``: padded, at most so many; null: any), how many queries (``few``:
+they keep their place while keys pass, ``more``, or ``any``) and which type of swept keys (or ``any``) it is,
+what is chosen, and why; a measured one its ``milliseconds`` and the ``record`` they are from.
+
+What is not measured follows from registers and shared memory, which ``lint.py`` reads from the compiled
+kernels, and from the bytes of queries that a tile of keys reads: a tile of n keys does n operations for each,
+and a card needs about its ratio of fp16 rate to L2 bandwidth (H100: 790 TFLOP/s over 6 TB/s, 130).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Sweep(NamedTuple):
@@ -32,7 +37,7 @@ class Sweep(NamedTuple):
 
 
 CACHE_VARIABLE = "NDM_FAST_TUNING"
-"""Environment variable that names the file of measured choices; default ~/.cache/ndm_fast/tuning.json."""
+"""Environment variable that names the file of measured choices; default ~/.cache/ndm_fast/tiles.json."""
 
 OPTIONS = {"enable_fp_fusion": True}
 """Of every launch. Products and sums may fuse into one rounding; triton 3.9 warns where that is left open."""
@@ -47,67 +52,13 @@ WIDEST_IN_PLACE = 512
 MOST_STREAMED = 256
 """Queries that can keep their place; of more, each reads a tile of keys once they are ready."""
 
-WIDEST_STREAMED = 128
-
-STREAM = Sweep(tile=128, query_block=128, warps=4, stages=3, streams=2)
-"""Measured on an H200, 128 queries, 32 x 72 columns: 0.198 ms for 65,536 keys; ``sweep_kernel`` takes 0.258.
-Wider than 80 columns four warps spill."""
-
 WIDE = Sweep(tile=64, query_block=64, warps=4, stages=2)
 
-_AMPERE = {
-    # mma.sync holds the tile of keys and the sums in registers. 8 warps: 98 registers at 32 columns, 168 at
-    # 64, so 2 and 1 blocks an SM; 4 warps need 255 at 64 columns. Larger tiles spill.
-    32: Sweep(128, 128, 8, 3),
-    64: Sweep(128, 128, 8, 3),
-    # Twice the columns, half the keys, for the same registers.
-    128: Sweep(64, 128, 8, 2),
-    256: Sweep(32, 64, 8, 2),
-    512: Sweep(16, 64, 8, 1),
-}
+SHIPPED: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(
+    Path(__file__).with_name("tuning.json").read_text()
+)
 
-
-_SMALL_SHARED = {
-    # As above with 99 KiB: fewer blocks of queries in flight, smaller blocks for wide subspaces.
-    32: Sweep(128, 128, 8, 3),
-    64: Sweep(128, 128, 8, 2),
-    128: Sweep(64, 64, 8, 2),
-    256: Sweep(32, 32, 4, 2),
-    512: Sweep(16, 32, 4, 1),
-}
-
-
-_HOPPER = {
-    # wgmma reads both operands from shared memory, registers hold the sums only: [128, 128] fp32 on 8 warps
-    # are 64 a thread, so that two blocks share an SM and one's reduction hides behind the other's product.
-    32: Sweep(128, 128, 8, 3),
-    # Before minima coalesced: 13.2 ms for 409,600 keys, 4096 queries, 24 subspaces, the best of 24 choices.
-    64: Sweep(128, 128, 4, 3),
-    # 64 + 16 columns, 32 subspaces: 16.8 ms, the best of 26; (128, 128, 8, 3) takes 18.9, (128, 64, 4, 3, 2)
-    # 17.6. Four blocks of 120 registers on an SM.
-    80: Sweep(128, 64, 4, 3),
-    # Not measured. Wider, 4 warps spill.
-    128: Sweep(128, 128, 8, 2),
-    256: Sweep(128, 64, 8, 2),
-    512: Sweep(64, 64, 8, 2),
-}
-
-
-# tcgen05 sums in tensor memory, but sums pass through registers to be reduced: 4 warps spill at 64 columns.
-_BLACKWELL = _HOPPER | {64: Sweep(128, 128, 8, 3)}
-
-
-TABLE = {
-    80: _AMPERE,
-    86: _SMALL_SHARED,
-    89: _SMALL_SHARED,
-    90: _HOPPER,
-    100: _BLACKWELL,
-    120: _SMALL_SHARED,
-}
-"""Sweep by compute capability and padded width up to the key."""
-
-FORM = dict.fromkeys(TABLE, "split")
+FORM = dict.fromkeys(SHARED_MEMORY, "split")
 """``split`` rotates keys with cuBLAS and sweeps the copy; ``fused`` rotates tiles of keys in the sweep and
 reads every raw key again for each subspace, p operations for each byte, of which a card needs about 130."""
 
@@ -146,29 +97,43 @@ class Resolve(NamedTuple):
         return {**names, "SEGMENT": min(self.SEGMENT, 1 << (tiles - 1).bit_length())}
 
 
-def resolve_shape(width: int, tile: int, *, fused: bool, raw: bool, cosine: bool) -> Resolve:
-    """Resolve shapes for subspaces of a width; a fused search needs 16 rows for the matrix units.
-
-    A query's search is a chain of loads that wait for each other, so what counts is how many are under way:
-    blocks of one warp, 16 numbers a thread, at 64 to 96 registers. Four warps where there is more to do than
-    to wait for: rotating a key, or a row of the rotation for every raw row (ptxas, left to itself, spills).
+def resolve_shape(
+    width: int,
+    tile: int,
+    *,
+    fused: bool,
+    raw: bool,
+    cosine: bool,
+    capability: int = 80,
+    few: bool = False,
+    keys: str = "float16",
+) -> Resolve:
+    """Resolve shapes for subspaces of a width: measured on this machine, or as shipped.
 
     Args:
+        fused: keys are rotated in the kernel, which takes 16 rows for the matrix units.
         raw: keys in reach are evaluated from raw rows.
         cosine: which holds more at once, and spills at the registers that ptxas would take.
+        few: queries kept their place in the sweep.
+        keys: type of the swept keys.
     """
     padded = max(16, 1 << (width - 1).bit_length())
     deep = max(1, (1024 if padded >= 512 else 2048) // padded)
-    chunk = min(tile, 128)
+    mode = "fused" if fused else "raw" if raw else "copy"
+    key = Key(capability, sum(pieces(width)), "few" if few else "more", keys)
+    found = _lookup("resolve", key, mode)
+    assert found is not None
+    options = {"num_warps": found["warps"]}
+    if "maxnreg" in found:
+        options["maxnreg"] = found["maxnreg"]
+    elif cosine:
+        options["maxnreg"] = 255
     if fused:
-        chunk = max(16, min(tile, 2048 // padded))
-        options = {"num_warps": 4} | ({"maxnreg": 255} if cosine else {})
-        return Resolve(padded, chunk, padded, deep, 4096, options)
-    if raw:
-        options = {"num_warps": 4, "maxnreg": 168}
-        return Resolve(padded, chunk, max(4, min(padded, 1024 // chunk)), deep, 1024, options)
-    options = {"num_warps": 1} | ({"maxnreg": 255} if cosine else {})
-    return Resolve(padded, chunk, max(4, min(padded, 512 // chunk)), deep, 512, options)
+        chunk = max(16, min(tile, found["numbers"] // padded))
+        return Resolve(padded, chunk, padded, deep, found["segment"], options)
+    chunk = min(tile, 128)
+    piece = max(4, min(padded, found["numbers"] // chunk))
+    return Resolve(padded, chunk, piece, deep, found["segment"], options)
 
 
 LOOK = {"ROWS": 32, "QUERY_BLOCK": 32, "UNROLL": 2, "num_warps": 4}
@@ -188,28 +153,6 @@ LIE_BLOCK = 32
 4 warps at 64 registers. At 64 it takes 241 registers, and GPT-2 makes 78 blocks for 132 processors."""
 
 
-CANDIDATES = [
-    Sweep(tile, block, warps, stages, together)
-    for tile, block, warps, together in (
-        *((128, 64, 4, 1), (128, 128, 4, 1), (128, 128, 8, 1)),
-        *((256, 64, 4, 1), (256, 64, 8, 1), (256, 128, 4, 1), (256, 128, 8, 1)),
-        *((128, 64, 4, 2), (128, 128, 4, 2), (128, 128, 8, 2)),
-        *((256, 64, 4, 2), (256, 64, 8, 2), (256, 128, 8, 2)),
-    )
-    for stages in (2, 3)
-]
-"""What :func:`autotune` times."""
-
-STREAM_CANDIDATES = [
-    Sweep(tile, 128, warps, stages, 1, streams)
-    for tile, warps, streams in (
-        *((64, 4, 2), (64, 4, 4), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3), (256, 8, 1)),
-    )
-    for stages in (2, 3, 4)
-]
-"""Likewise for 128 queries and fewer, of a copy in fp16."""
-
-
 def pieces(width: int) -> tuple[int, int]:
     """Two powers of two that cover a width, the second may be 0: 72 is 64 + 16, not 128."""
     main = max(16, 1 << (width.bit_length() - 1))
@@ -220,77 +163,99 @@ def pieces(width: int) -> tuple[int, int]:
     return (2 * main, 0) if padded == main else (main, padded)
 
 
+class Key(NamedTuple):
+    """What a choice is for."""
+
+    capability: int
+    columns: int
+    """Of a subspace, padded."""
+    queries: str
+    """``few`` or ``more``."""
+    keys: str
+    """Type of the swept keys, as torch names it."""
+
+
 def architecture(capability: int) -> int:
     """The row of the tables for a compute capability such as 90: the nearest one not above it."""
-    return max((known for known in TABLE if known <= capability), default=min(TABLE))
+    known = sorted(int(name) for name in SHIPPED)
+    return max((each for each in known if each <= capability), default=known[0])
 
 
-def sweep(capability: int, width: int, streamed_queries: int = 0) -> Sweep:
-    """Tiles for subspaces of a width: measured on this machine by :func:`autotune`, or from the table.
+def sweep_key(capability: int, width: int, streamed_queries: int = 0, keys: str = "float16") -> Key:
+    """What tiles are chosen by; arguments as for :func:`sweep`."""
+    columns = sum(pieces(width))
+    few = 0 < streamed_queries <= MOST_STREAMED
+    if few and not _entries(SHIPPED, "sweep", architecture(capability), Key(0, columns, "few", keys)):
+        few = False  # too wide
+    return Key(capability, columns, "few" if few else "more", keys)
+
+
+def sweep(capability: int, width: int, streamed_queries: int = 0, keys: str = "float16") -> Sweep:
+    """Tiles for subspaces of a width: measured on this machine by ``autotune.py``, or as shipped.
 
     Args:
         streamed_queries: how many queries may keep their place while keys pass; 0: none.
+        keys: type of the swept keys.
     """
     if width > WIDEST_IN_PLACE:
         return WIDE
-    if _forced:
-        return _forced[-1]
-    if 0 < streamed_queries <= MOST_STREAMED and width <= WIDEST_STREAMED:
-        block = max(64, 1 << (streamed_queries - 1).bit_length())
-        tile = STREAM.tile * 128 // max(128, block)
-        return STREAM._replace(query_block=block, tile=tile, warps=8 if width > 80 else STREAM.warps)
-    measured = _measured().get(_name(capability, width))
-    if measured:
-        return Sweep(*measured)
-    padded = sum(pieces(width))
-    rows = TABLE[architecture(capability)]
-    return rows[min(limit for limit in rows if limit >= padded)]
+    key = sweep_key(capability, width, streamed_queries, keys)
+    found = _lookup("sweep", key)
+    assert found is not None
+    tiles = Sweep(**found)
+    if not tiles.streams or "sweep" in _forced:
+        return tiles
+    block = max(64, 1 << (streamed_queries - 1).bit_length())
+    return tiles._replace(query_block=block, tile=tiles.tile * 128 // max(128, block))
 
 
-def autotune(capability: int, width: int, milliseconds: Callable[[], float]) -> dict[Sweep, float]:
-    """Time every candidate that runs and write the fastest to the cache file.
-
-    Args:
-        milliseconds: runs a search of subspaces of this width and returns its time; it may raise what a
-            launch raises when a choice needs more than the card has.
-
-    Returns:
-        Times of the candidates that ran, the fastest first.
-    """
-    times: dict[Sweep, float] = {}
-    problems = []
-    for choice in CANDIDATES:
-        _forced.append(choice)
-        try:
-            times[choice] = milliseconds()
-        except Exception as error:  # triton raises OutOfResources and compiler errors of several types
-            problems.append(f"{choice}: {error}")
-        finally:
-            _forced.pop()
-    if not times:
-        raise RuntimeError(f"no choice of tiles runs for width {width}: {problems[0]}")
-    times = dict(sorted(times.items(), key=lambda timed: timed[1]))
-    path = _cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    measured = _measured() | {_name(capability, width): list(next(iter(times)))}
-    path.write_text(json.dumps(measured, indent=1) + "\n")
-    _measured.cache_clear()
-    return times
+_forced: dict[str, dict[str, Any]] = {}
 
 
-_forced: list[Sweep] = []
+@contextmanager
+def forced(kind: str, choice: dict[str, Any]) -> Iterator[None]:
+    """Inside, every sweep or resolve takes this choice."""
+    _forced[kind] = choice
+    try:
+        yield
+    finally:
+        del _forced[kind]
 
 
-def _name(capability: int, width: int) -> str:
-    return f"sm_{capability}/width {width}"
+def _lookup(kind: str, key: Key, mode: str | None = None) -> dict[str, Any] | None:
+    """The choice being tried, or measured here for just this, or shipped."""
+    if kind in _forced:
+        return _forced[kind]
+    here = _entries(measured(), kind, key.capability, key, mode)
+    exact = [entry for entry in here if entry["columns"] == key.columns and mode in (None, "copy")]
+    shipped = _entries(SHIPPED, kind, architecture(key.capability), key, mode)
+    found = exact or shipped
+    return found[0]["choice"] if found else None
 
 
-def _cache_file() -> Path:
+def _entries(
+    table: dict[str, Any], kind: str, row: int, key: Key, mode: str | None = None
+) -> list[dict[str, Any]]:
+    """Those that hold for a key; of narrower columns first, and those that name the type of keys."""
+    found = [
+        entry
+        for entry in table.get(str(row), {}).get(kind, [])
+        if (entry["columns"] is None or entry["columns"] >= key.columns)
+        and entry["queries"] in (key.queries, "any")
+        and entry["keys"] in (key.keys, "any")
+        and entry.get("mode", mode) == mode
+    ]
+    return sorted(found, key=lambda entry: (entry["columns"] or 1 << 30, entry["keys"] == "any"))
+
+
+def measured_file() -> Path:
+    """Where ``autotune.py`` writes."""
     named = os.environ.get(CACHE_VARIABLE)
-    return Path(named) if named else Path.home() / ".cache" / "ndm_fast" / "tuning.json"
+    return Path(named) if named else Path.home() / ".cache" / "ndm_fast" / "tiles.json"
 
 
 @lru_cache(maxsize=1)
-def _measured() -> dict[str, list[int]]:
-    path = _cache_file()
+def measured() -> dict[str, Any]:
+    """What it has written, in the form of :data:`SHIPPED`."""
+    path = measured_file()
     return json.loads(path.read_text()) if path.exists() else {}

@@ -184,6 +184,18 @@ class Record:
         elif "registers" in row and row["spills"]:
             print(f"{began} {row['registers']} registers, {row['spills']} spilled", flush=True)
 
+    def write_tiles(self) -> None:
+        """The fastest of what was tried, in the form of ``kernels/tuning.json``, beside the record."""
+        from ndm_fast.kernels import autotune, tuning
+
+        table: dict = {}
+        tried = [row for row in self.rows if "choice" in row and "failed" not in row]
+        for row in sorted(tried, key=lambda row: -row["ms"]):
+            key = tuning.Key(**row["key"])
+            table = autotune.added(table, row["kind"], key, row["choice"], row["ms"], self.path.name)
+        if table:
+            self.path.with_suffix(".tiles.json").write_text(json.dumps(table, indent=1) + "\n")
+
     def failures(self) -> list[Row]:
         """Rows that failed or were wrong."""
         return [row for row in self.rows if "failed" in row]
@@ -279,6 +291,7 @@ def main() -> int:
     import_package()  # the floors follow its tiles
     record = Record(arguments.out, {"machine": machine(device), "seed": arguments.seed})
     run_all(arguments, record, small)
+    record.write_tiles()
     failures = record.failures()
     print(f"\n{record.head['machine']['card']}, ceilings {record.ceilings}")
     for row in failures:

@@ -158,7 +158,7 @@ def of_row(row: dict) -> float | None:
         return None
     shape = Shape(row["model"], row["Q"], row.get("K") or 0, row["d"], row["width"])
     if name.startswith("sweep"):
-        return sweep(shape, row.get("tile") or int(name.split()[2].split("x")[0])).ms
+        return sweep(shape, int(name.split()[2].split("x")[0])).ms
     if name.startswith("step with reuse"):
         return step(shape) if "triton" in name or "package" in name else step(shape) - gradient(shape).ms
     if name.startswith("gradient, triton, "):

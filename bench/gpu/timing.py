@@ -7,6 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from contracts import rotation_of
@@ -268,31 +269,33 @@ def _cuvs(rows: list[torch.Tensor]) -> object:
 
 
 def sweeps(model: str, n: int, device: str, small: bool) -> Iterator[Item]:
-    """The sweep alone in every shape of tile: ``kernels/tuning.py`` should name the fastest."""
-    from ndm_fast.kernels import search, tuning
-    from ndm_fast.kernels.launch import Part, chunks
+    """Sweep and search that decides, each alone, in every shape to try for ``kernels/tuning.json``."""
+    from ndm_fast.kernels import autotune, search, tuning
 
     data = Data(model, n, device, small)
-    given = (data.queries, data.keys[: 200 if small else 65536], data.rotation, data.widths)
-    asked = search.make_search(
-        data.keys, "euclidean", "bf16", keys_rotated=False, queries_rotated=False, fused=False
-    )
-    frame = search.make_frame(*given, asked, exact=False)
-    chunk = next(iter(chunks(given[1], frame, data.widths, asked)))
-    d = data.queries.shape[1]
-    part = Part(frame, chunk, asked, slice(0, len(data.widths)), slice(0, d), slice(0, len(data.queries)))
-    work = 2.0 * len(data.queries) * len(chunk.rows) * d
-    choices = tuning.STREAM_CANDIDATES + tuning.CANDIDATES[::2] if n <= 128 else tuning.CANDIDATES
-    for choice in choices[:1] if small else choices:
-        name = f"sweep Q{len(data.queries)} {'x'.join(map(str, choice))}"
+    one = autotune.timed(data.queries, data.keys[: 200 if small else 65536], data.rotation, data.widths)
+    part, times = one.part, SWEEPS if device == "cuda" else 1
+    shape = {**data.shape, "K": len(part.chunk.rows)}
+    work = 2.0 * len(data.queries) * len(part.chunk.rows) * data.queries.shape[1]
 
-        def run(choice=choice, part=part, name=name, data=data, work=work) -> list[Row]:
-            more = {**data.shape, "K": len(part.chunk.rows), **choice._asdict()}
-            call: Run = lambda: search.sweep(part, choice)  # noqa: E731
-            if device == "cuda":
-                call = graphed(call, SWEEPS)
-            return [measure(name, call, work, 0.0, device, SWEEPS if device == "cuda" else 1, **more)]
+    def row(name: str, kind: str, key: tuning.Key, choice: dict, call: Run) -> list[Row]:
+        more = {**shape, "kind": kind, "key": key._asdict(), "choice": choice}
+        done = graphed(call, SWEEPS) if device == "cuda" else call
+        return [measure(name, done, work, 0.0, device, times, **more)]
 
-        yield name, run
+    def time_sweep(name: str, choice: dict) -> list[Row]:
+        return row(name, "sweep", one.sweep_key, choice, lambda: search.sweep(part, tuning.Sweep(**choice)))
+
+    def time_resolve(name: str, choice: dict) -> list[Row]:
+        with tuning.forced("resolve", choice):
+            return row(name, "resolve", one.resolve_key(), choice, one.resolve())
+
+    for kind, run, choices in (
+        ("sweep", time_sweep, one.sweeps),
+        ("resolve", time_resolve, autotune.RESOLVE_CANDIDATES),
+    ):
+        for choice in choices[:1] if small else choices:
+            name = f"{kind} Q{len(data.queries)} {'x'.join(map(str, choice.values()))}"
+            yield name, partial(run, name, choice)
     if device == "cuda":
         yield "kernels", lambda: kernels({"model": model})

@@ -258,7 +258,7 @@ def test_two_tiles_of_a_block_are_as_two_blocks(
     """Even and odd numbers of tiles; narrow subspaces, and some in two parts."""
     from ndm_fast.kernels import tuning
 
-    monkeypatch.setattr(tuning, "_forced", [tuning.Sweep(64, 64, 4, 2, together)])
+    monkeypatch.setattr(tuning, "_forced", {"sweep": tuning.Sweep(64, 64, 4, 2, together)._asdict()})
     rows = heavy_tailed(keys, 45)
     check(torch.cat([heavy_tailed(2, 45), rows[-1:] + 0.1]), rows, [36, 9], form)
 
