@@ -33,6 +33,7 @@ for line in sys.stdin:
         process = os.fork()
         if process == 0:
             die_with_parent()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
             os.environ.update(environment)
             torch.set_num_threads(threads)
             file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -79,6 +80,8 @@ class Forked:
         assert self._process.stdin is not None
         self._end_running()  # of a test that failed before it waited
         self._outputs = [self._folder / str(number) for number in range(len(environments))]
+        for path in self._outputs:
+            path.unlink(missing_ok=True)  # what the command before has printed
         line = [arguments, threads, list(environments), [str(path) for path in self._outputs]]
         self._process.stdin.write((json.dumps(line) + "\n").encode())
         self._running = self._answer()

@@ -111,7 +111,9 @@ class Scene:
         """What a command gave; one that serves is told to stop once it does."""
         if writer.serves:
             printed = self.folder / "printed" / "0"
-            while not has_ended(processes[0]) and b"http://" not in printed.read_bytes():
+            while not has_ended(processes[0]):
+                if printed.exists() and b"http://" in printed.read_bytes():
+                    break
                 time.sleep(0.01)
             if not has_ended(processes[0]):
                 os.kill(processes[0], signal.SIGINT)

@@ -52,6 +52,7 @@ class Recorder(Stoppable):
     def checkpoint(self, trainer: Trainer) -> None:
         try:
             self._log.flush()
+            os.fsync(self._log.fileno())  # the checkpoint counts on it
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
         saved = Checkpoint(*trainer.state_dict(), self._log.tell())
