@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "data" / "kernel-loops.json"
 OTHER = os.environ.get("NDM_FAST_OTHER_TRITON")
 """A folder with another triton, whose golden numbers are checked too (docs/kernels-gpu.md)."""
-MOST_STACK = 32
-"""Bytes that ptxas puts on the stack of two kernels at some alignments; the loops do not touch them."""
+MOST_STACK = {80: 0, 86: 0, 90: 32, 100: 104, 120: 24}
+"""Bytes of stack that some launches have today (docs/kernels-gpu.md); more is a fault."""
 TRITONS = [None, *([OTHER] if OTHER else [])]
 
 pytestmark = [
@@ -87,7 +87,7 @@ def test_everything_compiles(arch: int, tmp_path: Path) -> None:
     rows = compiled(tmp_path / "found.json", "--arch", str(arch), "--every")["rows"]
     assert len(rows) > 100
     check_limits(rows)
-    assert {row["label"]: row["stack"] for row in rows if row["stack"] > MOST_STACK} == {}
+    assert {row["label"]: row["stack"] for row in rows if row["stack"] > MOST_STACK[arch]} == {}
 
 
 @pytest.mark.slow
