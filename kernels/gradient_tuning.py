@@ -71,7 +71,7 @@ _GATHERING = 48
 def columns_of(widths: Sequence[int], products: str) -> tuple[int, int]:
     """Columns of a piece, in two powers of two of which the second may be 0.
 
-    In fp16x3 it is: on an H200 (triton 3.6) a second chain of products there read operands of the first.
+    In fp16x3 it is: with a second part an H200 (triton 3.6) gave other bits at every run. Why is not known.
     """
     pieces: Sequence[tuple[int, int]] = _PIECES
     if products == "ieee":
