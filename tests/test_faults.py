@@ -74,6 +74,18 @@ def test_the_shim_counts_every_kind_of_change(some):
     assert changes == {"mkdir", "open", "write", "fsync", "ftruncate", "rename", "unlink", "rmdir"}
 
 
+def test_a_checkpoint_counts_on_no_log_that_a_power_cut_takes(some):
+    synced, checkpoints = True, 0
+    for change in some.undisturbed(some.writers["train"])[1]:
+        _, kind, path = change.split(" ", 2)
+        if path.endswith("log.jsonl"):
+            synced = {"write": False, "fsync": True}.get(kind, synced)
+        if kind == "rename" and path.endswith("checkpoint.safetensors"):
+            checkpoints += 1
+            assert synced
+    assert checkpoints == 3
+
+
 @pytest.mark.slow
 def test_no_command_is_forgotten(every):
     assert tuple(every.writers) == WRITERS
