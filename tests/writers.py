@@ -31,7 +31,6 @@ MODULES = ", ".join(
         "ndm_fast.evaluate.circuits.circuits",
         "ndm_fast.report.site",
         "ndm_fast.report.server",
-        "faiss",
         "matplotlib.backends.backend_agg",
         "matplotlib.pyplot",
         "uvicorn",
@@ -205,7 +204,6 @@ class Scene:
         shutil.copytree(run, indexed)
         self._made("indexed", ["index", str(indexed), "--rows", "300"])
         yield over("index again", ["index", out, *rows], indexed)
-        yield over("index --faiss", ["index", out, *rows, "--faiss", f"{out}/faiss"], run)
         yield over("report", ["report", out, *rows], run)
         reported = self.folder / "reported"
         shutil.copytree(indexed, reported)
@@ -223,7 +221,6 @@ class Scene:
             return Writer(f"evaluate {name}", command, command)
 
         yield kind("stability", run, other)
-        yield kind("sensitivity", run, "--keys", "128", "256")
         speaker = tiny.make_model(_made(self.folder / "speaker"), head=True)
         countries = {"Mali": "dog", "Bora": "cat", "Kiro": "bird", "Tavu": "tree", "Sela": "house"}
         self._json("entities", {name: {"Country": country} for name, country in countries.items()})
