@@ -13,7 +13,7 @@ with. Neither changes the train/eval mode or gradient mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -119,11 +119,11 @@ def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement
 
 
 @contextmanager
-def forward_errors(model: nn.Module, what: str, shape: Sequence[int], name: str = "") -> Iterator[None]:
+def forward_errors(model: nn.Module, what: str, tokens: Tensor, name: str = "") -> Iterator[None]:
     """One line for what a model's forward pass raises inside the `with` block.
 
     Args:
-        what: the sites and the batch, for the message. shape: of the tokens. name: of the model.
+        what: the sites and the batch, for the message. tokens: [B, T] int64. name: of the model.
 
     Raises:
         InputError: in place of any other error.
@@ -135,9 +135,18 @@ def forward_errors(model: nn.Module, what: str, shape: Sequence[int], name: str 
     except Exception as error:  # a model's own code raises whatever it likes
         said = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"model {name or describe(unwrapped(model))!r} failed on {what}, tokens {list(shape)} "
-            f"({type(error).__name__}: {said}): try a lower --context-length or --rows-per-batch"
+            f"model {name or describe(unwrapped(model))!r} failed on {what}, tokens {list(tokens.shape)} "
+            f"({type(error).__name__}: {said}): {_advice(unwrapped(model), tokens)}"
         ) from None
+
+
+def _advice(model: nn.Module, tokens: Tensor) -> str:
+    """What may help a forward pass that failed on [B, T] tokens."""
+    embedding = getattr(getattr(model, "base_model", model), "get_input_embeddings", lambda: None)()
+    known, largest = getattr(embedding, "num_embeddings", None), int(tokens.max()) if tokens.numel() else 0
+    if known is not None and largest >= known:
+        return f"its tokenizer gives token {largest}, the model knows {known}: give its own"
+    return "try a lower --context-length or --rows-per-batch"
 
 
 def _checked(new: Any, old: Tensor, name: str) -> Tensor:

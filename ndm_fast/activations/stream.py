@@ -79,7 +79,7 @@ class Harvester:
         with (
             collect_activations(self._model, self.widths) as captured,
             self._autocast(device.type),
-            forward_errors(self._model, what, tokens.shape, self._config.model),
+            forward_errors(self._model, what, tokens, self._config.model),
         ):
             self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
         return {site: self._found(site, rows, captured.pop(site), number) for site in self.widths}

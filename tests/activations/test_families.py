@@ -271,10 +271,20 @@ def test_roberta_takes_two_tokens_fewer_than_it_has_positions():
     assert row_length(HarvestConfig(), model.config) == longest
     with torch.no_grad():
         model(torch.full((1, longest), 5))
+        tokens = torch.full((1, 64), 5)
         with (
             pytest.raises(
                 InputError, match=r"model 'tiny' failed on x1.post, batch 3, tokens \[1, 64\] \(.*\): try"
             ),
-            forward_errors(model, "x1.post, batch 3", (1, 64), "tiny"),
+            forward_errors(model, "x1.post, batch 3", tokens, "tiny"),
         ):
-            model(torch.full((1, 64), 5))
+            model(tokens)
+
+
+def test_a_token_that_the_model_does_not_know_is_named():
+    model = gpt2()
+    known = model.config.vocab_size
+    tokens = torch.tensor([[3, known + 7]])
+    wrong = rf"its tokenizer gives token {known + 7}, the model knows {known}: give its own"
+    with pytest.raises(InputError, match=wrong), forward_errors(model, "x1.post", tokens), torch.no_grad():
+        model(tokens)

@@ -58,7 +58,7 @@ class LayersAbove:
         with (
             self.watching(),
             collect_activations(self._model, [self.site.name]) as captured,
-            forward_errors(self._model, f"{self.site.name}, prompts", prompts.tokens.shape),
+            forward_errors(self._model, f"{self.site.name}, prompts", prompts.tokens),
         ):
             self._model(**prompts.model_inputs(), use_cache=False)
         return captured[self.site.name]
