@@ -229,7 +229,7 @@ class RunSettings:
     parallel: Literal["auto", "sites", "queries", "keys"] = "auto"
     """What torchrun's ranks share; auto: sites, or queries if these are too few."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Search and steps as CUDA graphs; auto: on a GPU, for lie and lazy, with one rank."""
+    """Search and steps as CUDA graphs; auto: on a GPU, as the presets of the paper's models run."""
     log_every: int = 20
     """Steps between lines of training loss in the log."""
     eval_every: int = 100

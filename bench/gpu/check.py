@@ -110,8 +110,8 @@ def items(name: str, device: str, small: bool) -> Iterator[Item]:
     elif rest == "others":
         yield from contracts.check_others(device, small)
     elif rest == "steps":
-        yield contracts._item("training steps", partial(step.check_steps, device, small))
-        yield contracts._item("training steps in a graph", partial(step.check_graph, device, small))
+        yield contracts.case_item("training steps", partial(step.check_steps, device, small))
+        yield contracts.case_item("training steps in a graph", partial(step.check_graph, device, small))
     elif kind == "ceilings":
         yield from timing.ceilings(device, small)
     elif what == "steps":

@@ -243,14 +243,14 @@ def check_path(name: str, search: Callable, device: str, small: bool) -> Iterato
     for case_name, case in check_cases(small).items():
         for dtype in TYPES if case_name == "heavy-tailed" and not small else TYPES[:1]:
             run = partial(check, search, name, case, dtype, device)
-            yield _item(f"{case_name} / {str(dtype)[6:]}", run)
+            yield case_item(f"{case_name} / {str(dtype)[6:]}", run)
 
 
 def check_indexes(device: str, small: bool) -> Iterator[Item]:
     """The search without distances on every case."""
     for case_name, case in check_cases(small).items():
         for dtype in TYPES if case_name == "heavy-tailed" and not small else TYPES[:1]:
-            yield _item(f"{case_name} / {str(dtype)[6:]}", partial(check_index, case, dtype, device))
+            yield case_item(f"{case_name} / {str(dtype)[6:]}", partial(check_index, case, dtype, device))
 
 
 def check_gradients(products: str, device: str, small: bool) -> Iterator[Item]:
@@ -258,18 +258,18 @@ def check_gradients(products: str, device: str, small: bool) -> Iterator[Item]:
     for case_name, case in gradient_cases(small).items():
         for dtype in TYPES if case_name == "merged" else TYPES[:1]:
             run = partial(check_gradient, case, dtype, products, device)
-            yield _item(f"{case_name} / {str(dtype)[6:]}", run)
-    yield _item("logarithms", partial(check_log_gradient, products, device, small))
+            yield case_item(f"{case_name} / {str(dtype)[6:]}", run)
+    yield case_item("logarithms", partial(check_log_gradient, products, device, small))
 
 
 def check_others(device: str, small: bool) -> Iterator[Item]:
     """What has one case each."""
-    yield _item("fp32 products", partial(check_products, device))
-    yield _item("ksg", partial(check_ksg, device, small))
-    yield _item("lie update", partial(check_update, device, small))
+    yield case_item("fp32 products", partial(check_products, device))
+    yield case_item("ksg", partial(check_ksg, device, small))
+    yield case_item("lie update", partial(check_update, device, small))
 
 
-def _item(name: str, find: Callable[[], str | None]) -> Item:
+def case_item(name: str, find: Callable[[], str | None]) -> Item:
     def run() -> list[Row]:
         wrong = find()
         return [{"name": name, "failed": f"WRONG: {wrong}"} if wrong else {"name": name, "right": True}]

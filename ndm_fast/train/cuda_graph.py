@@ -158,9 +158,14 @@ class GraphedSearch:
 
 
 def are_wanted(settings: RunSettings, train: TrainConfig, device: str, ranks: int) -> bool:
-    """Whether search and steps are replayed as CUDA graphs on a type of device."""
-    auto = device == "cuda" and ranks == 1 and train.rotation != "exp"
-    return auto if settings.cuda_graph == "auto" else settings.cuda_graph == "on"
+    """Whether search and steps are replayed as CUDA graphs on a type of device.
+
+    By itself only what has been captured on a card: proposals in bf16 of fp16 rows, by euclidean distance.
+    """
+    if settings.cuda_graph != "auto":
+        return settings.cuda_graph == "on"
+    seen = (train.precision, train.pool_dtype, train.metric) == ("bf16", "float16", "euclidean")
+    return device == "cuda" and ranks == 1 and train.rotation != "exp" and seen
 
 
 def _on_host(turns: Sequence[Turn], device: torch.device) -> Tensor:

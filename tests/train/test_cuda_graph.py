@@ -68,3 +68,24 @@ def test_replayed_blocks_train_as_eager_ones(
 def test_an_exponential_is_not_captured() -> None:
     with pytest.raises(InputError, match="take lie or lazy"):
         from_flat({"rotation": "exp", "cuda_graph": "on"})
+
+
+@pytest.mark.parametrize(
+    ("word", "device", "ranks", "changes", "expected"),
+    [
+        ("auto", "cuda", 1, {}, True),
+        ("auto", "cpu", 1, {}, False),
+        ("auto", "cuda", 2, {}, False),
+        ("auto", "cuda", 1, {"rotation": "exp", "search_every": 1}, False),
+        ("auto", "cuda", 1, {"precision": "fp32"}, False),
+        ("auto", "cuda", 1, {"metric": "cosine"}, False),
+        ("off", "cuda", 1, {}, False),
+        ("on", "cpu", 1, {"precision": "fp32"}, True),
+    ],
+)
+def test_by_itself_only_what_a_card_has_captured(
+    word: str, device: str, ranks: int, changes: dict[str, object], expected: bool
+) -> None:
+    train = TrainConfig(**{"rotation": "lazy", "precision": "bf16", "pool_dtype": "float16", **changes})
+    settings = RunSettings(cuda_graph=word)
+    assert cuda_graph.are_wanted(settings, train, device, ranks) is expected
