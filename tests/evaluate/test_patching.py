@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHea
 
 from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.patching.head import TokenMetric
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import logit_of, patch, patch_effects, subspace_patch
 from ndm_fast.evaluate.patching.prompts import columns_of, pad_prompts
@@ -199,13 +200,14 @@ def test_several_positions_may_be_read():
         PARTITION,
         prompts,
         others,
-        lambda logits, rows: (seen.append(logits), logits.sum((1, 2)))[1],
+        lambda logits, rows: (seen.append((logits, rows)), logits.sum((1, 2)))[1],
         read=[[1, -1], [0, 2]],
         groups=[],
     )
     full = model(**prompts.model_inputs()).logits
     expected = torch.stack([full[0, [3, 6]], full[1, [0, 2]]])
-    torch.testing.assert_close(seen[0][:2], expected, rtol=1e-4, atol=1e-4)
+    logits, rows = seen[0]
+    torch.testing.assert_close(logits[:2], expected[rows[:2]], rtol=1e-4, atol=1e-4)
 
 
 def test_layers_below_do_not_run_again():
@@ -217,7 +219,7 @@ def test_layers_below_do_not_run_again():
         for part in (layer.attn, layer.mlp)
     ]
     tokens = pad_prompts(draw([5, 5]))
-    patch_effects(model, "x0.post", PARTITION, tokens, tokens, logit_of([1, 1]), rows=2)
+    patch_effects(model, "x0.post", PARTITION, tokens, tokens, lambda logits, _: logits[:, 0, 1], rows=2)
     for handle in handles:
         handle.remove()
     assert calls.count(0) == 2 * 2  # attention and MLP, prompts and counterfactuals
@@ -299,3 +301,70 @@ def test_prompts_longer_than_the_context_are_refused():
     cut = LayersAbove(GPT2LMHeadModel(config).eval(), "x0.post")
     with pytest.raises(InputError, match="a prompt has 17 tokens, the model takes 16: give shorter ones"):
         cut.below(pad_prompts([[1] * 17, [2] * 3]))
+
+
+ANSWERS = [3, 7, 3, 60, 1]
+
+
+def of_answers(metric):
+    """Effects of five uneven prompts, patched at other places each, in two batches."""
+    model = build(metric.family)
+    prompts, others = (pad_prompts(draw([9, 5, 7, 8, 6], seed)) for seed in (0, 1))
+    places = [[3], [4], [2, 5], [7], [1]]
+    return patch_effects(model, "x1.post", PARTITION, prompts, others, metric, positions=places, rows=3)
+
+
+class Reading:
+    """The logit of each prompt's answer, from all logits."""
+
+    def __init__(self, family):
+        self.family = family
+
+    def __call__(self, logits, rows):
+        return logits[:, 0].gather(1, torch.tensor(ANSWERS)[rows][:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_metric_of_some_tokens_has_the_same_effects(family):
+    seen = []
+
+    def reading(logits, rows):
+        seen.append(logits)
+        return Reading(family)(logits, rows)
+
+    metric = TokenMetric(reading, torch.tensor(ANSWERS))
+    metric.family = family
+    for found, expected in zip(of_answers(metric), of_answers(Reading(family)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    first, *others = seen
+    assert not first.isnan().any()  # all logits, to compare with
+    unread = [token for token in range(VOCABULARY) if token not in ANSWERS]
+    assert others
+    assert all(logits[..., unread].isnan().all() for logits in others)
+    assert "forward" not in vars(build(family).get_output_embeddings())
+
+
+def test_a_head_whose_tokens_depend_on_each_other_gives_all_logits(monkeypatch, caplog):
+    class Normalised(GPT2LMHeadModel):
+        def forward(self, *args, **named):
+            output = super().forward(*args, **named)
+            output.logits = output.logits.log_softmax(-1)
+            return output
+
+    model = build("gpt2")
+    monkeypatch.setattr(model, "__class__", Normalised)
+    seen = []
+    metric = TokenMetric(lambda logits, rows: (seen.append(logits), logits[:, 0, 3])[1], torch.tensor([3]))
+    prompts, others = (pad_prompts(draw([5, 6], seed)) for seed in (0, 1))
+    with caplog.at_level("INFO"):
+        patch_effects(model, "x1.post", PARTITION, prompts, others, metric, rows=2)
+    assert "all logits are computed" in caplog.text
+    assert len(seen) > 1
+    assert not any(logits.isnan().any() for logits in seen)
+
+
+def test_a_metric_that_reads_more_than_it_says_gets_nan():
+    metric = TokenMetric(lambda logits, rows: logits[:, 0].sum(1), torch.tensor([3]))
+    prompts, others = (pad_prompts(draw([5, 6], seed)) for seed in (0, 1))
+    found = patch_effects(build("gpt2"), "x1.post", PARTITION, prompts, others, metric, rows=2)
+    assert found.by_group.isnan().all()

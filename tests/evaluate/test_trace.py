@@ -53,7 +53,7 @@ def test_kinds_of_positions_cover_the_prompt_and_are_shared(model_folder):  # no
         *(("3b", kind) for kind in kinds),
     ]
     by_name = {(c.test, c.positions): c.effect for c in found.curves}
-    assert by_name["2", "S2"] == pytest.approx(by_name["2", OWN], rel=1e-4)
+    assert by_name["2", "S2"] == pytest.approx(by_name["2", OWN], rel=1e-4, abs=1e-6)
     assert by_name["3b", "END"] == pytest.approx(by_name["3b", OWN], rel=1e-4)
     # After the last block nothing else reaches the answer.
     assert all(by_name["2", kind][1] == pytest.approx(0, abs=1e-4) for kind in kinds if kind != "END")

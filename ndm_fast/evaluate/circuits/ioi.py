@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ndm_fast.evaluate.circuits import word_lists
 from ndm_fast.evaluate.circuits.words import CircuitPrompts, Marked, half_of, mark, whole_words
-from ndm_fast.evaluate.patching.patching import Metric
+from ndm_fast.evaluate.patching.head import TokenMetric
 
 
 class _Pair(NamedTuple):
@@ -84,7 +84,7 @@ def _pairs(tokenizer: Any, count: int, seed: int, templates: str, *, swap_all: b
     return pairs
 
 
-def logit_difference(right: list[int], wrong: list[int]) -> Metric:
+def logit_difference(right: list[int], wrong: list[int]) -> TokenMetric:
     """A metric: logit of one token less that of another, [N] ids each, at the one position read."""
     good, bad = torch.tensor(right), torch.tensor(wrong)
 
@@ -94,4 +94,4 @@ def logit_difference(right: list[int], wrong: list[int]) -> Metric:
         chosen = last.gather(1, both)
         return chosen[:, 0] - chosen[:, 1]
 
-    return metric
+    return TokenMetric(metric, torch.cat([good, bad]))

@@ -22,6 +22,7 @@ from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.circuits.prompts import TESTS, CircuitTest, chosen_tests
 from ndm_fast.evaluate.circuits.words import CircuitPrompts
+from ndm_fast.evaluate.patching.head import Head, tokens_of
 from ndm_fast.evaluate.patching.language_model import check_lengths, load_language_model
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import first_column
@@ -191,7 +192,8 @@ class _Tracer:
 
     def __init__(self, model: nn.Module, layers: Sequence[int], rows: int) -> None:
         self._model = model
-        self._cuts = [LayersAbove(model, _site(layer)) for layer in layers]
+        head = Head(model)
+        self._cuts = [LayersAbove(model, _site(layer), head) for layer in layers]
         self._rows = rows
         self._prefixes = PrefixReader(model)
         self._device = next(model.parameters()).device
@@ -231,7 +233,8 @@ class _Tracer:
 
         def measured(cut: LayersAbove, activations: Tensor) -> Tensor:
             before = prefix.rows(every) if prefix else None
-            return job.made.metric(cut.above(activations, prompts, reading, before), batch)
+            tokens = tokens_of(job.made.metric)
+            return job.made.metric(cut.above(activations, prompts, reading, before, tokens), batch)
 
         clean = measured(self._cuts[-1], here[-1][:, start:])
         patched = []

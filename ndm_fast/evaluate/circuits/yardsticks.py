@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ndm_fast.evaluate.circuits.words import CircuitPrompts
+from ndm_fast.evaluate.patching.head import tokens_of
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import first_column
 from ndm_fast.evaluate.patching.prefix import Prefix, PrefixReader
@@ -118,9 +119,10 @@ def learn_das(
     start = torch.randn(first.shape[-1], width, generator=seeded(seed, 32)).to(first.device)
     basis = torch.linalg.qr(start).Q.requires_grad_()
     optimiser = torch.optim.Adam([basis], lr=_RATE)
+    tokens = tokens_of(made.metric)
     for step in tqdm(range(steps), "DAS", leave=False, disable=None if progress else True):
         batch = batches[step % len(batches)]
-        loss = made.metric(_patched_logits(cut, batch, torch.linalg.qr(basis).Q), batch.which).mean()
+        loss = made.metric(_patched_logits(cut, batch, torch.linalg.qr(basis).Q, tokens), batch.which).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -129,13 +131,13 @@ def learn_das(
     return basis.detach()
 
 
-def _patched_logits(cut: LayersAbove, batch: _Batch, basis: Tensor) -> Tensor:
+def _patched_logits(cut: LayersAbove, batch: _Batch, basis: Tensor, tokens: Tensor | None) -> Tensor:
     change = (batch.differences @ basis @ basis.T).to(batch.activations.dtype)
     rows = torch.arange(len(batch.which), device=change.device)[:, None].expand_as(batch.columns)
     activations = batch.activations.index_put((rows, batch.columns), change, accumulate=True)
     every = torch.arange(len(batch.which), device=change.device)
     prefix = batch.prefix.rows(every) if batch.prefix else None
-    return cut.above_with_gradient(activations, batch.prompts, batch.reading, prefix)
+    return cut.above_with_gradient(activations, batch.prompts, batch.reading, prefix, tokens)
 
 
 def _leading(batches: Sequence[_Batch], width: int) -> Tensor:

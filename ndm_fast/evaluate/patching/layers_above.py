@@ -13,6 +13,7 @@ from ndm_fast.activations.hooks import collect_activations, forward_errors, repl
 from ndm_fast.activations.sites import Site, parts_below, resolve_site, site_width
 from ndm_fast.activations.wrappers import unwrapped
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.patching.head import Head, forward_is
 from ndm_fast.evaluate.patching.language_model import check_length
 from ndm_fast.evaluate.patching.prefix import Prefix
 from ndm_fast.evaluate.patching.prompts import Prompts
@@ -29,12 +30,14 @@ class LayersAbove:
     Args:
         model: Hugging Face model with a language-model head, in eval mode.
         site: any name of ``ndm_fast.activations.sites``.
+        head: of this model, where it is cut at several sites, so that it is compared only once.
     """
 
-    def __init__(self, model: nn.Module, site: str) -> None:
+    def __init__(self, model: nn.Module, site: str, head: Head | None = None) -> None:
         self._model: Any = unwrapped(model)
         self.site: Site = resolve_site(model, site)
         self._below = parts_below(model, self.site)
+        self._head = head or Head(model)
         self._tuples = True
 
     @property
@@ -65,33 +68,51 @@ class LayersAbove:
 
     @torch.no_grad()
     def above(
-        self, activations: Tensor, prompts: Prompts, columns: Tensor, prefix: Prefix | None = None
+        self,
+        activations: Tensor,
+        prompts: Prompts,
+        columns: Tensor,
+        prefix: Prefix | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """[N, R, V] logits at some columns, from [N, T, d] activations at the site (of :meth:`below`).
 
         Args:
             columns: [N, R] int64 columns of the padded prompts.
             prefix: of these prompts (``Prefix.rows``); the activations are then of the columns after it.
+            tokens: [M] ids of the logits that are wanted; the others may be NaN. None for all.
         """
-        return self.above_with_gradient(activations, prompts, columns, prefix)
+        return self.above_with_gradient(activations, prompts, columns, prefix, tokens)
 
     def above_with_gradient(
-        self, activations: Tensor, prompts: Prompts, columns: Tensor, prefix: Prefix | None = None
+        self,
+        activations: Tensor,
+        prompts: Prompts,
+        columns: Tensor,
+        prefix: Prefix | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """:meth:`above`, through which gradients flow to the activations."""
-        if prefix is None:
-            inputs: dict[str, Any] = {**prompts.model_inputs(), "use_cache": False}
-        else:
-            inputs, columns = prefix.rest_of(prompts), columns - prefix.columns
+        columns = columns - (prefix.columns if prefix else 0)
         kept, place = columns.unique(return_inverse=True)
+        rows = torch.arange(len(columns), device=columns.device)[:, None]
+
+        def run() -> Tensor:
+            return self._pass(activations, prompts, kept, prefix)[rows, place]
+
+        return self._head.logits(run, tokens)
+
+    def _pass(self, activations: Tensor, prompts: Prompts, kept: Tensor, prefix: Prefix | None) -> Tensor:
+        """[N, C, V] logits of the C columns kept."""
+        inputs: dict[str, Any] = {**prompts.model_inputs(), "use_cache": False}
+        if prefix is not None:
+            inputs = prefix.again().rest_of(prompts)
         with ExitStack() as stack:
             for module, forward in self._passed_over():
-                stack.enter_context(_forward_is(module, forward))
+                stack.enter_context(forward_is(module, forward))
             name = self._entrance()
             stack.enter_context(replace_activations(self._model, {name: lambda _: activations}))
-            result = self._model(**inputs, logits_to_keep=kept)
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
-        return result.logits[rows, place]
+            return self._model(**inputs, logits_to_keep=kept).logits
 
     def _entrance(self) -> str:
         """Where the activations go in: with attention passed over, resid_mid is the block's own input."""
@@ -124,18 +145,3 @@ class LayersAbove:
         finally:
             if handle:
                 handle.remove()
-
-
-@contextmanager
-def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """The module computes something else inside the block; its hooks stay."""
-    had_own = "forward" in vars(module)
-    before = module.forward
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            module.forward = before
-        else:
-            del module.forward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ndm_fast.activations.hooks import Replacement
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.patching.head import TokenMetric, tokens_of
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.prefix import PrefixReader
 from ndm_fast.evaluate.patching.prompts import Positions, Prompts, columns_of
@@ -145,9 +146,10 @@ def patch_effects(
     chosen = _known_groups(partition, groups)
     columns, taken, used = _paired(prompts, positions, counterfactuals, counterfactual_positions)
     reading = _reading(prompts, read)
-    prefixes = PrefixReader(model)
+    prefixes, tokens = PrefixReader(model), tokens_of(metric)
+    order = _by_first_patched(columns, used)
     patched: list[Tensor] = []
-    for batch in torch.arange(len(prompts.tokens), device=prompts.tokens.device).split(rows):
+    for batch in order.split(rows):
         here, there = cut.below(prompts.rows(batch)), cut.below(counterfactuals.rows(batch))
         prefix = prefixes.read(prompts.rows(batch), first_column(columns[batch], used[batch], reading[batch]))
         start = prefix.columns if prefix else 0
@@ -159,12 +161,17 @@ def patch_effects(
             which = batch.repeat(len(some))
             every = torch.arange(len(batch), device=batch.device).repeat(len(some))
             before = prefix.rows(every) if prefix else None
-            logits = cut.above(activations, prompts.rows(which), reading[which], before)
+            logits = cut.above(activations, prompts.rows(which), reading[which], before, tokens)
             values.append(metric(logits, which).unflatten(0, (len(some), len(batch))))
         patched.append(torch.cat(values))
-    clean, *after = torch.cat(patched, 1)
+    clean, *after = torch.cat(patched, 1)[:, order.argsort()]
     drops = clean - torch.stack(after)
     return PatchEffects(clean, drops[0], drops[1:])
+
+
+def _by_first_patched(columns: Tensor, used: Tensor) -> Tensor:
+    """[N] numbers of prompts, those with like columns beside each other: patched late, a prefix is long."""
+    return torch.where(used, columns, columns.amax() + 1).amin(1).argsort(stable=True)
 
 
 def first_column(columns: Tensor, used: Tensor, reading: Tensor) -> int:
@@ -220,4 +227,4 @@ def logit_of(targets: Iterable[int] | Tensor) -> Metric:
     def value(logits: Tensor, batch: Tensor) -> Tensor:
         return logits[:, 0].gather(1, wanted.to(logits.device)[batch][:, None])[:, 0].float()
 
-    return value
+    return TokenMetric(value, wanted)

@@ -25,10 +25,15 @@ class Prefix(NamedTuple):
     """transformers' ``DynamicCache``."""
 
     def rows(self, which: Tensor) -> Prefix:
-        """The prefix of some of the prompts, for one forward pass, which adds to it."""
+        """The prefix of some of the prompts."""
+        found = self.again()
+        found.cache.batch_select_indices(which)
+        return found
+
+    def again(self) -> Prefix:
+        """The same keys and values for one more forward pass, which adds to what it is given."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_select_indices(which)
         return Prefix(self.columns, cache)
 
     def rest_of(self, prompts: Prompts) -> dict[str, Any]:
