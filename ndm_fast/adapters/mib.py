@@ -3,9 +3,9 @@
     write_featurizer(partition, [3], "submission/ioi_task_GPT2LMHeadModel_output_token", token="last_token")
 
 The track (Mueller et al. 2025, arXiv 2504.13151) reads three files for each place in the model: the
-featurizer, its inverse, and which of its features are swapped. A subspace of ours is their ``SubspaceFeaturizerModule``:
-features ``x B`` with orthonormal columns ``B``, the rest of ``x`` as the error term. Nothing beside torch is
-needed to write them; their loader, and newer versions in causalab, are on GitHub and on no package index.
+featurizer, its inverse, and which of its features are swapped. A subspace of ours is their
+``SubspaceFeaturizerModule``: features ``x B`` with orthonormal columns ``B``, the rest of ``x`` as the error
+term. Nothing beside torch is needed to write them; their loader is on GitHub and on no package index.
 (The package ``causalab`` of PyPI, 0.0.1, is another project without content.)
 """
 

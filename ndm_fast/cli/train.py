@@ -54,7 +54,8 @@ def _train(options: argparse.Namespace) -> None:
             for s, (width, share, distance) in enumerate(columns)
         ]
         source = folder.partition().source
-        print(f"\n{source['model']} {source['site']}, {result['steps']} steps")
+        trained_on = source["rows"] if "rows" in source else f"{source['model']} {source['site']}"
+        print(f"\n{trained_on}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
 

@@ -1,4 +1,4 @@
-"""Let a virtual environment see the packages of others, after its own: ``see_others.py ENVIRONMENT OTHER ...``."""
+"""Let an environment see the packages of others, after its own: ``see_others.py ENVIRONMENT OTHER ...``."""
 
 import sys
 import sysconfig
