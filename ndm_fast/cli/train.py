@@ -126,6 +126,8 @@ def _plan(options: argparse.Namespace) -> None:
     from ndm_fast.run.presets import TWINS
 
     config = run_settings(options)
+    if config.run.rows:
+        raise InputError("plan predicts runs on a model's activations: leave --rows away, and name --model")
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.4.hook_resid_post")
     shape = model_shape(config.harvest.model, config.harvest.site[0], **config.harvest.hub_options)

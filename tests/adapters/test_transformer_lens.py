@@ -61,6 +61,32 @@ def test_all_sites_are_hook_points_with_the_same_activations(family, bridge):
         assert (cache_of_theirs[hook_name(made, site)] - ours[site]).abs().max() < 1e-5, site
 
 
+SAME_EVERYWHERE = (
+    "bloom codegen cohere falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj "
+    "granite granitemoe llama mistral mixtral mpt nemotron olmo olmo2 olmoe opt phi phi3 qwen2 qwen3 "
+    "qwen3_moe smollm3 stablelm starcoder2 xglm"
+)
+"""Families whose points are all the same tensors; docs/adapters.md has their number."""
+
+
+@pytest.mark.parametrize("family", SAME_EVERYWHERE.split())
+def test_points_of_many_families_are_the_same_tensors(family, tmp_path, lens):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = tiny_families.build(family)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(make_model(tmp_path / "tokenizer", head=True))
+    made = TransformerBridge.boot_transformers(str(tmp_path / "model"), tokenizer=tokenizer, device="cpu")
+    tokens = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    sites = [site for site in list_sites(model) if ".1." in site]
+    with collect_activations(model, sites, stop_after_last=False) as ours:
+        model(tokens)
+    _, theirs = made.run_with_cache(tokens)
+    assert len(sites) >= 4
+    for site in sites:
+        assert (theirs[hook_name(made, site)] - ours[site]).abs().max() < 1e-5, site
+
+
 def test_names_lead_both_ways(bridge):
     made = bridge("gpt2")
     assert hook_name(made, "x1.mid") == "blocks.1.hook_resid_mid"
@@ -115,7 +141,6 @@ def test_bad_names_are_one_line(bridge):
 
 
 def test_points_that_are_other_tensors_in_a_post_norm_family_are_refused(tmp_path, lens):
-    """In the other 33 families that were compared all five points are the same tensors."""
     from transformer_lens.model_bridge import TransformerBridge
 
     make_model(tmp_path)  # for the tokenizer; its model is written over

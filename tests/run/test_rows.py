@@ -221,6 +221,7 @@ def test_what_compares_tokens_is_refused_in_one_line(file, tmp_path, ndm):
     for command in (["evaluate", "purity", run], ["index", run], ["explore", run]):
         assert "which belong to no tokens" in ndm(*command).refusal()
     assert "no model given" in ndm("evaluate", "mi", run).refusal()
+    assert "leave --rows away" in ndm("plan", "--rows", file).refusal()
 
 
 def test_too_few_rows_are_said_before_training_with_what_helps(file, tmp_path, ndm):
