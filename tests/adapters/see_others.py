@@ -8,7 +8,7 @@ from pathlib import Path
 def packages_of(environment: str) -> Path:
     """Folder of an environment's packages."""
     where = {"base": str(Path(environment).resolve()), "platbase": str(Path(environment).resolve())}
-    return Path(sysconfig.get_path("purelib", "venv", where))
+    return Path(sysconfig.get_path("purelib", "posix_prefix", where))
 
 
 if __name__ == "__main__":
