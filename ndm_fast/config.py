@@ -224,6 +224,8 @@ class RunSettings:
 
     acts: str = ""
     """Folder of `ndm-fast harvest` to train from; the model is not run."""
+    rows: str = ""
+    """File of rows [N, d] to train from, .npy, .safetensors or .parquet; no model, no text."""
     partial: bool = False
     """Train from a harvest (acts) that is not finished, on what there is."""
     parallel: Literal["auto", "sites", "queries", "keys"] = "auto"

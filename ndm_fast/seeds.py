@@ -44,6 +44,8 @@ class Draw(IntEnum):
     PLANTED_PROMPTS = 30
     BOOTSTRAP = 40
     AUTOENCODER_CLUSTERS = 41
+    ROWS = 50
+    """Order of the rows of a file."""
 
 
 def seeded(seed: int, *purpose: int) -> torch.Generator:

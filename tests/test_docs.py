@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import linecache
+import os
 import re
 import shlex
 from pathlib import Path
@@ -20,7 +22,7 @@ from ndm_fast.partition import SubspacePartition
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", re.M | re.S)
-MARKS = ("not run: ", "run with: ")
+MARKS = ("not run: ", "run with: ", "needs: ")
 
 
 class Block(NamedTuple):
@@ -35,6 +37,11 @@ class Block(NamedTuple):
     @property
     def why_not_run(self):
         return self.mark.removeprefix("not run: ") if self.mark.startswith("not run: ") else ""
+
+    @property
+    def needs(self):
+        """The package without which a block is skipped; tests of adapters have them all."""
+        return self.mark.removeprefix("needs: ") if self.mark.startswith("needs: ") else ""
 
     @property
     def code(self):
@@ -89,9 +96,16 @@ def test_python_blocks_run(page, where_the_reader_is, monkeypatch):
     """The blocks of a page run one after the other, as a reader would paste them."""
     names = {"__name__": page.stem}
     for block in blocks(page):
-        if block.language != "python" or block.why_not_run:
+        if block.language != "python" or block.why_not_run or not is_there(block.needs):
             continue
-        exec(compile(block.code, name(block), "exec"), names)
+        code = block.code
+        linecache.cache[name(block)] = len(code), None, code.splitlines(True), name(block)  # nnsight reads it
+        exec(compile(code, name(block), "exec"), names)
+
+
+def is_there(package):
+    must = os.environ.get("NDM_FAST_ADAPTERS", "").split()
+    return not package or package in must or importlib.util.find_spec(package) is not None
 
 
 def test_every_mark_is_known_and_has_a_reason():
@@ -99,6 +113,8 @@ def test_every_mark_is_known_and_has_a_reason():
         if block.language in ("python", "sh") and block.mark.startswith(("not run", "run with")):
             assert block.mark.startswith(MARKS), name(block)
             assert len(block.mark.split(": ", 1)[1]) > 10, f"{name(block)}: say why"
+        if block.needs:
+            assert re.fullmatch(r"\w+", block.needs), name(block)
 
 
 def commands(block):
@@ -113,7 +129,7 @@ def commands(block):
 def test_shell_blocks_name_real_commands(block):
     if block.why_not_run:
         pytest.skip(block.why_not_run)
-    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
     for words in commands(block):
         if words[0] == "torchrun":
             words = ["ndm-fast", *words[words.index("ndm_fast") + 1 :]]

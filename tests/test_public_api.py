@@ -81,7 +81,7 @@ import ndm_fast
 assert "torch" not in sys.modules
 ndm_fast.nearest_neighbors
 heavy = {"transformers", "matplotlib", "tokenizers", "datasets", "yaml", "jinja2", "huggingface_hub"}
-rooms = {"activations", "train", "run", "evaluate", "report", "cli", "config"}
+rooms = {"activations", "adapters", "train", "run", "evaluate", "report", "cli", "config"}
 print(sorted(heavy & set(sys.modules)), sorted(r for r in rooms if f"ndm_fast.{r}" in sys.modules))
 """
     done = subprocess.run(

@@ -27,6 +27,7 @@ NUMBERS = {
     "PLANTED_PROMPTS": 30,
     "BOOTSTRAP": 40,
     "AUTOENCODER_CLUSTERS": 41,
+    "ROWS": 50,
 }
 
 

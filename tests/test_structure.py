@@ -19,6 +19,7 @@ FLOORS = [
     ["train"],
     ["run"],
     ["evaluate"],
+    ["adapters"],
     ["report"],
     ["cli", "__main__"],
 ]

@@ -108,14 +108,26 @@ def replace_activations(model: nn.Module, replacements: Mapping[str, Replacement
         for name, site in sites.items():
 
             def change(activation: Tensor, name: str = name, site: Site = site) -> Tensor:
-                new = _checked(replacements[name](activation.clone()), activation, name)
-                # `resid_mid` is the input of a norm, and the block adds the same tensor object to the MLP's
-                # output. Returning a new tensor would reach the norm alone; writing into the old one reaches
-                # both, exactly. The sum that made it does not need its result for its gradient.
-                return activation.copy_(new) if site.feeds_skip else new
+                return replaced(activation, replacements[name], name, in_place=site.feeds_skip)
 
             hooks.callback(register(unwrapped(model), site, change, first=True).remove)
         yield
+
+
+def replaced(activation: Tensor, replacement: Replacement, name: str, *, in_place: bool) -> Tensor:
+    """[B, T, d] what a model goes on with at a site, checked.
+
+    Args:
+        in_place: write into the model's own tensor, as a site needs that feeds a skip connection.
+
+    Raises:
+        InputError: the function returned something that is not a tensor of the activation's shape.
+    """
+    new = _checked(replacement(activation.clone()), activation, name)
+    # `resid_mid` is the input of a norm, and the block adds the same tensor object to the MLP's output.
+    # Returning a new tensor would reach the norm alone; writing into the old one reaches both, exactly. The
+    # sum that made it does not need its result for its gradient.
+    return activation.copy_(new) if in_place else new
 
 
 @contextmanager

@@ -40,11 +40,8 @@ def register(
         return (_with(args, key, new), kwargs) if where is args else (args, _with(kwargs, key, new))
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return scaled(output)
-        key = first_tensor(output)
-        new = scaled(_tensor(output, key, site))
-        return None if new is None else _with(output, key, new)
+        new = scaled(tensor_at(output, site))
+        return None if new is None else with_tensor(output, new)
 
     def note_rows(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         where, key = input_place(args, kwargs)
@@ -91,6 +88,20 @@ def first_tensor(output: Any) -> Any:
     if isinstance(output, tuple | list):
         return next((i for i, value in enumerate(output) if isinstance(value, Tensor)), None)
     return None
+
+
+def tensor_at(output: Any, site: Site) -> Tensor:
+    """The activation in a module's output: the output itself, or its first tensor.
+
+    Raises:
+        InputError: there is none.
+    """
+    return output if isinstance(output, Tensor) else _tensor(output, first_tensor(output), site)
+
+
+def with_tensor(output: Any, new: Tensor) -> Any:
+    """A module's output with another tensor in the place of :func:`tensor_at`'s."""
+    return new if isinstance(output, Tensor) else _with(output, first_tensor(output), new)
 
 
 def _tensor(container: Any, key: Any, site: Site) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ndm_fast.cli.options import add_hub_flags, add_kind, hub_choice, print_json, save_json
@@ -118,17 +119,23 @@ def _add_sae(kinds: Any) -> None:
     about = "whether the features of a sparse autoencoder lie inside single subspaces"
     sae = add_kind(kinds, "sae", about, _sae)
     sae.add_argument("partition", metavar="RUN", help="run folder, saved partition, or R-....pt")
-    sae.add_argument("--decoder", required=True, metavar="FILE", help="safetensors file of the autoencoder")
+    sae.add_argument(
+        "--decoder", required=True, metavar="FILE", help="safetensors file, or a folder of SAELens"
+    )
     sae.add_argument("--tensor", default=None, help="name of the decoder in it; default: W_dec and the like")
 
 
 def _sae(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.autoencoder import compare_autoencoder, read_decoder
+    from ndm_fast.evaluate.autoencoder import compare_autoencoder, decoder_site, read_decoder, same_place
     from ndm_fast.run.load import load_partition
     from ndm_fast.table import text_table
 
     partition = load_partition(options.partition)
-    found = compare_autoencoder(partition, read_decoder(options.decoder, partition.width, options.tensor))
+    decoder = read_decoder(options.decoder, partition.width, options.tensor)
+    site, ours = decoder_site(options.decoder), partition.source.get("site")
+    if site and ours and not same_place(site, ours):
+        print(f"ndm-fast: the autoencoder is of {site}, the partition of {ours}", file=sys.stderr)
+    found = compare_autoencoder(partition, decoder)
     if options.json:
         print_json(found)
         return

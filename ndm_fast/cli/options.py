@@ -146,7 +146,8 @@ def run_settings(options: argparse.Namespace) -> RunConfig:
         begun = folder.config().flat()
     chosen = preset(options.preset) if options.preset else {}
     written = _read_settings(Path(options.config)) if options.config else {}
-    if {**begun, **written, **flags(options)}.get("acts"):  # which model and text, the activations know
+    given = {**begun, **written, **flags(options)}
+    if given.get("acts") or given.get("rows"):  # which model and text, the activations know
         chosen = {
             n: v for n, v in chosen.items() if n not in {f.name for f in dataclasses.fields(HarvestConfig)}
         }

@@ -44,6 +44,8 @@ def _report(options: argparse.Namespace) -> None:
     _check_rows(options.rows)
     out = Path(options.out) if options.out else folder.report_folder
     print(f"report: {write_report(folder, out, rows=options.rows, device=options.device)}")
+    if folder.config().run.rows:
+        print("left out, as plain rows belong to no tokens: readings, galleries, positions")
 
 
 def _add_index(commands: Any) -> None:

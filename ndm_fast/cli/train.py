@@ -54,7 +54,8 @@ def _train(options: argparse.Namespace) -> None:
             for s, (width, share, distance) in enumerate(columns)
         ]
         source = folder.partition().source
-        print(f"\n{source['model']} {source['site']}, {result['steps']} steps")
+        trained_on = source["rows"] if "rows" in source else f"{source['model']} {source['site']}"
+        print(f"\n{trained_on}, {result['steps']} steps")
         print(text_table(rows))
         print(f"held-out distance {result['heldout_loss']:.4f}; partition saved in {folder.partition_folder}")
 
@@ -125,6 +126,8 @@ def _plan(options: argparse.Namespace) -> None:
     from ndm_fast.run.presets import TWINS
 
     config = run_settings(options)
+    if config.run.rows:
+        raise InputError("plan predicts runs on a model's activations: leave --rows away, and name --model")
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.4.hook_resid_post")
     shape = model_shape(config.harvest.model, config.harvest.site[0], **config.harvest.hub_options)

@@ -10,11 +10,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ndm_fast.activations.site import canonical_name, parse
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.evaluate.stability import match_subspaces
+from ndm_fast.files import parse_json
 from ndm_fast.partition import SubspacePartition
 from ndm_fast.seeds import Draw, seeded
+
+_WEIGHTS, _SETTINGS = "sae_weights.safetensors", "cfg.json"
+"""What SAELens saves an autoencoder as."""
+
 
 _NAMES = ("W_dec", "decoder.weight", "decoder", "W_D")
 
@@ -23,14 +29,24 @@ _ROUNDS = 50
 
 
 def read_decoder(path: str | Path, width: int, name: str | None = None) -> Tensor:
-    """[F, d] unit directions of an autoencoder's features, from a safetensors file.
+    """[F, d] unit directions of an autoencoder's features, from a safetensors file or a folder of SAELens.
 
     Args:
         width: d. name: of the tensor; default the usual names. [d, F] is turned over.
 
     Raises:
-        InputError: the file cannot be read, or holds no such matrix.
+        InputError: the file cannot be read, holds no such matrix, or one for other coordinates.
     """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / _WEIGHTS).is_file():
+            raise InputError(f"{path} holds no {_WEIGHTS}: give a folder of SAELens's save_model, or a file")
+        if _settings(path).get("normalize_activations") == "covariance_whitening":
+            raise InputError(
+                f"the decoder in {path} is for whitened activations, not for those of the site: give an "
+                "autoencoder that was trained without covariance_whitening"
+            )
+        path = path / _WEIGHTS
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -45,6 +61,40 @@ def read_decoder(path: str | Path, width: int, name: str | None = None) -> Tenso
         )
     directions = matrix if matrix.shape[1] == width else matrix.T
     return torch.nn.functional.normalize(directions, dim=1)
+
+
+def decoder_site(path: str | Path) -> str | None:
+    """The site that a folder of SAELens names, where it does.
+
+    Raises:
+        InputError: its settings are damaged.
+    """
+    settings = _settings(Path(path))
+    about = settings.get("metadata")
+    name = (about if isinstance(about, dict) else settings).get("hook_name")
+    return name if isinstance(name, str) else None
+
+
+def same_place(site: str, other: str) -> bool:
+    """Whether two sites hold the same tensor: one name, or a block's output and the next one's input."""
+    return _between_blocks(site) == _between_blocks(other)
+
+
+def _between_blocks(site: str) -> str:
+    point = parse(site)
+    if point is None or point[1] != "resid_post":
+        return canonical_name(site)
+    return f"blocks.{point[0] + 1}.hook_resid_pre"
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a folder of SAELens says about its autoencoder; nothing where it is no such folder."""
+    try:
+        return parse_json((folder / _SETTINGS).read_bytes(), {}, seal=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {folder / _SETTINGS} ({error}): save the autoencoder again") from None
 
 
 def cluster_directions(directions: Tensor, groups: int, seed: int = 0) -> Tensor:

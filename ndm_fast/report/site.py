@@ -58,6 +58,8 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
     Raises:
         InputError: the run is not finished, its index is damaged, or ``out`` cannot be written to.
     """
+    if folder.config().run.rows:
+        return _write({"index.html": _rows_page(folder)}, out)
     metric = folder.config().train.metric
     index = run_index(folder, rows=rows, dtype="float32", device=device)
     figures = draw_run(folder, vector=True)
@@ -82,6 +84,11 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
         ),
         **{_name(s): _subspace_page(s, folder, index, metric, circuits) for s in surveys},
     }
+    return _write(pages, out)
+
+
+def _write(pages: dict[str, str], out: Path) -> Path:
+    """Write pages into a folder, without those of an earlier report; returns the first."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         for stale in set(out.glob("subspace-*.html")) - {out / name for name in pages}:
@@ -103,6 +110,28 @@ def templates() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _rows_page(folder: RunFolder) -> str:
+    """The one page of a run on plain rows, which have no tokens to show."""
+    figures, result, config = draw_run(folder, vector=True), folder.result(), folder.config()
+    columns = zip(result["widths"], result["variance_share"], result["heldout_distance"], strict=True)
+    subspaces = [
+        {"subspace": s, "width": width, "variance_share": share, "distance": distance}
+        for s, (width, share, distance) in enumerate(columns)
+    ]
+    facts = {
+        "model": "",
+        "site": Path(config.run.rows).name,
+        "width": sum(result["widths"]),
+        "shown": [
+            ("steps", f"{result['steps']:,}"),
+            ("held-out distance", f"{result['heldout_loss']:.4f}"),
+            ("metric", config.train.metric),
+        ],
+    }
+    shown = _inlined(figures, folder.circuits_file.with_suffix(".png"))
+    return _page("rows.html", facts=facts, subspaces=subspaces, figures=shown)
 
 
 def _page(template: str, **content: Any) -> str:

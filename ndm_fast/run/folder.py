@@ -59,7 +59,8 @@ class RunFolder:
 
     ``config.json`` settings and versions, ``log.jsonl`` events, ``checkpoint.safetensors`` the last state,
     ``partition/`` the result for ``SubspacePartition.from_pretrained``, ``result.json`` its figures,
-    ``preimages/`` activations with their tokens, ``report/`` the pages.
+    ``rows.json`` what the file of a run with ``--rows`` held, ``preimages/`` activations with their tokens,
+    ``report/`` the pages.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -69,6 +70,7 @@ class RunFolder:
         self.checkpoint_file = self.path / "checkpoint.safetensors"
         self.result_file = self.path / "result.json"
         self.partition_folder = self.path / "partition"
+        self.rows_file = self.path / "rows.json"
         self.purity_file = self.path / "purity.json"
         self.circuits_file = self.path / "circuits.json"
         self.figures_folder = self.path / "figures"

@@ -21,6 +21,7 @@ from ndm_fast.run.checkpoint import Checkpoint
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Counted, Progress
 from ndm_fast.run.recorder import Recorder, Stoppable
+from ndm_fast.run.row_stream import RowStream
 from ndm_fast.signals import stop_on_signal
 from ndm_fast.train.trainer import Trainer
 
@@ -80,10 +81,9 @@ def _ready(run: SiteRun, saved: Checkpoint | None, progress: Progress, device: s
         line = memory_line(held, stream.width, getattr(torch, train.pool_dtype), device)
         tqdm.write(line, file=sys.stderr)
     rows = train.heldout_queries + train.heldout_keys + train.rows_held
-    doing = "read" if isinstance(stream, CachedActivations) else "harvest"
+    doing = "read" if isinstance(stream, CachedActivations | RowStream) else "harvest"
     counted = Counted(stream, rows, doing, progress.show)
-    source: dict[str, Any] = {"model": config.harvest.model, "site": stream.site, "data": config.harvest.data}
-    source["harvest"] = config.harvest.how_read()
+    source = _source(config, stream)
     begin = partial(Trainer.resumed, state=saved.state) if saved else Trainer
     try:
         trainer = begin(counted, train, config.merge, config.run, device=device, source=source, group=group)
@@ -91,6 +91,19 @@ def _ready(run: SiteRun, saved: Checkpoint | None, progress: Progress, device: s
     finally:
         counted.close()
     return trainer
+
+
+def _source(config: RunConfig, stream: SiteStream) -> dict[str, Any]:
+    """What is noted in the partition."""
+    harvest = config.harvest
+    if config.run.rows:
+        return {"rows": config.run.rows}
+    return {
+        "model": harvest.model,
+        "site": stream.site,
+        "data": harvest.data,
+        "harvest": harvest.how_read(),
+    }
 
 
 def _recorded(trainer: Trainer, folder: RunFolder, log_bytes: int, progress: Progress) -> SubspacePartition:

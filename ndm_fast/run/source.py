@@ -107,12 +107,17 @@ def rows_drawn(train: TrainConfig, largest_batch: int) -> int:
 
     The held-out rows and every generation of the pool end inside a batch, whose other rows are not used.
     """
-    queries = train.max_steps * train.queries
-    pool = train.rows_held
+    pools = generations(train)
+    return train.heldout_queries + train.heldout_keys + pools * train.rows_held + (pools + 1) * largest_batch
+
+
+def generations(train: TrainConfig) -> int:
+    """How often the pool is filled in training, at most."""
+    beside = train.rows_held - train.keys
     # A generation ends when a search's queries, at most search_every batches of them, find too few rows.
-    batches = (pool - train.keys) // train.queries - train.search_every + 1
-    generations = 1 if pool - train.keys >= queries else math.ceil(train.max_steps / max(batches, 1))
-    return train.heldout_queries + train.heldout_keys + generations * pool + (generations + 1) * largest_batch
+    batches = beside // train.queries - train.search_every + 1
+    enough = beside >= train.max_steps * train.queries
+    return 1 if enough else math.ceil(train.max_steps / max(batches, 1))
 
 
 def with_cache(config: RunConfig, cache: ActivationCache) -> RunConfig:
@@ -146,10 +151,24 @@ def run_stream(config: RunConfig, rows: int, device: str = "cpu") -> ActivationS
     Raises:
         InputError: see :func:`run_cache` and :func:`model_stream`.
     """
+    refuse_rows(config)
     cache = run_cache(config, rows)
     if cache is None:
         return model_stream(config, device)
     return cache.stream(config.harvest.site[0], repeat=config.harvest.repeat_data)
+
+
+def refuse_rows(config: RunConfig) -> None:
+    """Refuse what looks at tokens, for a run from a file of rows.
+
+    Raises:
+        InputError: it is one.
+    """
+    if config.run.rows:
+        raise InputError(
+            f"the run was trained on the rows of {config.run.rows}, which belong to no tokens: what compares "
+            "tokens is for runs on text"
+        )
 
 
 def model_stream(config: RunConfig, device: str = "cpu") -> ActivationStream:

@@ -15,7 +15,7 @@ from ndm_fast.activations.rows import HarvestedRows, TokenRows, token_columns
 from ndm_fast.activations.stream import row_length
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
-from ndm_fast.run.source import documents, model_stream, run_cache
+from ndm_fast.run.source import documents, model_stream, refuse_rows, run_cache
 
 
 def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[HarvestedRows]:
@@ -27,6 +27,7 @@ def run_text(config: RunConfig, rows: int, device: str = "cpu") -> Iterator[Harv
     Raises:
         InputError: see ``run_cache`` and ``model_stream``; or the text has changed since the harvest.
     """
+    refuse_rows(config)
     cache = run_cache(config, rows)
     return model_stream(config, device).harvested_rows() if cache is None else _cached_text(cache, config)
 

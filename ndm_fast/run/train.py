@@ -19,6 +19,7 @@ from ndm_fast.files import remove_folder, unwritable
 from ndm_fast.ranks import Group, Launch, launched
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Progress
+from ndm_fast.run.row_stream import RowStream, note_rows, row_stream
 from ndm_fast.run.site import ACTIVATIONS, SiteRun, standing, train_one
 from ndm_fast.run.source import documents, share_harvest, with_cache
 
@@ -53,6 +54,9 @@ def train_run(
         RanksError: another rank is gone.
     """
     launch = launched()
+    if config.run.rows:
+        rows = row_stream(config, show_progress=show_progress and launch.rank == 0)
+        return _train_streams(config, [rows], out, launch, resume, device, show_progress)
     if config.run.acts:
         cache = ActivationCache(config.run.acts, partial=config.run.partial)
         config = with_cache(config, cache)
@@ -175,12 +179,15 @@ def site_runs(
     for stream in streams:
         config.train.widths(stream.width)
     runs = []
-    for asked, stream in list(zip(config.harvest.site, streams, strict=True))[share]:
-        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=(asked,)))
+    sites: list[tuple[str, ...]] = [(site,) for site in config.harvest.site] or [()]  # none: rows of a file
+    for asked, stream in list(zip(sites, streams, strict=True))[share]:
+        one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=asked))
         folder = RunFolder(out if len(streams) == 1 else Path(out) / stream.site)
         runs.append(SiteRun(one, folder, stream))
         try:
             ranks.first(partial(folder.begin, one, resume=resume))
+            if isinstance(stream, RowStream):
+                ranks.first(partial(note_rows, folder.rows_file, stream.file))
         except BaseException:
             end_runs(runs)
             raise

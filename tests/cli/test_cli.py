@@ -79,6 +79,7 @@ OTHER: dict[str, Any] = {
     "checkpoint_every": 6,
     "seed": 13,
     "acts": "a",
+    "rows": "r.npy",
     "partial": True,
     "merge_threshold": -0.5,
     "merge_start": 14,
