@@ -55,6 +55,7 @@ def loss_and_gradient(
     *,
     products: str = "ieee",
     shape: Gradient | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> Objective:
     """Loss and gradient for given neighbors, as ``geometry.objective.loss_and_gradient`` has them.
 
@@ -73,6 +74,7 @@ def loss_and_gradient(
             With fp16 entries of ``rotation`` are good to 2^-31, and one beyond 1000 makes NaN; differences of
             fp16 rows are good to 2^-24. The form of fp16x3 has changed since it ran on a card.
         shape: of the kernels' tiles; default by ``kernels/gradient_tuning.py``.
+        columns: of a block, in two powers of two of which the second may be 0; default likewise.
 
     Returns:
         ``Objective(by_subspace [S] fp32, gradient [d, d] fp32)``. Without any distance, no gradient; a
@@ -85,7 +87,7 @@ def loss_and_gradient(
     queries, keys, rotation = (unit_columns(rows) for rows in (queries, keys, rotation))
     (count, width), subspaces = queries.shape, len(widths)
     shape = shape or gradient_tuning.shape_of(capability(queries.device), products)
-    columns = gradient_tuning.columns_of(widths, products)
+    columns = columns or gradient_tuning.columns_of(widths, products)
     cut = _pieces(tuple(widths), columns, queries.device)
     split = gradient_tuning.splits_of(shape, count, width, len(cut.table))
     halves = products == "fp16x3"

@@ -20,11 +20,12 @@ import triton
 
 from . import shipped
 from .resources import Usage, disassembled, usage_of
+from .uniform import undefined
 
 GROWTH = 1.05
 """By how much instructions and registers may exceed their golden numbers; all else may not get worse."""
 
-_NOT_ABOVE = ("barriers", "shared_stores", "unfenced", "stack")
+_NOT_ABOVE = ("barriers", "shared_stores", "unfenced", "stack", "undefined")
 _NOT_BELOW = ("wait", "blocks")
 _NEAR = ("instructions", "registers")
 _MATRIX = ("HGMMA", "HMMA", "DMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA")
@@ -114,10 +115,12 @@ class Row(NamedTuple):
     label: str
     usage: Usage
     loop: Loop
+    undefined: int
+    """Instructions that read a uniform register which nothing has written (``uniform.py``)."""
 
     def numbers(self) -> dict[str, Any]:
         """What golden numbers are kept of."""
-        known = {**self.usage._asdict(), **self.loop._asdict()}
+        known = {**self.usage._asdict(), **self.loop._asdict(), "undefined": self.undefined}
         return {name: known[name] for name in (*_NEAR, *_NOT_ABOVE, *_NOT_BELOW)}
 
 
@@ -126,7 +129,9 @@ def rows(arch: int, *, every: bool = False) -> Iterator[Row]:
     for label, launch in shipped.launches(arch, every=every):
         compiled = launch.compiled()
         assembly = disassembled(compiled)
-        yield Row(arch, label, usage_of(compiled, arch, assembly), hot_loop(assembly))
+        yield Row(
+            arch, label, usage_of(compiled, arch, assembly), hot_loop(assembly), len(undefined(assembly))
+        )
 
 
 def worse(found: dict[str, Any], golden: dict[str, Any]) -> list[str]:
@@ -164,6 +169,7 @@ def main() -> None:
     if arguments.json:
         whole = [
             {"arch": row.arch, "label": row.label, **row.usage._asdict(), **row.loop._asdict()}
+            | {"undefined": row.undefined}
             for row in found
         ]
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": whole}, indent=1) + "\n")
@@ -178,6 +184,7 @@ def _line(row: Row) -> str:
         f"{usage.warps:2} warps {usage.blocks:2} blocks {usage.tensor_core:8} | loop: {loop.instructions:5} "
         f"{loop.matrix:3} products {loop.barriers:2} barriers {loop.shared_stores:3} stores, "
         f"waits {loop.wait}, {loop.unfenced} unfenced"
+        + (f", {row.undefined} UNDEFINED" if row.undefined else "")
     )
 
 

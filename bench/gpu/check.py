@@ -2,6 +2,7 @@
 
     python bench/gpu/check.py --out gpu.json
     python bench/gpu/check.py --interpret --out small.json    # tiny, on a CPU: its times mean nothing
+    python bench/gpu/check.py --quick --out gpu.json          # the rows that matter most, in 190 seconds
     python bench/gpu/check.py --only tune --out tiles.json    # jobs whose name has this word
 
 Builds ``ndm_fast._cuda`` where nvcc is. Each path is checked against the fp64 oracle on fresh random data
@@ -16,7 +17,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -33,12 +33,15 @@ if "--interpret" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 sys.path.insert(0, str(ROOT))
 
-import floors
 import jobs
 from jobs import Item, Job, Row
+from record import Record, machine
 
 BUDGET = 460.0
 """Seconds after which nothing is begun and what still runs is ended."""
+QUICK = 190.0
+SANITIZER_BUDGET = 150.0
+"""Seconds from the start at which compute-sanitizer is ended: nothing waits longer for it."""
 SEARCHES = {
     **{f"triton split {kind}": ("triton", "split", kind) for kind in ("fp32", "bf16")},
     **{f"triton fused {kind}": ("triton", "fused", kind) for kind in ("fp32", "bf16")},
@@ -47,8 +50,9 @@ SEARCHES = {
     "cuda rotated": ("cuda", None, "rotated"),
 }  # fmt: skip
 GRADIENTS = ("gradient fp16x3", "gradient ieee", "gradient tf32x3")
+TWO_PRODUCTS = "gradient fp16x3 two products"
+"""Assembled by nvcc's ptxas where that is: that of triton 3.6 makes wrong code of it."""
 MODELS = ("gemma-2-2b", "gpt2", "qwen2.5-1.5b")
-PREDICTED = Path(__file__).with_name("predicted.json")
 
 
 def import_package() -> None:
@@ -95,9 +99,14 @@ def search_of(name: str) -> Callable:
 
 def items(name: str, device: str, small: bool) -> Iterator[Item]:
     """The items of a job, in its process."""
+    import contenders
     import contracts
+    import gradient_shapes
+    import quick
+    import real
     import step
     import timing
+    import tools
 
     kind, _, rest = name.partition(" ")
     model, _, what = rest.partition(" ")
@@ -112,6 +121,18 @@ def items(name: str, device: str, small: bool) -> Iterator[Item]:
     elif rest == "steps":
         yield contracts.case_item("training steps", partial(step.check_steps, device, small))
         yield contracts.case_item("training steps in a graph", partial(step.check_graph, device, small))
+    elif name == "check flash-kmeans":
+        yield from contenders.check_flash_kmeans(device, small)
+    elif name == "check activations":
+        yield from real.checks(device, small)
+    elif name == "time activations":
+        yield from real.times(device, small)
+    elif kind == "sanitizer":
+        yield from tools.sanitized(rest, small)
+    elif kind == "counters":
+        yield from tools.counted(rest, small)
+    elif kind == "quick":
+        yield from quick.rows(rest, device, small)
     elif kind == "ceilings":
         yield from timing.ceilings(device, small)
     elif what == "steps":
@@ -121,97 +142,48 @@ def items(name: str, device: str, small: bool) -> Iterator[Item]:
         found = lambda: {each: search_of(each) for each in paths}  # noqa: E731
         yield from timing.searches(model, int(what[1:]), found, device, small)
     elif kind == "tune" and what == "gradient":
-        yield from step.time_shapes(model, device, small)
+        yield from gradient_shapes.time_shapes(model, device, small)
     elif kind == "tune":
         yield from timing.sweeps(model, int(what[1:]), device, small)
     else:
         raise ValueError(f"no job is called {name!r}")
 
 
-def plan(small: bool) -> tuple[list[Job], list[Job]]:
-    """Checks, which run beside each other, and timings, in order of what is wanted most."""
-    checks = [f"check {name}" for name in SEARCHES if not small or not name.startswith("cuda")]
-    checks += [f"check {name}" for name in ("triton index", *GRADIENTS, "others", "steps")]
+def quick_plan(small: bool) -> tuple[list[Job], list[Job]]:
+    """What matters most, in that order: for when a few minutes of a card are left."""
     models = MODELS[1:2] if small else MODELS
-    timings = ["ceilings", *(f"time {model} steps" for model in models)]
-    timings += [f"time {model} Q{n}" for model in models for n in ((128,) if small else (4096, 128))]
-    timings += [f"tune {model} {what}" for model in models for what in ("Q4096", "Q128", "gradient")]
-    return [Job(name, 120) for name in checks], [Job(name, 45) for name in timings]
+    alone = ["ceilings", *(f"quick {model}" for model in models)]
+    alone += [
+        f"tune {model} Q{count}" for count in ((128,) if small else (4096, 128)) for model in models[1:]
+    ]
+    return [Job(f"check {name}", 60) for name in ("triton index", "steps")], [Job(name, 30) for name in alone]
 
 
-class Record:
-    """The result, printed and written row by row."""
+def plan(small: bool) -> tuple[list[Job], list[Job]]:
+    """Checks, which run beside each other, and what runs alone, in order of what is wanted most."""
+    import tools
 
-    def __init__(self, path: Path, head: Row) -> None:
-        self.path, self.rows, self.lock, self.began = path, [], threading.Lock(), time.monotonic()
-        self.head, self.ceilings = head, {}
-        self.predicted = json.loads(PREDICTED.read_text()) if PREDICTED.exists() else {}
-
-    def add(self, job: str, row: Row) -> None:
-        """One row of a job."""
-        with self.lock:
-            row = {"job": job, **row}
-            if job == "ceilings" and "ms" in row:
-                self.ceilings[row["name"]] = row["tflops"] or row["gbs"]
-            if "tflops" in row and "float16" in self.ceilings:
-                row["share_of_fp16_peak"] = row["tflops"] / self.ceilings["float16"]
-            predicted = self.predicted.get(f"{row.get('model')} Q{row.get('Q')} {row['name']}")
-            if predicted is not None:
-                row["predicted_ms"] = predicted
-            floor = floors.of_row(row) if self.head["machine"]["capability"] == (9, 0) else None
-            if floor is not None:
-                row["floor_ms"] = floor
-                if row["ms"] < floor:
-                    row["failed"] = f"{row['ms']:.4f} ms cannot be: no card takes less than {floor:.4f}"
-            self.rows.append(row)
-            self._print(row)
-            self.head["seconds"] = time.monotonic() - self.began
-            whole = json.dumps({**self.head, "ceilings": self.ceilings, "rows": self.rows}, indent=1)
-            self.path.with_suffix(".part").write_text(whole + "\n")
-            self.path.with_suffix(".part").replace(self.path)
-
-    def _print(self, row: Row) -> None:
-        began = f"{time.monotonic() - self.began:4.0f} s {row['job']:28} {str(row['name'])[:44]:44}"
-        if "failed" in row:
-            print(f"{began} {row['failed']}", flush=True)
-        elif "tflops" in row:
-            rates = f"{row['tflops']:7.1f} TFLOP/s {row['gbs']:6.0f} GB/s"
-            predicted = f" (predicted {row['predicted_ms']})" if "predicted_ms" in row else ""
-            floor = f" (floor {row['floor_ms']:.3f})" if "floor_ms" in row else ""
-            print(f"{began} {row['ms']:9.3f} ms {rates}{predicted}{floor}", flush=True)
-        elif "ms" in row:
-            print(f"{began} {row['ms']:9.3f} ms {row['calls']:5} calls", flush=True)
-        elif "registers" in row and row["spills"]:
-            print(f"{began} {row['registers']} registers, {row['spills']} spilled", flush=True)
-
-    def write_tiles(self) -> None:
-        """The fastest of what was tried, in the form of ``kernels/tuning.json``, beside the record."""
-        from ndm_fast.kernels import autotune, tuning
-
-        table: dict = {}
-        tried = [row for row in self.rows if "choice" in row and "failed" not in row]
-        for row in sorted(tried, key=lambda row: -row["ms"]):
-            key = tuning.Key(**row["key"])
-            table = autotune.added(table, row["kind"], key, row["choice"], row["ms"], self.path.name)
-        if table:
-            self.path.with_suffix(".tiles.json").write_text(json.dumps(table, indent=1) + "\n")
-
-    def failures(self) -> list[Row]:
-        """Rows that failed or were wrong."""
-        return [row for row in self.rows if "failed" in row]
+    checks = [f"check {name}" for name in SEARCHES if not small or not name.startswith("cuda")]
+    checks += [f"check {name}" for name in ("triton index", *GRADIENTS, TWO_PRODUCTS, "others", "steps")]
+    checks += ["check activations"]
+    checks += ["check flash-kmeans"] if importlib.util.find_spec("flash_kmeans") and not small else []
+    slow = [Job(f"sanitizer {tool}", 60) for tool in tools.SANITIZERS]
+    models = MODELS[1:2] if small else MODELS
+    counts = (128,) if small else (4096, 128)
+    alone = ["ceilings", *(f"time {model} steps" for model in models)]
+    alone += [f"time {model} Q{count}" for model in models for count in counts]
+    # Of 72 columns the first two cards have told; 32 and 64 are from before minima coalesced.
+    alone += [f"tune {model} Q{count}" for model in (*models[1:], models[0]) for count in counts]
+    alone += ["time activations", *(f"tune {model} gradient" for model in models), f"counters {models[0]}"]
+    return [Job(name, 120) for name in checks] + slow, [Job(name, 45) for name in alone]
 
 
-def machine(device: str) -> Row:
-    """Hardware, versions and commit."""
-    import torch
-    import triton
-
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    card = torch.cuda.get_device_name() if device == "cuda" else "none: interpreted"
-    capability = torch.cuda.get_device_capability() if device == "cuda" else None
-    return {"card": card, "capability": capability, "cuda": torch.version.cuda, "commit": commit, **versions}
+def environment_of(name: str) -> dict[str, str] | None:
+    """What a job's process finds, where that is not what this one does."""
+    ptxas = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "ptxas"
+    if name == f"check {TWO_PRODUCTS}" and ptxas.is_file():
+        return {**os.environ, "TRITON_PTXAS_PATH": str(ptxas)}
+    return None
 
 
 def child(name: str, device: str, small: bool, seed: int) -> int:
@@ -230,7 +202,7 @@ def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
     """Checks and compilation beside each other, then the timings."""
     deadline = record.began + arguments.budget
     command = [sys.executable, __file__, "--seed", str(arguments.seed), *(["--interpret"] if small else [])]
-    checks, timings = plan(small)
+    checks, timings = (quick_plan if arguments.quick else plan)(small)
     wanted = [word.strip() for word in (arguments.only or "").split(",")]
     checks, timings = (
         [job for job in each if job.name == "ceilings" or any(word in job.name for word in wanted)]
@@ -241,7 +213,8 @@ def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
     def check(job: Job) -> None:
         if "cuda" in job.name:
             ready.wait()
-        jobs.run(job, [*command, "--job", job.name], record.add, together)
+        limit = together if job.name.startswith("check") else beside
+        jobs.run(job, [*command, "--job", job.name], record.add, limit, environment_of(job.name))
 
     def compile_all(job: Job) -> None:
         if " Q" in job.name:
@@ -249,12 +222,16 @@ def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
         jobs.run(job, [*command, "--job", job.name, "--once"], lambda *_: None, together)
 
     together = record.began + 0.45 * arguments.budget
+    beside = min(together, record.began + SANITIZER_BUDGET)
     with ThreadPoolExecutor(arguments.beside) as pool:
-        first = [] if small else [pool.submit(lambda: record.add("build", build()))]
+        first = [] if small or arguments.quick else [pool.submit(lambda: record.add("build", build()))]
         if first:
             first[0].add_done_callback(lambda _: ready.set())
+        else:
+            ready.set()
         running = [pool.submit(check, job) for job in checks if "cuda" not in job.name]
-        running += [pool.submit(compile_all, job) for job in timings[1:] if not small]
+        once = [job for job in timings[1:] if not job.name.startswith(("counters", "time activations"))]
+        running += [pool.submit(compile_all, job) for job in once if not small]
         running += [pool.submit(check, job) for job in checks if "cuda" in job.name]
         for each in first + running:
             each.result()
@@ -269,13 +246,17 @@ def main() -> int:
     parser.add_argument(
         "--only", help="only jobs with one of these words, with commas between, in their name"
     )
+    parser.add_argument("--quick", action="store_true", help="within 190 seconds: what matters most")
     parser.add_argument("--no-checks", action="store_true", help="time only: they have passed before")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for everything")
-    parser.add_argument("--beside", type=int, default=min(14, os.cpu_count() or 1), help="processes at once")
+    parser.add_argument(
+        "--budget", type=float, help=f"seconds for everything ({BUDGET:g}, {QUICK:g} if quick)"
+    )
+    parser.add_argument("--beside", type=int, default=min(16, os.cpu_count() or 1), help="processes at once")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "little"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.budget = arguments.budget or (QUICK if arguments.quick else BUDGET)
     if arguments.once:
         os.environ["NDM_FAST_CHECK_ONCE"] = "1"
     import torch
@@ -293,7 +274,7 @@ def main() -> int:
     run_all(arguments, record, small)
     record.write_tiles()
     failures = record.failures()
-    print(f"\n{record.head['machine']['card']}, ceilings {record.ceilings}")
+    print(f"\n{record.head['machine']['card']}, ceilings {record.ceilings}", *record.table(), sep="\n")
     for row in failures:
         print(f"FAILED {row['job']} / {row['name']}: {row['failed']}")
     print(f"{len(failures)} failures; {time.monotonic() - record.began:.0f} s")

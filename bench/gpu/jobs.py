@@ -82,20 +82,27 @@ def _injected(name: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(job: Job, command: list[str], report: Callable[[str, Row], None], deadline: float) -> None:
+def run(
+    job: Job,
+    command: list[str],
+    report: Callable[[str, Row], None],
+    deadline: float,
+    environment: dict[str, str] | None = None,
+) -> None:
     """In the parent: the job's rows, each reported as soon as it is there.
 
     Args:
         command: starts the job; names of items that are done go to its standard input as JSON.
         report: called with the job's name and a row; a failed row has ``failed``.
         deadline: of ``time.monotonic()``, at which the job is ended.
+        environment: of its process; default this one's.
     """
     done: set[str] = set()
     for _ in range(1 + RESTARTS):
         if time.monotonic() > deadline:
             report(job.name, {"name": "the rest", "failed": "not run: out of time"})
             return
-        begun, why = _attempt(job, command, done, report, deadline)
+        begun, why = _attempt(job, command, done, report, deadline, environment)
         if why is None:
             return
         if begun is None:
@@ -108,12 +115,17 @@ def run(job: Job, command: list[str], report: Callable[[str, Row], None], deadli
 
 
 def _attempt(
-    job: Job, command: list[str], done: set[str], report: Callable[[str, Row], None], deadline: float
+    job: Job,
+    command: list[str],
+    done: set[str],
+    report: Callable[[str, Row], None],
+    deadline: float,
+    environment: dict[str, str] | None = None,
 ) -> tuple[str | None, str | None]:
     """One process: the item it was at when it ended, and why it ended too early (None: it did not)."""
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        errors="replace", start_new_session=True,
+        errors="replace", start_new_session=True, env=environment,
     )  # fmt: skip
     assert process.stdin
     assert process.stdout

@@ -3,7 +3,7 @@
     python bench/gpu/launches.py --arch 80 90 [--only check] [--count]
 
 The items of its jobs are not run, which compare numbers, but their searches and gradients are, on tensors
-without numbers.
+without numbers. What reads a uniform register that nothing has written counts as failed too.
 """
 
 from __future__ import annotations
@@ -153,6 +153,8 @@ def main() -> int:
     arguments = parser.parse_args()
     check.import_package()
     from ndm_fast.kernels import replay
+    from ndm_fast.kernels.resources import disassembled
+    from ndm_fast.kernels.uniform import undefined
 
     failed = 0
     for arch in arguments.arch:
@@ -166,11 +168,19 @@ def main() -> int:
         began = time.monotonic()
         for name, launch in () if arguments.count else made.values():
             try:
-                launch.compiled()
+                faults = undefined(disassembled(launch.compiled()))
             except Exception as error:
                 # What is tried for speed may need more than there is; all else has to compile.
                 failed += not name.startswith("tune")
                 print(f"sm_{arch} {name} {launch.name} {launch.choices}: {str(error)[:300]}", flush=True)
+                continue
+            if faults:
+                failed += 1
+                print(
+                    f"sm_{arch} {name} {launch.name} {launch.choices}: nothing has written what it reads: "
+                    f"{faults}",
+                    flush=True,
+                )
         print(f"sm_{arch}: {time.monotonic() - began:.0f} s", flush=True)
     return 1 if failed else 0
 

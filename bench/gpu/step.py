@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+import every_step
 import torch
 from contracts import GRADIENT_UNITS
 from jobs import Item, Row
@@ -77,8 +78,11 @@ def make_work(model: str, device: str, small: bool) -> Work:
     return Work(data.queries, data.keys, data.rotation, index, data.widths)
 
 
-def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
-    """One of the package's optimisers, and what takes the steps of a search with it, as ``Trainer`` does."""
+def package_steps(work: Work, kind: str, graph: bool) -> tuple[Rotation, Callable[..., torch.Tensor]]:
+    """One of the package's optimisers, and what takes steps with it, as ``Trainer`` does.
+
+    It takes queries, keys, their neighbors and as many turns as there are batches of queries.
+    """
     from ndm_fast import ops
     from ndm_fast.train.cuda_graph import GraphedSteps
     from ndm_fast.train.rotation.make import make_rotation
@@ -98,7 +102,12 @@ def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
             losses.append(found.by_subspace.mean())
         return torch.stack(losses)
 
-    taken = GraphedSteps(steps, rotation) if graph else steps
+    return rotation, GraphedSteps(steps, rotation) if graph else steps
+
+
+def package_block(work: Work, kind: str, graph: bool) -> tuple[Rotation, Run]:
+    """The same for all steps of a search."""
+    rotation, taken = package_steps(work, kind, graph)
     return rotation, lambda: taken(
         work.queries, work.keys, work.index, [rotation.next_turn(LR) for _ in range(STEPS)]
     )
@@ -222,11 +231,9 @@ def blocks(work: Work) -> Iterator[tuple[str, Callable[[], Run]]]:
     yield "torch", plain
 
 
-def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
-    """A whole step with reuse first, then what it is made of."""
-    work = make_work(model, device, small)
+def reusing(work: Work, shape: Row, device: str) -> Iterator[Item]:
+    """A step of the 32 that share a search, in every form: what the package does first."""
     (count, d), k = work.queries.shape, len(work.keys)
-    shape: Row = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
     flops = (2.0 * k * d * d + 2.0 * count * k * d) / STEPS + 4.0 * count / STEPS * d * d + 4.0 * d**3
     for name, make in blocks(work):
         label = f"step with reuse, {name}"
@@ -236,6 +243,15 @@ def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
                 measure(label, make(), flops, 2.0 * k * d / STEPS, device, STEPS, warm=CAPTURED, **shape)
             ],
         )
+
+
+def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
+    """A whole step with reuse first, then one that searches every time, then what they are made of."""
+    work = make_work(model, device, small)
+    (count, d), k = work.queries.shape, len(work.keys)
+    shape: Row = {"model": model, "Q": count // STEPS, "K": k, "d": d, "width": work.widths[0]}
+    yield from reusing(work, shape, device)
+    yield from every_step.items(work, shape, device)
     for name, run, flop, read in parts(work, device):
         yield name, lambda n=name, r=run, f=flop, b=read: [measure(n, r, f, b, device, **shape)]
         if device == "cuda":
@@ -249,28 +265,3 @@ def time_steps(model: str, device: str, small: bool) -> Iterator[Item]:
     if device == "cuda":
         yield "kernels", lambda: kernels(shape)
         yield "profile", lambda: profile(next(blocks(work))[1](), shape)
-
-
-def time_shapes(model: str, device: str, small: bool) -> Iterator[Item]:
-    """The gradient in every shape of ``gradient_tuning.CANDIDATES``: its table should follow the fastest."""
-    from ndm_fast.kernels import gradient, gradient_tuning
-
-    work = make_work(model, device, small)
-    given = (*work.batch(0), work.rotation, work.widths, "euclidean")
-    count, d = given[0].shape
-    expected = gradient.loss_and_gradient(*given, products="ieee").gradient
-    row: Row = {"model": model, "Q": count, "d": d, "width": work.widths[0]}
-
-    def time_shape(products: str, shape: gradient_tuning.Gradient, name: str) -> list[Row]:
-        run: Run = partial(gradient.loss_and_gradient, *given, shape=shape, products=products)
-        found = gradient.loss_and_gradient(*given, shape=shape, products=products).gradient
-        if float((found - expected).abs().max()) > 1e-5 * float(expected.abs().max()):
-            return [{**row, "name": name, "failed": "another result"}]
-        if device != "cuda":
-            return [measure(name, run, 4.0 * count * d * d, 0.0, device, **row)]
-        return [measure(name, graphed(run, REPLAYED), 4.0 * count * d * d, 0.0, device, REPLAYED, **row)]
-
-    for products in ("ieee", "fp16x3"):
-        for shape in gradient_tuning.CANDIDATES[:1] if small else gradient_tuning.CANDIDATES:
-            name = f"gradient {products} {'x'.join(map(str, shape))}"
-            yield name, partial(time_shape, products, shape, name)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from contenders import contenders
 from contracts import rotation_of
 from jobs import Item, Row
 
@@ -57,7 +58,7 @@ def measure(
     parts: int = 1,
     *,
     warm: int = 2,
-    **more: object,
+    **more: Any,
 ) -> Row:
     """Median and spread, rates and memory of one contender.
 
@@ -71,6 +72,8 @@ def measure(
     middle = statistics.median(times)
     found: Row = {"name": name, "ms": middle, "spread_ms": [min(times), max(times)], "runs": len(times)}
     found |= {"tflops": work / middle / 1e9, "gbs": read / middle / 1e6, "extra_mb": peak / 2**20}
+    if "scores" in more:  # distances of a query and a key in a subspace
+        found["scores_per_s"] = 1e3 * more.pop("scores") / middle
     return found | more
 
 
@@ -139,17 +142,23 @@ def searches(
     (count, d), k = data.queries.shape, len(data.keys)
     rotate, search = 2.0 * k * d * d, 2.0 * count * k * d
     rotated = data.keys @ data.rotation.half()
-    runs: dict[str, tuple[Run, float]] = {}
+    runs: dict[str, tuple[Run, float, int]] = {}
     given = (data.queries, data.keys, data.rotation, data.widths)
-    runs["triton index"] = lambda: nearest_index(*given), rotate + search
+    every = len(data.widths)
+    runs["triton index"] = lambda: nearest_index(*given), rotate + search, every
+    if device == "cuda":
+        runs["triton index, in a graph"] = graphed(lambda: nearest_index(*given)), rotate + search, every
     for name, path in paths().items():
         turned = "rotated" in name
         rows = (data.queries, rotated if turned else data.keys, *given[2:])
-        runs[name] = lambda path=path, rows=rows: path(*rows), search + (0 if turned else rotate)
-    for name, run in baselines(data).items():
-        runs[name] = run, rotate + search
-    for name, (run, work) in runs.items():
-        yield name, lambda n=name, r=run, w=work: [measure(n, r, w, 2.0 * k * d, device, **data.shape)]
+        work = search + (0 if turned else rotate)
+        runs[name] = (lambda path=path, rows=rows: path(*rows)), work, every
+    for name, other in contenders(data).items():
+        work = search * other.subspaces / every + (rotate if other.rotates else 0)
+        runs[name] = other.run, work, other.subspaces
+    for name, (run, work, subspaces) in runs.items():
+        shape = {**data.shape, "scores": count * k * subspaces}
+        yield name, lambda n=name, r=run, w=work, s=shape: [measure(n, r, w, 2.0 * k * d, device, **s)]
     if device == "cuda":
         yield "kernels", lambda: kernels(data.shape)
         yield "profile", lambda: profile(runs["triton index"][0], data.shape)
@@ -197,75 +206,6 @@ def _usage(name: str, compiled) -> Row:
         "warps": warps, "blocks_per_sm": blocks_together(card, compiled.n_regs, warps, shared),
         "constants": constants,
     }  # fmt: skip
-
-
-def baselines(data: Data) -> dict[str, Run]:
-    """Others at the same task: the published scheme, and the products alone in cuBLAS (the floor)."""
-    queries, keys, rotation = data.queries, data.keys, data.rotation
-    half, count = rotation.to(keys.dtype), len(data.widths)
-    block = 16384
-
-    def nearest_of(part: torch.Tensor) -> torch.Tensor:
-        turned_queries, turned = (
-            (rows.float() @ rotation).unflatten(1, (count, data.width)).transpose(0, 1)
-            for rows in (queries, part)
-        )
-        return torch.cdist(turned_queries, turned).min(2).values
-
-    compiled = torch.compile(nearest_of)
-
-    def published(step: Callable) -> None:
-        best = torch.full((count, len(queries)), torch.inf, device=keys.device)
-        for part in keys.split(block):
-            best = torch.minimum(best, step(part))
-
-    def floor() -> None:
-        turned_queries = (queries @ half).unflatten(1, (count, data.width)).transpose(0, 1)
-        for part in keys.split(block):
-            turned = (part @ half).unflatten(1, (count, data.width)).permute(1, 2, 0)
-            torch.bmm(turned_queries, turned)
-
-    found: dict[str, Run] = {"cuBLAS products alone": floor}
-    if len(queries) <= 128:
-        found["published scheme, eager"] = lambda: published(nearest_of)
-        if keys.is_cuda:
-            found["published scheme, torch.compile"] = lambda: published(compiled)
-    return found | installed_libraries(queries, keys, rotation, data.width)
-
-
-def installed_libraries(queries, keys, rotation, width: int) -> dict[str, Run]:
-    """faiss-gpu, cuVS and KeOps where they are, over contiguous rotated rows of one subspace only."""
-    found: dict[str, Run] = {}
-    if not keys.is_cuda or len(queries) > 128:
-        return found
-    rows = [(x @ rotation[:, :width].to(x.dtype)).float().contiguous() for x in (queries, keys)]
-    if importlib.util.find_spec("faiss"):
-        import faiss
-
-        if hasattr(faiss, "StandardGpuResources"):
-            found["faiss-gpu, one subspace"] = lambda: _faiss(rows)
-    if importlib.util.find_spec("cuvs"):
-        found["cuVS, one subspace"] = lambda: _cuvs(rows)
-    if importlib.util.find_spec("pykeops"):
-        from pykeops.torch import LazyTensor
-
-        left, right = LazyTensor(rows[0][:, None]), LazyTensor(rows[1][None])
-        found["KeOps, one subspace"] = lambda: ((left - right) ** 2).sum(2).argmin(1)
-    return found
-
-
-def _faiss(rows: list[torch.Tensor]) -> object:
-    import faiss
-    import faiss.contrib.torch_utils
-
-    resources = faiss.StandardGpuResources()
-    return faiss.knn_gpu(resources, rows[0], rows[1], 1)
-
-
-def _cuvs(rows: list[torch.Tensor]) -> object:
-    from cuvs.neighbors import brute_force
-
-    return brute_force.search(brute_force.build(rows[1]), rows[0], 1)
 
 
 def sweeps(model: str, n: int, device: str, small: bool) -> Iterator[Item]:

@@ -16,6 +16,9 @@ MOST_DRIFT = 0.03
 """Distance from orthogonality, as ``|R'R - I|``, at which a step restores it."""
 
 
+_SEARCHED = 0.01
+"""Drift up to which a search takes the matrix as it is: restoring takes two products in fp32, and a wait."""
+
 _FIRST_ORDER = 0.005
 """Drift of a step without ``U^2/2`` up to which that product costs more than the repairs it saves."""
 
@@ -63,6 +66,12 @@ class LazyRotation(LieRotation):
     def working(self) -> Tensor:
         """[d, d] the matrix as the last step left it."""
         return self._matrix
+
+    def ahead(self, steps: float, lr: float) -> Tensor:
+        """[d, d] orthogonal to 1 %: about where that many steps at this learning rate will lead."""
+        if steps == 0 and self._drift <= _SEARCHED:
+            return self._matrix
+        return super().ahead(steps, lr)
 
     def next_turn(self, lr: float) -> Turn:
         """Count a step at this learning rate; :meth:`turn` must take it."""
