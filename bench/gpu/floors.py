@@ -161,12 +161,18 @@ def of_row(row: dict) -> float | None:
         return sweep(shape, int(name.split()[2].split("x")[0])).ms
     if name.startswith("step with reuse"):
         return step(shape) if "triton" in name or "package" in name else step(shape) - gradient(shape).ms
+    if name.startswith("step searching every time"):
+        return step(shape, together=1)
     if name.startswith("gradient, triton, "):
         return gradient(shape, name.split(", ")[2]).ms
     if name.startswith("update, triton"):
         return update(shape, half="bf16" in name).ms
     if name.startswith("triton "):
         return search(shape, rotated="rotated" in name)
+    if name.startswith("flash-kmeans"):
+        turned = 0.0 if "rotated" in name else rotate(shape).ms
+        unpadded = 2.0 * shape.queries * shape.keys * shape.d
+        return turned + _floor(moved=2.0 * shape.keys * shape.d, flop=unpadded).ms
     if name == "cuBLAS products alone":
         unpadded = 2.0 * shape.queries * shape.keys * shape.d
         return rotate(shape).ms + _floor(moved=2.0 * shape.keys * shape.d, flop=unpadded).ms

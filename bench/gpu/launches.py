@@ -33,6 +33,7 @@ def launches(only: str = "") -> Iterator[tuple[str, Run]]:
         ("check searches", _checks),
         ("check gradients", _gradients),
         ("check others", _others),
+        ("check activations", _activations),
         *((f"time {model} steps", partial(_steps, model)) for model in check.MODELS),
         *(
             (f"{kind} {model} Q{count}", partial(run, model, count))
@@ -78,6 +79,16 @@ def _gradients() -> Iterator[Run]:
                 given = (*(x.to(META, dtype) for x in (queries, keys)), index.to(META), rotation, widths)
                 for more in ((counted,), (), (None, floor)):
                     yield partial(loss_and_gradient, *given, "euclidean", *more, products=products)
+
+
+def _activations() -> Iterator[Run]:
+    import real
+
+    from ndm_fast.kernels import search
+
+    rows = real.real(small=False).to(META)
+    yield partial(search.nearest_index, *rows)
+    yield partial(search.nearest_neighbors, *rows, precision="fp32")
 
 
 def _others() -> Iterator[Run]:

@@ -144,6 +144,7 @@ def test_a_copy_of_the_turn_before_needs_a_fence() -> None:
         ("shared_stores", 2, True),
         ("unfenced", 1, True),
         ("stack", 8, True),
+        ("undefined", 1, True),
         ("wait", 0, True),
         ("wait", None, True),
         ("wait", 2, False),
@@ -154,7 +155,7 @@ def test_what_is_worse(name: str, value: int | None, wrong: bool) -> None:
     from ndm_fast.kernels import lint
 
     golden = {"instructions": 200, "registers": 100, "barriers": 2, "shared_stores": 1, "unfenced": 0,
-              "stack": 0, "wait": 1, "blocks": 2}  # fmt: skip
+              "stack": 0, "undefined": 0, "wait": 1, "blocks": 2}  # fmt: skip
     assert lint.worse(golden, golden) == []
     found = lint.worse({**golden, name: value}, golden)
     assert [each.split()[0] for each in found] == ([name] if wrong else [])
@@ -169,3 +170,29 @@ def test_blocks_of_a_multiprocessor(arch: int, registers: int, warps: int, share
     from ndm_fast.kernels import resources
 
     assert resources.blocks_together(arch, registers, warps, shared) == blocks
+
+
+HOISTED = """
+        /*0010*/                   UIADD3 UR42, UP0, UR42, 0x20, URZ ; /* 0x0 */
+        /*0020*/                   ULDC.64 UR6, c[0x0][0x250] ;        /* 0x0 */
+        /*0030*/              @!P3 BRA 0x60 ;                          /* 0x0 */
+        /*0040*/                   UMOV UR46, UR7 ;                    /* 0x0 */
+        /*0050*/                   UMOV UR47, 0x40000040 ;             /* 0x0 */
+        /*0060*/                   HGMMA.64x16x16.F32 R56, R64, gdesc[UR44].tnspB, RZ, !UPT ; /* 0x0 */
+        /*0070*/               @P1 BRA 0x40 ;                          /* 0x0 */
+        /*0080*/                   UMOV UR8, UR9 ;                     /* 0x0 */
+        /*0090*/                   EXIT ;                              /* 0x0 */
+        /*00a0*/                   UMOV UR10, UR11 ;                   /* 0x0 */
+"""
+"""As ptxas 12.8.93 made it of the gradient. What cannot be reached, or some way wrote, does not count."""
+
+
+def test_registers_that_nothing_has_written() -> None:
+    from ndm_fast.kernels.uniform import undefined
+
+    assert undefined(HOISTED) == ["0x0010 UIADD3 UR42, UP0, UR42, 0x20, URZ", "0x0080 UMOV UR8, UR9"]
+    assert undefined("") == []
+    # Of two operands in shared memory both addresses are read, of one in registers the right one's alone.
+    both = HOISTED.replace("R64, gdesc[UR44].tnspB", "gdesc[UR44].tnspB")
+    assert [each.split()[0] for each in undefined(both)] == ["0x0010", "0x0060", "0x0080"]
+    assert len(undefined(HOISTED.replace("UMOV UR47", "UMOV UR48"))) == 3
