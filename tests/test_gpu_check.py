@@ -272,3 +272,21 @@ def test_tiles_that_queries_look_at(gpu: Any) -> None:
     assert int(looked.min()) >= 1
     same = rows._replace(keys=rows.keys[:1].repeat(300, 1))
     assert torch.equal(real.visited(same), torch.full_like(looked, 3))
+
+
+def test_measured_stands_beside_predicted(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = gpu("record").Record(tmp_path / "gpu.json", {"machine": {"capability": None}})
+    shape = {"model": "gpt2", "Q": 128, "K": 409600, "d": 768, "width": 32}
+    job = "time gpt2 steps"
+    name = "step searching every time, in one graph"
+    times = {"ms": 2.0, "tflops": 1.0, "gbs": 1.0, "scores_per_s": 6.3e11}
+    record.add(job, {"name": name, **times, **shape})
+    kernel = {"name": "kernel stream_kernel", "registers": 168, "spills": 0, "blocks_per_sm": 3}
+    record.add(job, {**kernel, **shape})
+    record.add("other", {**kernel, "registers": 99})
+    assert "0.630 T scores/s (predicted 1.77)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "gpu.json").read_text())["rows"][0]["predicted_ms"] == 1.77
+    (line,) = record.table()
+    assert line.endswith("2.000 ms, predicted 1.77, floor - | stream 168/3")
