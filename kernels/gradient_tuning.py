@@ -71,7 +71,7 @@ _GATHERING = 48
 def columns_of(widths: Sequence[int], products: str) -> tuple[int, int]:
     """Columns of a piece, in two powers of two of which the second may be 0.
 
-    In fp16x3 it is: of a second part triton 3.6's assembler, ptxas 12.8.93, makes wrong code (``uniform.py``).
+    In fp16x3 it is: of a second part ptxas 12.8.93 (triton 3.6) makes wrong code (``uniform.py``).
     """
     pieces: Sequence[tuple[int, int]] = _PIECES
     if products == "ieee":

@@ -34,6 +34,7 @@ def launches(only: str = "") -> Iterator[tuple[str, Run]]:
         ("check gradients", _gradients),
         ("check others", _others),
         ("check activations", _activations),
+        ("check two products", _two_products),
         *((f"time {model} steps", partial(_steps, model)) for model in check.MODELS),
         *(
             (f"{kind} {model} Q{count}", partial(run, model, count))
@@ -141,6 +142,18 @@ def _steps(model: str) -> Iterator[Run]:
         yield partial(
             loss_and_gradient, *work.batch(0), work.rotation, work.widths, "euclidean", products=products
         )
+
+
+def _two_products() -> Iterator[Run]:
+    """As timed, with triton's own assembler; the check of mixed widths takes another."""
+    import contracts
+    import step
+
+    from ndm_fast.kernels.gradient import loss_and_gradient
+
+    work = step.make_work("gemma-2-2b", META, small=False)
+    given = (*work.batch(0), work.rotation, work.widths, "euclidean")
+    yield partial(loss_and_gradient, *given, products="fp16x3", columns=contracts.TWO_PRODUCTS)
 
 
 def _shapes(model: str) -> Iterator[Run]:

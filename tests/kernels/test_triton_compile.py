@@ -50,6 +50,7 @@ def compiled(path: Path, *arguments: str, triton: str | None = None) -> dict[str
 def check_limits(rows: list[dict[str, Any]]) -> None:
     """Shared memory fits, and products are on the matrix units that the architecture has."""
     assert [row for row in rows if row["shared"] > row["limit"] or row["blocks"] < 1] == []
+    assert [row for row in rows if row["undefined"]] == []
     kinds = {80: "mma.sync", 86: "mma.sync", 90: "wgmma", 120: "mma.sync"}
     for row in rows:
         kernel = row["label"].split(": ")[1]

@@ -115,6 +115,21 @@ def test_looks_ahead_along_the_last_update(kind: str) -> None:
     assert torch.dist(guess, rotation.matrix) < 0.1 * torch.dist(before, rotation.matrix)
 
 
+@pytest.mark.parametrize("lr", [1e-4, 0.02])
+def test_a_search_every_step_takes_the_lazy_matrix_as_it_is(lr: float) -> None:
+    """As long as it is orthogonal to 1 %: to restore it is more work than the step, and the host waits."""
+    generator = torch.Generator().manual_seed(0)
+    rotation = make_rotation("lazy", random_rotation(24, generator), (0.9, 0.999))
+    as_it_is = []
+    for _ in range(60):
+        rotation.step(torch.randn(24, 24, generator=generator), lr)
+        working = rotation.working
+        searched = rotation.ahead(0, lr)
+        assert orthogonality_error(searched) < 0.01
+        as_it_is.append(searched is working)
+    assert all(as_it_is) if lr < 1e-3 else 0 < sum(as_it_is) < 60
+
+
 @pytest.mark.parametrize("kind", ["lie", "lazy"])
 def test_is_orthogonal_where_the_program_wants_fast_products(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
