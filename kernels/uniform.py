@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_NO_TARGET = ("UISETP", "UPLOP3", "UPSETP", "UFSETP", "UTMALDG", "UTMASTG", "UBLKCP", "UTMACMDFLUSH")
+_NO_TARGET = ("UISETP", "UPLOP3", "UPSETP", "UFSETP", "UTMA", "UBLKCP", "UTC")
 """Of the uniform path, but without a uniform register as result."""
-_TARGET = ("S2UR", "R2UR", "CS2UR", "VOTEU", "REDUX", "LDCU", "UP2UR")
+_TARGET = ("S2UR", "R2UR", "CS2UR", "VOTEU", "REDUX", "CREDUX", "LDCU", "UP2UR")
 """Not of the uniform path by their names, but with one."""
 _WIDE = {".64": 2, ".WIDE": 2, ".128": 4}
 
@@ -78,7 +78,9 @@ def _uses(text: str) -> tuple[set[int], set[int]]:
     """Numbers of the uniform registers that an instruction writes, and of those that it reads."""
     name, operands = _parts(text)
     base = name.split(".")[0]
-    has_target = (base.startswith("U") and base not in _NO_TARGET) or base in _TARGET
+    has_target = (base.startswith("U") and not base.startswith(_NO_TARGET)) or base in _TARGET
+    if name == "MOV.SPILL":  # a pair is kept whole, also where half of it is in use
+        return set(), set()
     written: set[int] = set()
     read: set[int] = set()
     for operand in operands:
@@ -87,9 +89,11 @@ def _uses(text: str) -> tuple[set[int], set[int]]:
             if has_target and not written and re.fullmatch(r"UR\d+(\.\w+)*", operand):
                 width = next((count for mark, count in _WIDE.items() if mark in name), 1)
                 written = set(range(first, first + width))
-            elif description:  # the left operand's address, then the right one's
+            elif description and base == "HGMMA":  # the left operand's address, then the right one's
                 left = operands[1].startswith("R")
                 read |= {first + 2, first + 3} if left else set(range(first, first + 4))
+            elif description:
+                read |= {first, first + 1}
             else:
                 read.add(first)
     return written, read
