@@ -26,8 +26,8 @@ def items(work: Work, shape: Row, device: str) -> Iterator[Item]:
         )
 
 
-WARM = 5
-"""Steps after which both graphs of the package are captured."""
+WARM = 12
+"""Steps after which the package's graphs are captured: the first eight are of another kind."""
 
 
 def forms(work: Work) -> Iterator[tuple[str, Callable[[], Run]]]:
