@@ -10,13 +10,17 @@ the exact effect stands its first order, gradient times difference.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ndm_fast.activations.hooks import collect_activations
-from ndm_fast.activations.sites import list_sites
+from ndm_fast.activations.block_points import PARALLEL, POST_NORM, SEQUENTIAL
+from ndm_fast.activations.families import family_of
+from ndm_fast.activations.structure import structure_of
+from ndm_fast.activations.wrappers import describe, unwrapped
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.connections.attribution import first_order
 from ndm_fast.evaluate.connections.heads import SIDES, Call, Heads, calls
@@ -91,9 +95,9 @@ class PathPatcher:
         self._above = LayersAbove(model, above)
         for cut, partition in zip((self._cut, self._above), partitions, strict=True):
             cut.check_fits(partition)
-        self._partitions, self._heads, self._rows = partitions, heads, rows
-        names = set(list_sites(model))
-        self._entries = {h.block: LayersAbove(model, _entry(names, h.block)) for h in heads}
+        self.below, self.partitions = self._cut.site.name, partitions
+        self._heads, self._rows = heads, rows
+        self._entries = {h.block: LayersAbove(model, entrance(model, h.block)) for h in heads}
         self._prefixes = PrefixReader(model)
 
     def measure(
@@ -159,9 +163,7 @@ class PathPatcher:
         prefix = self._prefixes.read(here, first_column(columns, used, reading))
         return _Batch(here, which, reading, difference, prefix, found, captured)
 
-    def _watching(self) -> Any:
-        from contextlib import ExitStack
-
+    def _watching(self) -> ExitStack:
         stack = ExitStack()
         for cut in (self._cut, self._above, *self._entries.values()):
             stack.enter_context(cut.watching())
@@ -183,7 +185,7 @@ class PathPatcher:
                     batch.captured[f"blocks.{heads.block}.hook_resid_pre"],
                     self._gradient(entry, batch, metric),
                     batch.difference,
-                    self._partitions[0],
+                    self.partitions[0],
                 )
             )
         return clean, torch.stack(patched, 1), torch.stack(attributed, 1), torch.stack(arriving, 1)
@@ -213,15 +215,15 @@ class PathPatcher:
         """[S, H, 3, n] patched values, and [S, H, 3, S'] first-order drops through the site above, summed."""
         entry = self._entries[heads.block]
         base = batch.captured[entry.site.name][:, batch.start :]
-        rotation = self._partitions[1].rotation.to(base.device)
+        rotation = self.partitions[1].rotation.to(base.device)
         towards = gradient[:, batch.start :] @ rotation
         values, through = [], []
         for change in self._changes(heads, batch):
             new = base + change[:, :, batch.start :].to(base.dtype)
             values.append(self._logits(entry, new.flatten(0, 1), batch, heads.count, metric))
             moved = (change[:, :, batch.start :] @ rotation) * towards
-            through.append(-subspace_sums(moved.sum((1, 2)), self._partitions[1].widths))
-        shape = (len(self._partitions[0]), len(SIDES), heads.count)
+            through.append(-subspace_sums(moved.sum((1, 2)), self.partitions[1].widths))
+        shape = (len(self.partitions[0]), len(SIDES), heads.count)
         return (
             torch.stack(values).view(*shape, -1).transpose(1, 2),
             torch.stack(through).view(*shape, -1).transpose(1, 2),
@@ -234,8 +236,8 @@ class PathPatcher:
         results = call.results()
         written = call.written(results)
         slices = heads.slices.to(results.device)
-        for subspace in range(len(self._partitions[0])):
-            part = self._partitions[0].to(stream.device).project(batch.difference, subspace)
+        for subspace in range(len(self.partitions[0])):
+            part = self.partitions[0].to(stream.device).project(batch.difference, subspace)
             read = (stream.float() + part).to(stream.dtype)
             read = read if heads.norm is None else heads.norm.forward(read)
             for side in SIDES:
@@ -246,7 +248,23 @@ class PathPatcher:
                 yield (call.written(alone) - written).float()
 
 
-def _entry(names: set[str], block: int) -> str:
-    """Where the change of one head is added: after the attention, or after both branches that run at once."""
-    middle = f"blocks.{block}.hook_resid_mid"
-    return middle if middle in names else f"blocks.{block}.hook_resid_post"
+def entrance(model: nn.Module, block: int) -> str:
+    """Where the change of one head is added: after the attention, or after both branches that run at once.
+
+    Raises:
+        InputError: the block normalises the sum, or no module takes or gives it.
+    """
+    model = unwrapped(model)
+    family = family_of(model)
+    if family is None:
+        form = structure_of(model).forms[block]
+    elif family.is_post_norm:
+        form = POST_NORM
+    else:
+        form = SEQUENTIAL if "resid_mid" in family.points(model.config) else PARALLEL
+    if form not in (SEQUENTIAL, PARALLEL):
+        raise InputError(
+            f"what a head of block {block} of {describe(model)} writes is not simply added to the stream at a "
+            "known place, so its paths cannot be patched: leave --tests away, weights alone are read"
+        )
+    return f"blocks.{block}.hook_resid_{'mid' if form == SEQUENTIAL else 'post'}"
