@@ -13,7 +13,10 @@ def add_connections(kinds: Any) -> None:
     about = "which subspace writes to which: heads and MLPs between the sites of several runs of one model"
     kind = add_kind(kinds, "connections", about, _connections)
     kind.add_argument(
-        "partitions", nargs="+", metavar="RUN", help="run folders or saved partitions, one a site, two or more"
+        "partitions",
+        nargs="+",
+        metavar="RUN",
+        help="run folders or saved partitions, one a site, two or more",
     )
     kind.add_argument("--model", required=True, help="Hugging Face name or folder, with its head")
     add_hub_flags(kind)
@@ -22,8 +25,8 @@ def add_connections(kinds: Any) -> None:
         nargs="+",
         default=None,
         metavar="TEST",
-        help="1 2 3 3b 4: also patch every edge on these circuit tests, one for each pair of sites from below "
-        "to above, or one for all; default: weights alone",
+        help="1 2 3 3b 4: also patch every edge on these circuit tests, one for each pair of sites from "
+        "below to above, or one for all; default: weights alone",
     )
     kind.add_argument("--prompts", type=int, default=8, help="prompts of each test")
     kind.add_argument("--templates", default="all", help="a, b or all: two disjoint sets of templates")
@@ -61,8 +64,8 @@ def _connections(options: argparse.Namespace) -> None:
             names = f"{found.sites[pair.below].site} to {found.sites[pair.above].site}"
             same = pair.tested.agreement
             print(
-                f"{names}, test {pair.tested.test}: of {len(pair.edges)} edges {same.found} have a tenth of the "
-                f"largest effect; area under the curve by weights {same.weights:.3f}, by gradient times "
+                f"{names}, test {pair.tested.test}: of {len(pair.edges)} edges {same.found} have a tenth of "
+                f"the largest effect; area under the curve by weights {same.weights:.3f}, by gradient times "
                 f"difference {same.attribution:.3f}"
             )
     for what in found.left_out:

@@ -20,14 +20,15 @@ LEAST = 0.02
 """The same, below which an edge is not drawn at all."""
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 1000, 96, 16, 40
-_ROW, _GAP, _LINE = 26, 56, 52
+_ROW, _GAP, _LINE = 26, 66, 52
 """Heights: of a site's blocks, from them to the first heads, and from one block's heads to the next's."""
 
 _STYLE = """
 .cx { --cx-page: #fbfbfa; --cx-text: #1c1e21; --cx-soft: #5b626b; --cx-block: #dfe4ea; --cx-hot: #b7791f;
   --cx-Q: #0072b2; --cx-K: #d55e00; --cx-V: #007f5c; --cx-out: #7a828b; font: 12px system-ui, sans-serif; }
 @media (prefers-color-scheme: dark) { .cx { --cx-page: #14171a; --cx-text: #e6e8ea; --cx-soft: #a2aab3;
-  --cx-block: #2f363e; --cx-hot: #d9a441; --cx-Q: #58aee0; --cx-K: #f0904d; --cx-V: #4fbf98; --cx-out: #8c959e; } }
+  --cx-block: #2f363e; --cx-hot: #d9a441; --cx-Q: #58aee0; --cx-K: #f0904d; --cx-V: #4fbf98;
+  --cx-out: #8c959e; } }
 .cx .cx-page { fill: var(--cx-page); }
 .cx text { fill: var(--cx-soft); font-size: 11px; }
 .cx text.cx-site { fill: var(--cx-text); font-size: 12px; font-weight: 600; }
@@ -71,8 +72,8 @@ def picture_of(found: Mapping[str, Any], *, live: bool = False) -> str:
     """The picture as SVG.
 
     Args:
-        found: content of ``connections.json``. live: for the page with a script: all edges from ``LEAST`` on, by
-            weights too, those below the threshold hidden.
+        found: content of ``connections.json``. live: for the page with a script: all edges from ``LEAST``
+            on, by weights too, those below the threshold hidden.
     """
     ways = ["data", "weights"] if is_measured(found) else ["weights"]
     rows, heads, height = _places(found)
@@ -137,7 +138,9 @@ def _extents(widths: list[int]) -> Iterator[tuple[float, float]]:
 def _legend(way: str) -> list[str]:
     parts, x = [], _LEFT
     for side, note in [*_NOTES.items(), ("out", "what it writes")]:
-        parts.append(f'<line class="cx-edge cx-{side}" x1="{x}" y1="16" x2="{x + 22}" y2="16" stroke-width="3"/>')
+        parts.append(
+            f'<line class="cx-edge cx-{side}" x1="{x}" y1="16" x2="{x + 22}" y2="16" stroke-width="3"/>'
+        )
         parts.append(f'<text class="cx-{side}" x="{x + 28}" y="20">{note}</text>')
         x += 190
     how = "path patching" if way == "data" else "weights"
@@ -219,11 +222,11 @@ def _line(start: _Spot, end: _Spot, kind: str, strength: float, note: str, data:
 
 
 def _strengths(pair: Mapping[str, Any], way: str) -> list[tuple[Mapping[str, Any], float]]:
-    """Edges with their strength over the strongest, falling."""
-    field = "effect" if way == "data" else "times"
-    ordered = sorted(pair["edges"], key=lambda edge: -abs(edge[field]))
-    largest = abs(ordered[0][field]) or 1.0
-    return [(edge, abs(edge[field]) / largest) for edge in ordered]
+    """Edges with their strength over the strongest, falling; by weights what is beyond chance counts."""
+    sizes = [abs(e["effect"]) if way == "data" else max(e["times"] - 1, 0.0) for e in pair["edges"]]
+    largest = max(sizes, default=0.0) or 1.0
+    found = [(edge, size / largest) for edge, size in zip(pair["edges"], sizes, strict=True)]
+    return sorted(found, key=lambda one: -one[1])
 
 
 def _outputs(pair: Mapping[str, Any], way: str) -> Iterator[tuple[tuple[int, int], int, float, str]]:
@@ -232,10 +235,10 @@ def _outputs(pair: Mapping[str, Any], way: str) -> Iterator[tuple[tuple[int, int
     if way == "weights":
         found = [((h["block"], h["head"]), h["writes"]) for h in pair["heads"]]
         kept = [(head, writes) for head, writes in found if head in shown]
-        largest = max((max(writes) for _, writes in kept), default=1.0)
+        largest = max((max(writes) - 1 for _, writes in kept), default=1.0)
         for head, writes in kept:
             for s, times in enumerate(writes):
-                yield head, s, times / largest, f"{times:.1f} times chance of what it writes"
+                yield head, s, max(times - 1, 0.0) / largest, f"{times:.1f} times chance of what it writes"
         return
     largest = max((abs(edge["effect"]) for edge in pair["edges"]), default=0.0) or 1.0
     through: dict[tuple[int, int], list[float]] = {}

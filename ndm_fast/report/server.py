@@ -139,23 +139,7 @@ def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starl
         Route("/api/query", query),
     ]
     if explorer.connections is not None:
-        found, other = explorer.connections, _source("connections.js")
-        drawing = connections_page(found)
-
-        async def picture(request: Request) -> Response:
-            return HTMLResponse(drawing, headers=_HEADERS)
-
-        async def code_of_picture(request: Request) -> Response:
-            return Response(other, media_type="text/javascript", headers=_HEADERS)
-
-        async def edges(request: Request) -> Response:
-            return await answer(lambda: found)
-
-        routes += [
-            Route("/connections", picture),
-            Route("/connections.js", code_of_picture),
-            Route("/api/connections", edges),
-        ]
+        routes += _connection_routes(explorer.connections)
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return Starlette(routes=routes, middleware=[trusted])
 
@@ -190,6 +174,29 @@ def _page(connected: bool) -> str:
         .get_template("explorer.html")
         .render(style=Markup(_source("style.css")), version=__version__, connected=connected)
     )
+
+
+def _connection_routes(found: dict[str, Any]) -> list[Any]:
+    """The page of connections, its script and its numbers."""
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    page, script = connections_page(found), _source("connections.js")
+
+    async def home(request: Request) -> Response:
+        return HTMLResponse(page, headers=_HEADERS)
+
+    async def code(request: Request) -> Response:
+        return Response(script, media_type="text/javascript", headers=_HEADERS)
+
+    async def edges(request: Request) -> Response:
+        return JSONResponse(shown(found), headers=_HEADERS)
+
+    return [
+        Route("/connections", home),
+        Route("/connections.js", code),
+        Route("/api/connections", edges),
+    ]
 
 
 def connections_page(found: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_correlation, rank_of, strong
 from ndm_fast.evaluate.connections.composition import kept, scored_reads, scored_through, through
-from ndm_fast.evaluate.connections.finding import find_heads
+from ndm_fast.evaluate.connections.finding import entrance, find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
 from ndm_fast.evaluate.connections.mlps import find_mlps
-from ndm_fast.evaluate.connections.path_patching import PathPatcher, entrance
+from ndm_fast.evaluate.connections.path_patching import PathPatcher
 from ndm_fast.evaluate.connections.weights import Factors, head_weights, mlp_shares, read_shares, write_shares
 from ndm_fast.evaluate.patching.patching import logit_of
 from ndm_fast.evaluate.patching.prompts import pad_prompts
@@ -107,8 +107,12 @@ def test_shares_are_those_of_the_matrices_written_out(family):
     found = head_weights(find_heads(build(family), [1])[0])
     for side in SIDES:
         for s in range(3):
-            read = (PARTITION.basis(s).T @ whole[side]).square().sum((1, 2)) / whole[side].square().sum((1, 2))
-            torch.testing.assert_close(read_shares(found.acts(side), PARTITION)[:, s], read, rtol=1e-4, atol=1e-6)
+            read = (PARTITION.basis(s).T @ whole[side]).square().sum((1, 2)) / whole[side].square().sum(
+                (1, 2)
+            )
+            torch.testing.assert_close(
+                read_shares(found.acts(side), PARTITION)[:, s], read, rtol=1e-4, atol=1e-6
+            )
             write = (whole["V"] @ PARTITION.basis(s)).square().sum((1, 2)) / whole["V"].square().sum((1, 2))
             torch.testing.assert_close(
                 write_shares(found.acts("V"), PARTITION)[:, s], write, rtol=1e-4, atol=1e-6
@@ -127,7 +131,11 @@ def test_shares_are_those_of_the_matrices_written_out(family):
 def test_heads_are_found_in_every_family(family):
     heads = find_heads(build(family), [0, 1, 2])
     assert [one.block for one in heads] == [0, 1, 2]
-    shared = 2 if family in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "falcon", "granite") else 1
+    shared = (
+        2
+        if family in ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "falcon", "granite")
+        else 1
+    )
     assert {(one.count, one.shared) for one in heads} == {(4, shared)}
     shares = torch.stack([read_shares(head_weights(heads[0]).acts(side), PARTITION) for side in SIDES])
     torch.testing.assert_close(shares.sum(-1), torch.ones(3, 4))
@@ -172,7 +180,7 @@ def test_path_patching_is_that_of_a_llama_written_by_hand(block):
     model = build("llama")
     prompts, others, at = draw([7, 9]), draw([7, 9], seed=1), [[2, 4], [3, 5]]
     heads = find_heads(model, [1, 2])
-    patcher = PathPatcher(model, "x0.post", "x2.post", (PARTITION, OTHER), heads, rows=1)
+    patcher = PathPatcher(model, "x0.post", "x2.post", (PARTITION, OTHER), heads, rows=1, small=0)
     found = patcher.measure(pad_prompts(prompts), pad_prompts(others), logit_of([3, 5]), positions=at)
     assert found.patched.shape == (3, 2, 4, 3, 2)
     own, out = f"blocks.{block}.hook_resid_pre", f"blocks.{block}.hook_attn_out"
@@ -203,13 +211,13 @@ def test_path_patching_is_that_of_a_llama_written_by_hand(block):
 def test_first_order_is_the_limit_of_small_differences(family):
     model = build(family)
     heads = find_heads(model, [1])
-    patcher = PathPatcher(model, "x0.post", "x1.post", (PARTITION, OTHER), heads)
+    patcher = PathPatcher(model, "x0.post", "x1.post", (PARTITION, OTHER), heads, small=0)
     prompts, others = pad_prompts(draw([8, 8])), pad_prompts(draw([8, 8], seed=1))
     columns = torch.tensor([[3, 5], [4, 6]])
     used, reading, which = torch.ones_like(columns).bool(), torch.tensor([[7], [7]]), torch.arange(2)
     batch = patcher._prepared(prompts, others, which, columns, used, reading)
     small = batch._replace(difference=batch.difference * 2e-2)
-    _, patched, attributed, arriving = patcher._measured(small, logit_of([3, 5]))
+    _, patched, attributed, arriving, _ = patcher._measured(small, logit_of([3, 5]))
     assert float(torch.corrcoef(torch.stack([patched.flatten(), attributed.flatten()]))[0, 1]) > 0.99
     assert arriving.shape == (3, 1, 4, 3, 3)
 
@@ -218,12 +226,28 @@ def test_first_order_is_the_limit_of_small_differences(family):
 def test_effects_do_not_depend_on_batches_or_on_padding(rows):
     model = build("gemma3_text")
     heads = find_heads(model, [1, 2])
-    patcher = PathPatcher(model, "x0.post", "x2.post", (PARTITION, OTHER), heads, rows=rows)
+    patcher = PathPatcher(model, "x0.post", "x2.post", (PARTITION, OTHER), heads, rows=rows, small=0)
     long, other = draw([9, 6, 7]), draw([9, 6, 7], seed=1)
     found = patcher.measure(pad_prompts(long), pad_prompts(other), logit_of([3, 5, 2]), positions=[[-2]] * 3)
     alone = patcher.measure(pad_prompts(long[1:2]), pad_prompts(other[1:2]), logit_of([5]), positions=[[-2]])
     torch.testing.assert_close(found.patched[..., 1], alone.patched[..., 0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(found.attributed[..., 1], alone.attributed[..., 0], atol=2e-5, rtol=1e-3)
+
+
+def test_edges_of_small_change_are_told_without_running_them():
+    model = build("llama")
+    heads = find_heads(model, [1, 2])
+    prompts, others = pad_prompts(draw([9, 9])), pad_prompts(draw([9, 9], seed=1))
+    exact, quick = (
+        PathPatcher(model, "x0.post", "x2.post", (PARTITION, OTHER), heads, small=small).measure(
+            prompts, others, logit_of([3, 5]), positions=[[4, 5]] * 2
+        )
+        for small in (0, 0.3)
+    )
+    assert exact.run == 1
+    assert 0.2 < quick.run < 0.9
+    largest = float(exact.patched.abs().max())
+    assert float((exact.patched - quick.patched).abs().max()) < 0.05 * largest
 
 
 def test_what_cannot_be_known_is_refused():
@@ -255,7 +279,9 @@ def test_a_head_that_reads_one_subspace_alone_scores_as_high_as_can_be():
 
 def test_random_subspaces_score_as_chance_does():
     generator = torch.Generator().manual_seed(0)
-    acts = Factors(torch.randn(40, WIDTH, 4, generator=generator), torch.randn(40, 4, WIDTH, generator=generator))
+    acts = Factors(
+        torch.randn(40, WIDTH, 4, generator=generator), torch.randn(40, 4, WIDTH, generator=generator)
+    )
     scored = scored_through(acts, PARTITION, OTHER)
     assert float(scored.times.mean()) == pytest.approx(1, abs=0.02)
     assert float(scored.deviations.mean()) == pytest.approx(0, abs=0.1)

@@ -1,4 +1,4 @@
-"""Gradient times difference: the effect of every edge to first order, from one backward pass for each head."""
+"""Gradient times difference: the effect of every edge to first order, by one backward pass a head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ndm_fast.partition import SubspacePartition
 def first_order(
     call: Call, stream: Tensor, gradient: Tensor, difference: Tensor, partition: SubspacePartition
 ) -> Tensor:
-    """[S, H, 3, n] change of a metric to first order, where a subspace moves on its way into one side of a head.
+    """[S, H, 3, n] change of a metric to first order, where a subspace moves on its way into a side.
 
     Args:
         stream: [n, T, d] input of the block. gradient: [n, T, d] of the metric, where attention is added.

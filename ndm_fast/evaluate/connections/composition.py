@@ -3,13 +3,13 @@
     through head h    ||R_s' N W_v O G R_t||^2 / ||N W_v O G||^2       s of the site below, t of the one above
     through the skip  ||R_s' R_t||^2 / width of s
 
-Shares alone favor wide subspaces. The null is the same share for random rotations: its mean is the share of the
-width, its spread tells how far a share of such a matrix strays by chance.
+Shares alone favor wide subspaces. The null is the same share for random rotations: its mean is the share of
+the width, its spread tells how far a share of such a matrix strays by chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -84,9 +84,5 @@ def _scored(share: Tensor, null: Sequence[Tensor], widths: Sequence[Sequence[int
     squares = torch.stack([(one - expected).square() for one in null]).mean(0)
     for axis, some in enumerate(widths, start=-len(widths)):
         same = torch.tensor([[a == b for b in some] for a in some]).float()
-        squares = _along(squares, axis, lambda t, same=same: t @ (same / same.sum(1)).T)
+        squares = (squares.movedim(axis, -1) @ (same / same.sum(1)).T).movedim(-1, axis)
     return Scored(share, share / expected, (share - expected) / squares.sqrt())
-
-
-def _along(values: Tensor, axis: int, work: Callable[[Tensor], Tensor]) -> Tensor:
-    return work(values.movedim(axis, -1)).movedim(-1, axis)

@@ -95,13 +95,13 @@ def run_connections(
 
     Args:
         partitions: by name; each says in ``source`` which site it was trained on, one of the residual stream.
-        tests: names of circuit tests, one for each pair of sites from below to above, or one for all; the edges
-            are then measured by path patching too. Without any only weights are read.
+        tests: names of circuit tests, one for each pair of sites from below to above, or one for all; the
+            edges are then measured by path patching too. Without any only weights are read.
         hub: see ``load_model``.
 
     Raises:
-        InputError: fewer than two sites, the same site twice, sites that are not of the residual stream, tests
-            that do not fit, heads that are not known, a tokenizer that splits the words.
+        InputError: fewer than two sites, the same site twice, sites that are not of the residual stream,
+            tests that do not fit, heads that are not known, a tokenizer that splits the words.
     """
     options = options or ConnectionOptions()
     if options.prompts < 1:
@@ -111,7 +111,8 @@ def run_connections(
     )
     ordered = _ordered(model, partitions)
     chosen = _tests(tests, len(ordered) - 1)
-    pairs, left_out = [], set()
+    pairs: list[Pair] = []
+    left_out: set[str] = set()
     for number in tqdm(range(len(ordered) - 1), desc="pairs of sites", leave=False, disable=None):
         (site, _, below), (upper, _, above) = ordered[number], ordered[number + 1]
         blocks = range(_end(site) + 1, _end(upper) + 1)
@@ -145,7 +146,7 @@ def _ordered(
     model: Any, partitions: Mapping[str, SubspacePartition]
 ) -> list[tuple[str, str, SubspacePartition]]:
     """Site, name and partition, from below to above."""
-    found = {}
+    found: dict[str, tuple[str, SubspacePartition]] = {}
     for name, partition in partitions.items():
         where = partition.source.get("site")
         if not where:
@@ -204,6 +205,7 @@ def _measured(
         whole=float(whole.whole.double().mean()),
         subspaces=whole.means.tolist(),
         agreement=agreement(weighed.reads, effects),
+        run=effects.run,
         cpu_seconds=time.process_time() - began,
     )
 
@@ -234,16 +236,11 @@ def _head_nodes(heads: Sequence[Heads], weighed: Weighed) -> list[HeadNode]:
 def _edges(heads: Sequence[Heads], weighed: Weighed, effects: EdgeEffects | None) -> list[Edge]:
     measured = _numbers(effects) if effects else {}
     edges = []
-    for where in torch.ones_like(weighed.reads.share).nonzero().tolist():
-        s, block, head, side = where
-        given = {name: values[s, block, head, side].tolist() for name, values in measured.items()}
-        edges.append(
-            Edge(
-                s, heads[block].block, head, SIDES[side],
-                *(float(values[s, block, head, side]) for values in weighed.reads),
-                **given,
-            )  # fmt: skip
-        )
+    for s, block, head, side in torch.ones_like(weighed.reads.share).nonzero().tolist():
+        share, times, deviations = (float(values[s, block, head, side]) for values in weighed.reads)
+        edge = Edge(s, heads[block].block, head, SIDES[side], share, times, deviations)
+        given: dict[str, Any] = {n: v[s, block, head, side].tolist() for n, v in measured.items()}
+        edges.append(replace(edge, **given))
     if effects is None:
         return edges
     by_prompt = effects.patched.flatten(0, 3).cpu()

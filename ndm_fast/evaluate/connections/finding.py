@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ndm_fast.activations.block_points import close
+from ndm_fast.activations.block_points import PARALLEL, POST_NORM, SEQUENTIAL, close
+from ndm_fast.activations.families import family_of
 from ndm_fast.activations.sites import resolve_site
+from ndm_fast.activations.structure import structure_of
 from ndm_fast.activations.trace import BlockTrace, Run, record_block, recording, runs
 from ndm_fast.activations.wrappers import describe, text_config, unwrapped
 from ndm_fast.errors import InputError
@@ -51,6 +53,28 @@ def find_heads(model: nn.Module, blocks: Sequence[int]) -> list[Heads]:
         return [_heads_of(model, number, run) for number in blocks]
 
 
+def entrance(model: nn.Module, block: int) -> str:
+    """Where the change of one head is added: after the attention, or after both branches that run at once.
+
+    Raises:
+        InputError: the block normalises the sum, or no module takes or gives it.
+    """
+    model = unwrapped(model)
+    family = family_of(model)
+    if family is None:
+        form = structure_of(model).forms[block]
+    elif family.is_post_norm:
+        form = POST_NORM
+    else:
+        form = SEQUENTIAL if "resid_mid" in family.points(model.config) else PARALLEL
+    if form not in (SEQUENTIAL, PARALLEL):
+        raise InputError(
+            f"what a head of block {block} of {describe(model)} writes is not simply added to the stream at "
+            "a known place, so its paths cannot be patched: leave --tests away, weights alone are read"
+        )
+    return f"blocks.{block}.hook_resid_{'mid' if form == SEQUENTIAL else 'post'}"
+
+
 def _heads_of(model: nn.Module, number: int, run: Run) -> Heads:
     end = resolve_site(model, f"blocks.{number}.hook_resid_post")
     block = model.get_submodule(end.module)
@@ -58,8 +82,8 @@ def _heads_of(model: nn.Module, number: int, run: Run) -> Heads:
     if named is None:
         raise _unknown(model, number, "no modules have the names of queries, keys, values and output")
     trace = record_block(block, run)
-    norm = _norm_before(block, named.projections[0], trace)
-    if norm is False:
+    norms = _norms_before(block, named.projections[0], trace)
+    if not norms:
         raise _unknown(model, number, "the projections do not read the block's input through one norm")
     site = resolve_site(model, f"blocks.{number}.hook_attn_out")
     last = model.get_submodule(site.module)
@@ -67,7 +91,7 @@ def _heads_of(model: nn.Module, number: int, run: Run) -> Heads:
     out_norm = None if last in inside or isinstance(last, nn.Dropout) else last
     for sides in _splits(model, named):
         heads = Heads(
-            number, named.attention, norm or None, sides, _side_norms(named.attention), named.out, out_norm,
+            number, named.attention, norms[0], sides, _side_norms(named.attention), named.out, out_norm,
             site.scale,
         )  # fmt: skip
         if _holds(heads, last, run):
@@ -78,9 +102,12 @@ def _heads_of(model: nn.Module, number: int, run: Run) -> Heads:
 def _named(block: nn.Module) -> _Named | None:
     for path, module in block.named_modules():
         children = dict(module.named_children())
-        projections: tuple[nn.Module, ...] = next(
-            (tuple(children[n] for n in names) for names in _SEPARATE if set(names) <= set(children)), ()
-        ) or tuple(children[name] for name in _FUSED if name in children)[:1]
+        projections: tuple[nn.Module, ...] = (
+            next(
+                (tuple(children[n] for n in names) for names in _SEPARATE if set(names) <= set(children)), ()
+            )
+            or tuple(children[name] for name in _FUSED if name in children)[:1]
+        )
         if not projections:
             continue
         parent = block.get_submodule(path.rpartition(".")[0])
@@ -93,20 +120,21 @@ def _named(block: nn.Module) -> _Named | None:
     return None
 
 
-def _norm_before(block: nn.Module, projection: nn.Module, trace: BlockTrace) -> nn.Module | None | bool:
-    """The norm that the projection reads the block's input through; None for none, False where unclear."""
+def _norms_before(block: nn.Module, projection: nn.Module, trace: BlockTrace) -> list[nn.Module | None]:
+    """What the projection may read the block's input through: norms, or None where it reads it as it is."""
     ends = {(r.module, r.end): r.value for r in trace.records}
     path = next(name for name, module in block.named_modules() if module is projection)
     read = ends.get((path, "input"))
     if read is None:
-        return False
+        return []
     if close(read, trace.pre):
-        return None
-    for (name, end), value in ends.items():
-        before = ends.get((name, "input"))
-        if end == "output" and before is not None and close(before, trace.pre) and close(value, read):
-            return block.get_submodule(name)
-    return False
+        return [None]
+    return [
+        block.get_submodule(name)
+        for (name, end), value in ends.items()
+        if end == "output" and close(value, read)
+        and (before := ends.get((name, "input"))) is not None and close(before, trace.pre)
+    ]  # fmt: skip
 
 
 def _side_norms(attention: nn.Module) -> dict[str, nn.Module]:
@@ -145,7 +173,7 @@ def _repeated(columns: Tensor, heads: int) -> Tensor:
 
 
 def _sides(modules: Sequence[nn.Module], columns: Sequence[Tensor]) -> dict[str, Projection]:
-    return {side: Projection(*pair) for side, *pair in zip(SIDES, modules, columns, strict=True)}
+    return {side: Projection(m, own) for side, m, own in zip(SIDES, modules, columns, strict=True)}
 
 
 def _holds(heads: Heads, last: nn.Module, run: Run) -> bool:

@@ -62,9 +62,9 @@ def gain_of(norm: nn.Module | None, width: int) -> Gain:
     if norm is None:
         return Gain(torch.ones(width), centred=False)
     some = next(norm.parameters(), torch.empty(0))
-    given = {"device": some.device, "dtype": some.dtype if some.is_floating_point() else torch.float32}
-    level = norm.forward(torch.full((1, width), _LARGE, **given))[0].float().cpu()
-    row = (torch.randn(1, width, generator=torch.Generator().manual_seed(0)) * _LARGE).to(**given)
+    dtype = some.dtype if some.is_floating_point() else torch.float32
+    level = norm.forward(torch.full((1, width), _LARGE, device=some.device, dtype=dtype))[0].float().cpu()
+    row = (torch.randn(1, width, generator=torch.Generator().manual_seed(0)) * _LARGE).to(some.device, dtype)
     seen, row = norm.forward(row)[0].float().cpu(), row[0].float().cpu()
     middle = row - row.mean()
     weight = getattr(norm, "weight", None)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ndm_fast.activations.block_points import close
 from ndm_fast.activations.sites import resolve_site
-from ndm_fast.activations.trace import record_block, runs
+from ndm_fast.activations.trace import Record, Run, record_block, runs
 from ndm_fast.activations.wrappers import unwrapped
-from ndm_fast.evaluate.connections.matrices import matrix
 
 _INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "fc_in", "dense_h_to_4h")
 _OUTPUTS = ("down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h")
@@ -45,7 +43,7 @@ def find_mlps(model: nn.Module, blocks: Sequence[int]) -> list[Mlp | None]:
     return found
 
 
-def _mlp_of(model: nn.Module, block: nn.Module, number: int, run: object) -> Mlp | None:
+def _mlp_of(model: nn.Module, block: nn.Module, number: int, run: Run) -> Mlp | None:
     names = {module: name for name, module in block.named_modules()}
     holders = [m for m in block.modules() if {n for n, _ in m.named_children()} & set(_OUTPUTS)]
     for holder in holders:
@@ -56,21 +54,19 @@ def _mlp_of(model: nn.Module, block: nn.Module, number: int, run: object) -> Mlp
     else:
         return None
     out = next(children[name] for name in _OUTPUTS if name in children)
-    ends = {(r.module, r.end): r.value for r in record_block(block, run).records}  # type: ignore[arg-type]
+    records = record_block(block, run).records
+    ends = {(r.module, r.end): r.value for r in records}
     read, made = ends.get((names[inputs[0]], "input")), ends.get((names[out], "output"))
     site = resolve_site(model, f"blocks.{number}.hook_mlp_out")
     last = model.get_submodule(site.module)
     wanted = ends.get((names.get(last, ""), "output"))
     if read is None or made is None or wanted is None:
         return None
-    norm = next(
-        (
-            block.get_submodule(name)
-            for (name, end), value in ends.items()
-            if end == "output" and name not in (names[holder],) and "norm" in type(block.get_submodule(name)).__name__.lower()
-            and close(value, read)
-        ),
-        None,
-    )
+    makers = [block.get_submodule(r.module) for r in records if _gives(r, read)]
+    norm = next((maker for maker in makers if "norm" in type(maker).__name__.lower()), None)
     out_norm = None if close(wanted, made) else last
     return Mlp(number, norm, inputs, out, out_norm)
+
+
+def _gives(record: Record, value: Tensor) -> bool:
+    return record.end == "output" and close(record.value, value)

@@ -17,12 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ndm_fast.activations.hooks import collect_activations
-from ndm_fast.activations.block_points import PARALLEL, POST_NORM, SEQUENTIAL
-from ndm_fast.activations.families import family_of
-from ndm_fast.activations.structure import structure_of
-from ndm_fast.activations.wrappers import describe, unwrapped
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.connections.attribution import first_order
+from ndm_fast.evaluate.connections.finding import entrance
 from ndm_fast.evaluate.connections.heads import SIDES, Call, Heads, calls
 from ndm_fast.evaluate.connections.weights import subspace_sums
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
@@ -45,7 +42,9 @@ class EdgeEffects(NamedTuple):
     attributed: Tensor
     """[S, B, H, 3, N] the same to first order."""
     arriving: Tensor
-    """[S, B, H, 3, S'] mean drop, to first order, through each subspace of the site above."""
+    """[S, B, H, 3, S'] mean drop, to first order, straight through each subspace of the site above."""
+    run: float
+    """Share of the edges that were run through the layers above; see ``SMALL``."""
 
 
 class _Batch(NamedTuple):
@@ -68,6 +67,22 @@ class _Batch(NamedTuple):
         return self.prefix.columns if self.prefix else 0
 
 
+class _Seen(NamedTuple):
+    """What patching the edges into one block's heads does, to first order above the heads."""
+
+    size: Tensor
+    """[S, H, 3] how much the head writes otherwise: length over tokens, the largest of the prompts."""
+    drops: Tensor
+    """[S, H, 3, n]"""
+    through: Tensor
+    """[S, H, 3, S'] drops through each subspace of the site above, summed over the prompts."""
+
+
+SMALL = 0.1
+"""Edges that change what a head writes by less than this share of the largest such change are not run through
+the layers above: the gradient there tells their effect, with an error of second order, a hundredth."""
+
+
 class PathPatcher:
     """Measures edges between two sites of a causal language model.
 
@@ -75,6 +90,7 @@ class PathPatcher:
         below, above: names of the two sites. heads: those between.
         partitions: of the two sites.
         rows: prompts in one forward pass, for each head of a block.
+        small: see ``SMALL``; with 0 every edge is run.
 
     Raises:
         InputError: the heads do not write into the stream that the site above is part of.
@@ -89,6 +105,7 @@ class PathPatcher:
         heads: Sequence[Heads],
         *,
         rows: int = 8,
+        small: float = SMALL,
     ) -> None:
         self._model: Any = model
         self._cut = LayersAbove(model, below)
@@ -96,7 +113,7 @@ class PathPatcher:
         for cut, partition in zip((self._cut, self._above), partitions, strict=True):
             cut.check_fits(partition)
         self.below, self.partitions = self._cut.site.name, partitions
-        self._heads, self._rows = heads, rows
+        self._heads, self._rows, self._small = heads, rows, small
         self._entries = {h.block: LayersAbove(model, entrance(model, h.block)) for h in heads}
         self._prefixes = PrefixReader(model)
 
@@ -136,12 +153,13 @@ class PathPatcher:
                 reading[which],
             )  # fmt: skip
             parts.append(self._measured(batch, metric))
-        clean, patched, attributed, arriving = zip(*parts, strict=True)
+        clean, patched, attributed, arriving, exact = zip(*parts, strict=True)
         return EdgeEffects(
             torch.cat(clean),
             torch.cat(patched, -1),
             torch.cat(attributed, -1),
             torch.stack(arriving).sum(0) / len(prompts.tokens),
+            float(torch.cat(exact).double().mean()) / (patched[0][..., 0].numel() or 1),
         )
 
     @torch.no_grad()
@@ -151,9 +169,12 @@ class PathPatcher:
         names = [self._cut.site.name, self._above.site.name]
         names += [f"blocks.{h.block}.hook_resid_pre" for h in self._heads]
         names += [cut.site.name for cut in self._entries.values()]
-        with self._watching(), calls(self._heads) as found:
-            with collect_activations(self._model, dict.fromkeys(names)) as captured:
-                self._model(**here.model_inputs(), use_cache=False)
+        with (
+            self._watching(),
+            calls(self._heads) as found,
+            collect_activations(self._model, dict.fromkeys(names)) as captured,
+        ):
+            self._model(**here.model_inputs(), use_cache=False)
         other = self._cut.below(there)
         own = captured[self._cut.site.name]
         row, place = used.nonzero(as_tuple=True)
@@ -169,26 +190,26 @@ class PathPatcher:
             stack.enter_context(cut.watching())
         return stack
 
-    def _measured(self, batch: _Batch, metric: Metric) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _measured(self, batch: _Batch, metric: Metric) -> tuple[Tensor, ...]:
+        """[n], [S, B, H, 3, n] patched and attributed drops, [S, B, H, 3, S'] summed, and how many ran."""
         gradient = self._gradient(self._above, batch, metric)
         first = self._entries[self._heads[0].block]
         clean = self._logits(first, batch.captured[first.site.name][:, batch.start :], batch, 1, metric)
-        patched, attributed, arriving = [], [], []
+        seen, attributed = [], []
         for heads in self._heads:
-            entry = self._entries[heads.block]
-            drops, through = self._block(heads, batch, metric, gradient)
-            patched.append(clean - drops)
-            arriving.append(through)
-            attributed.append(
-                -first_order(
-                    batch.found[heads.block],
-                    batch.captured[f"blocks.{heads.block}.hook_resid_pre"],
-                    self._gradient(entry, batch, metric),
-                    batch.difference,
-                    self.partitions[0],
-                )
-            )
-        return clean, torch.stack(patched, 1), torch.stack(attributed, 1), torch.stack(arriving, 1)
+            own = self._gradient(self._entries[heads.block], batch, metric)
+            seen.append(self._first_pass(heads, batch, gradient, own))
+            stream = batch.captured[f"blocks.{heads.block}.hook_resid_pre"]
+            call = batch.found[heads.block]
+            attributed.append(-first_order(call, stream, own, batch.difference, self.partitions[0]))
+        largest = max(float(one.size.max()) for one in seen)
+        patched, count = [], 0
+        for heads, one in zip(self._heads, seen, strict=True):
+            exact = one.size > self._small * largest
+            patched.append(self._second_pass(heads, batch, metric, clean, one.drops, exact))
+            count += int(exact.sum())
+        through = torch.stack([one.through for one in seen], 1)
+        return clean, torch.stack(patched, 1), torch.stack(attributed, 1), through, torch.tensor([count])
 
     def _gradient(self, cut: LayersAbove, batch: _Batch, metric: Metric) -> Tensor:
         """[n, T, d] gradient of the metric's sum at a site; 0 in columns that are not run."""
@@ -201,7 +222,9 @@ class PathPatcher:
             (found,) = torch.autograd.grad(value, activation)
         return nn.functional.pad(found.float(), (0, 0, batch.start, 0))
 
-    def _logits(self, cut: LayersAbove, activations: Tensor, batch: _Batch, times: int, metric: Metric) -> Tensor:
+    def _logits(
+        self, cut: LayersAbove, activations: Tensor, batch: _Batch, times: int, metric: Metric
+    ) -> Tensor:
         """[times n] metric of activations at a site, of the columns after the prefix."""
         every = torch.arange(len(batch.which), device=activations.device).repeat(times)
         before = batch.prefix.rows(every) if batch.prefix else None
@@ -209,28 +232,47 @@ class PathPatcher:
         return metric(logits, batch.which[every]).float()
 
     @torch.no_grad()
-    def _block(
-        self, heads: Heads, batch: _Batch, metric: Metric, gradient: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """[S, H, 3, n] patched values, and [S, H, 3, S'] first-order drops through the site above, summed."""
+    def _first_pass(self, heads: Heads, batch: _Batch, above: Tensor, own: Tensor) -> _Seen:
+        """What every head of a block then writes, and what follows to first order above it.
+
+        Args:
+            above, own: [n, T, d] gradients of the metric at the site above, and where attention is added.
+        """
+        rotation = self.partitions[1].rotation.to(above.device)
+        towards, widths = above @ rotation, self.partitions[1].widths
+        size, drops, through = [], [], []
+        for change in self._changes(heads, batch):
+            size.append(change.flatten(2).norm(dim=2).amax(1))
+            drops.append(-(change * own).sum((2, 3)))
+            through.append(-subspace_sums(((change @ rotation) * towards).sum((1, 2)), widths))
+        shape = (len(self.partitions[0]), len(SIDES), heads.count)
+        parts = (torch.stack(some).view(*shape, *some[0].shape[1:]) for some in (size, drops, through))
+        return _Seen(*(part.transpose(1, 2) for part in parts))
+
+    @torch.no_grad()
+    def _second_pass(
+        self, heads: Heads, batch: _Batch, metric: Metric, clean: Tensor, drops: Tensor, exact: Tensor
+    ) -> Tensor:
+        """[S, H, 3, n] drops, those of the ``exact`` edges [S, H, 3] from passes through the model."""
         entry = self._entries[heads.block]
         base = batch.captured[entry.site.name][:, batch.start :]
-        rotation = self.partitions[1].rotation.to(base.device)
-        towards = gradient[:, batch.start :] @ rotation
-        values, through = [], []
-        for change in self._changes(heads, batch):
-            new = base + change[:, :, batch.start :].to(base.dtype)
-            values.append(self._logits(entry, new.flatten(0, 1), batch, heads.count, metric))
-            moved = (change[:, :, batch.start :] @ rotation) * towards
-            through.append(-subspace_sums(moved.sum((1, 2)), self.partitions[1].widths))
-        shape = (len(self.partitions[0]), len(SIDES), heads.count)
-        return (
-            torch.stack(values).view(*shape, -1).transpose(1, 2),
-            torch.stack(through).view(*shape, -1).transpose(1, 2),
-        )
+        found = drops.clone()
+        for number, change in enumerate(self._changes(heads, batch, exact)):
+            s, side = divmod(number, len(SIDES))
+            chosen = exact[s, :, side]
+            if not chosen.any():
+                continue
+            new = (base + change[chosen, :, batch.start :].to(base.dtype)).flatten(0, 1)
+            after = self._logits(entry, new, batch, int(chosen.sum()), metric)
+            found[s, chosen, side] = clean - after.view(-1, len(clean))
+        return found
 
-    def _changes(self, heads: Heads, batch: _Batch) -> Iterator[Tensor]:
-        """For each subspace and side: [H, n, T, d] what each head then writes into the stream, less what it did."""
+    def _changes(self, heads: Heads, batch: _Batch, wanted: Tensor | None = None) -> Iterator[Tensor]:
+        """For each subspace and side: [H, n, T, d] what each head then writes, less what it did.
+
+        Args:
+            wanted: [S, H, 3] bool; where no head is, nothing is run and what is given is empty.
+        """
         call = batch.found[heads.block]
         stream = batch.captured[f"blocks.{heads.block}.hook_resid_pre"]
         results = call.results()
@@ -240,31 +282,12 @@ class PathPatcher:
             part = self.partitions[0].to(stream.device).project(batch.difference, subspace)
             read = (stream.float() + part).to(stream.dtype)
             read = read if heads.norm is None else heads.norm.forward(read)
-            for side in SIDES:
+            for place, side in enumerate(SIDES):
+                if wanted is not None and not wanted[subspace, :, place].any():
+                    yield read.new_empty(0)
+                    continue
                 other = call.results({side: read})
                 alone = torch.stack(
                     [results.index_copy(-1, own, other.index_select(-1, own)) for own in slices]
                 )
                 yield (call.written(alone) - written).float()
-
-
-def entrance(model: nn.Module, block: int) -> str:
-    """Where the change of one head is added: after the attention, or after both branches that run at once.
-
-    Raises:
-        InputError: the block normalises the sum, or no module takes or gives it.
-    """
-    model = unwrapped(model)
-    family = family_of(model)
-    if family is None:
-        form = structure_of(model).forms[block]
-    elif family.is_post_norm:
-        form = POST_NORM
-    else:
-        form = SEQUENTIAL if "resid_mid" in family.points(model.config) else PARALLEL
-    if form not in (SEQUENTIAL, PARALLEL):
-        raise InputError(
-            f"what a head of block {block} of {describe(model)} writes is not simply added to the stream at a "
-            "known place, so its paths cannot be patched: leave --tests away, weights alone are read"
-        )
-    return f"blocks.{block}.hook_resid_{'mid' if form == SEQUENTIAL else 'post'}"

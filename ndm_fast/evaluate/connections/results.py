@@ -1,4 +1,4 @@
-"""What ``evaluate connections`` gives: nodes and edges between pairs of sites, as saved in ``connections.json``."""
+"""What ``evaluate connections`` gives: nodes and edges between sites, as saved in ``connections.json``."""
 
 from __future__ import annotations
 
@@ -99,6 +99,8 @@ class Tested:
     subspaces: list[float]
     """[S] the same for each of its subspaces."""
     agreement: Agreement
+    run: float
+    """Share of the edges run through all layers above; the rest are taken to first order there."""
     cpu_seconds: float
 
 

@@ -1,8 +1,8 @@
 """What heads and MLPs read of each subspace, and write into each, told by their weights alone.
 
-A head h reads the stream ``x`` as ``x N W`` (N: the gain of the block's norm, W: its queries, keys or values) and
-writes ``z O G`` (O: its rows of the output matrix, G: the gain of the norm of what is written). With ``R_s`` the
-directions of a subspace, the shares of a side are those of the matrix that the side acts by:
+A head h reads the stream ``x`` as ``x N W`` (N: the gain of the block's norm, W: its queries, keys or values)
+and writes ``z O G`` (O: its rows of the output matrix, G: the gain of the norm of what is written). With
+``R_s`` the directions of a subspace, the shares of a side are those of the matrix that the side acts by:
 
     Q    ||R_s' N W_q (N W_k)'||^2 / ||N W_q (N W_k)'||^2       where it looks from
     K    ||R_s' N W_k (N W_q)'||^2 / ||N W_k (N W_q)'||^2       what it looks for

@@ -101,7 +101,7 @@ KNOWN = {"previous": "K", "current": "V", "query": "Q"}
 
 
 def labelled_partition(labelled: Labelled) -> SubspacePartition:
-    """Subspaces made with the labels: the means by previous token, then by current token, then what is left."""
+    """Subspaces made with the labels: the means by previous token, by current token, and what is left."""
     rest = labelled.activations.double() - labelled.activations.double().mean(0)
     width = rest.shape[1]
     basis = torch.zeros(width, 0, dtype=torch.float64)
@@ -164,6 +164,10 @@ class EdgeRanks:
     area: float
     """Under the curve: weights against edges that path patching of any kind finds."""
     area_by_kind: dict[str, float]
+    area_by_deviations: float
+    """The same, weights by their deviations from chance."""
+    key_by_deviations: int
+    """Rank of the known edge into K by deviations from chance."""
     attribution: float
     """Rank correlation of gradient times difference with path patching, all kinds together."""
     largest: dict[str, float]
@@ -175,7 +179,7 @@ class EdgeRanks:
 
 
 def run_induction(*, seed: int = 0, mlp: bool = False, prompts: int = 64) -> dict[str, Any]:
-    """Train the model, take the subspaces of labels, of NDM and of principal components, and rank their edges."""
+    """Train the model, and rank the edges of the subspaces of labels, of NDM and of principal components."""
     began = time.process_time()
     language = InductionLanguage()
     with one_thread():
@@ -221,7 +225,8 @@ def edge_ranks(
         carried: from :func:`carriers`. induction: the heads whose known edges are ranked.
     """
     heads = find_heads(model, [1])
-    weights = read_times(heads, partition).times
+    read = read_times(heads, partition)
+    weights = read.times
 
     def rank(scores: Tensor, side: str) -> int:
         subspace = carried["previous" if side == "K" else "current"]
@@ -246,6 +251,8 @@ def edge_ranks(
         first_by_data={kind: _first(size) for kind, size in sizes.items()},
         area=area_under_curve(weights.flatten(), there.flatten()),
         area_by_kind={k: area_under_curve(weights.flatten(), strong(s).flatten()) for k, s in sizes.items()},
+        area_by_deviations=area_under_curve(read.deviations.flatten(), there.flatten()),
+        key_by_deviations=rank(read.deviations, "K"),
         attribution=rank_correlation(
             torch.stack(first_order).flatten(), torch.stack(list(effects.values())).flatten()
         ),

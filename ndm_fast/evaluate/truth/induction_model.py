@@ -1,6 +1,7 @@
 """A language in which the only way to do well is induction, and a tiny transformer that learns it.
 
-A sequence is BOS and a walk on a ring of different random tokens: mostly on to the next one, now and then to any.
+A sequence is BOS and a walk on a ring of different random tokens: mostly on to the next one, now and then
+to any.
 
     ring k q a d f:   BOS  k q a d q a d f k d f k q ...
 
@@ -153,7 +154,7 @@ class Labelled(NamedTuple):
 def labelled_activations(
     model: Any, language: InductionLanguage, rows: int, *, seed: int, site: str = SITE, batch: int = 2048
 ) -> Labelled:
-    """Activations at a site of ``rows`` sequences; the places after the first two, which have no predecessor."""
+    """Activations at a site of ``rows`` sequences, at places that have a predecessor."""
     generator = seeded(seed, Draw.INDUCTION_TEXT, 2)
     parts, labels = [], []
     for first in range(0, rows, batch):
