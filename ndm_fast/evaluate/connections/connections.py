@@ -118,19 +118,17 @@ def run_connections(
         blocks = range(_end(site) + 1, _end(upper) + 1)
         heads = find_heads(model, blocks)
         weighed = Weighed(heads, below, above, options.seed)
-        effects, tested = None, None
+        effects, tested, into = None, None, None
         if chosen:
-            patcher = PathPatcher(
-                model, site, upper, (below.to(device), above.to(device)), heads, rows=options.rows
-            )
-            effects, tested = _measured(model, tokenizer, patcher, chosen[number], weighed, options)
+            pair = _Sites(site, upper, below.to(device), above.to(device), heads)
+            effects, into, tested = _measured(model, tokenizer, pair, chosen[number], weighed, options)
         mlps = find_mlps(model, blocks)
         left_out |= _left_out(model, heads, [b for b, mlp in zip(blocks, mlps, strict=True) if mlp is None])
         pairs.append(
             Pair(
                 number,
                 number + 1,
-                _head_nodes(heads, weighed),
+                _head_nodes(heads, weighed, into),
                 _edges(heads, weighed, effects),
                 [mlp_shares(mlp, below.cpu(), above.cpu()) for mlp in mlps if mlp is not None],
                 _over_chance(kept(below.cpu(), above.cpu()), above.widths),
@@ -179,35 +177,53 @@ def _tests(names: Sequence[str] | None, count: int) -> list[CircuitTest]:
     return chosen_tests(names if len(names) == count else [*names] * count)
 
 
+@dataclass(frozen=True)
+class _Sites:
+    """Two sites and the heads between them."""
+
+    below: str
+    above: str
+    lower: SubspacePartition
+    upper: SubspacePartition
+    heads: Sequence[Heads]
+
+
 def _measured(
     model: Any,
     tokenizer: Any,
-    patcher: PathPatcher,
+    pair: _Sites,
     test: CircuitTest,
     weighed: Weighed,
     options: ConnectionOptions,
-) -> tuple[EdgeEffects, Tested]:
+) -> tuple[EdgeEffects, Tensor, Tested]:
+    """Effects of all edges, of the whole activation on its way into each side [B, H, 3], and what was tested."""
     began = time.process_time()
     made = test.build(tokenizer, options.prompts, options.seed, options.templates)
     check_lengths(model, made.prompts)
     device = next(model.parameters()).device
     here, there = (pad_prompts(p, device=device) for p in (made.prompts, made.counterfactuals))
-    whole = patch_effects(
-        model, patcher.below, patcher.partitions[0], here, there, made.metric,
-        positions=made.positions, rows=64,
-    )  # fmt: skip
-    effects = patcher.measure(here, there, made.metric, positions=made.positions)
-    return effects, Tested(
+    given = {"positions": made.positions}
+    total = patch_effects(model, pair.below, pair.lower, here, there, made.metric, **given, rows=64)
+    undivided = SubspacePartition(torch.eye(pair.lower.width), [pair.lower.width]).to(device)
+    found = [
+        PathPatcher(model, pair.below, pair.above, (one, pair.upper), pair.heads, rows=options.rows).measure(
+            here, there, made.metric, **given
+        )
+        for one in (pair.lower, undivided)
+    ]
+    effects, whole = found
+    tested = Tested(
         test=test.name,
         what=f"{test.what}{f' ({made.form})' if made.form else ''}",
         texts=made.texts,
         clean=float(effects.clean.double().mean()),
-        whole=float(whole.whole.double().mean()),
-        subspaces=whole.means.tolist(),
+        whole=float(total.whole.double().mean()),
+        subspaces=total.means.tolist(),
         agreement=agreement(weighed.reads, effects),
         run=effects.run,
         cpu_seconds=time.process_time() - began,
     )
+    return effects, whole.patched[0].double().mean(-1).cpu(), tested
 
 
 def agreement(reads: Scored, effects: EdgeEffects) -> Agreement:
@@ -225,9 +241,14 @@ def agreement(reads: Scored, effects: EdgeEffects) -> Agreement:
     )
 
 
-def _head_nodes(heads: Sequence[Heads], weighed: Weighed) -> list[HeadNode]:
+def _head_nodes(heads: Sequence[Heads], weighed: Weighed, into: Tensor | None) -> list[HeadNode]:
     return [
-        HeadNode(one.block, head, weighed.writes[place, head].tolist())
+        HeadNode(
+            one.block,
+            head,
+            weighed.writes[place, head].tolist(),
+            None if into is None else into[place, head].tolist(),
+        )
         for place, one in enumerate(heads)
         for head in range(one.count)
     ]

@@ -39,6 +39,8 @@ class HeadNode:
     head: int
     writes: list[float]
     """[S'] share, over chance."""
+    effects: list[float] | None = None
+    """[3] mean drop where the whole activation of the site below is patched on its way into Q, K or V."""
 
 
 @dataclass(frozen=True)
