@@ -7,9 +7,9 @@
         --runs runs-gemma/seed0/blocks.{4,6,10,13}.hook_resid_post
 
 The first trains the two-block induction model of each seed, in which three edges are known, and ranks them
-among all edges: subspaces from labels, from NDM, and from principal components of the same width. The others take
-finished runs (see ``language_model.py``) and measure all edges between their sites on circuit tests. Prompts come
-from template set b. Each call replaces its own part of the record.
+among all edges: subspaces from labels, from NDM, and from principal components of the same width. The others
+take finished runs (see ``language_model.py``) and measure all edges between their sites on circuit tests.
+Prompts come from template set b. Each call replaces its own part of the record.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ _STYLE = """
 .cx text { fill: var(--cx-soft); font-size: 11px; }
 .cx text.cx-site { fill: var(--cx-text); font-size: 12px; font-weight: 600; }
 .cx .cx-block { fill: var(--cx-block); stroke: var(--cx-page); stroke-width: 1.5; }
-.cx .cx-effect { fill: var(--cx-hot); }
+.cx .cx-effect { fill: var(--cx-hot); fill-opacity: 0.6; }
+.cx text.cx-label { fill: var(--cx-text); }
 .cx .cx-head circle { fill: var(--cx-page); stroke: var(--cx-soft); stroke-width: 1.2; }
 .cx .cx-edge { fill: none; stroke-linecap: round; }
 .cx .cx-Q { stroke: var(--cx-Q); } .cx .cx-K { stroke: var(--cx-K); } .cx .cx-V { stroke: var(--cx-V); }
@@ -82,7 +83,7 @@ def picture_of(found: Mapping[str, Any], *, live: bool = False) -> str:
         f'aria-label="Connections between subspaces of {_quoted(found["model"])}">',
         f"<style>{_STYLE}</style>",
         f'<rect class="cx-page" width="{_WIDTH}" height="{height}"/>',
-        *_legend(ways[0]),
+        *_legend(None if live else ways[0]),
     ]
     for way in ways if live else ways[:1]:
         least = LEAST if live else THRESHOLD
@@ -135,7 +136,7 @@ def _extents(widths: list[int]) -> Iterator[tuple[float, float]]:
         start += width
 
 
-def _legend(way: str) -> list[str]:
+def _legend(way: str | None) -> list[str]:
     parts, x = [], _LEFT
     for side, note in [*_NOTES.items(), ("out", "what it writes")]:
         parts.append(
@@ -143,6 +144,8 @@ def _legend(way: str) -> list[str]:
         )
         parts.append(f'<text class="cx-{side}" x="{x + 28}" y="20">{note}</text>')
         x += 190
+    if way is None:  # the page says it
+        return parts
     how = "path patching" if way == "data" else "weights"
     return [*parts, f'<text x="{_WIDTH - _RIGHT}" y="20" text-anchor="end">strength by {how}</text>']
 
@@ -162,7 +165,8 @@ def _blocks(site: Mapping[str, Any], centers: list[_Spot], tested: Mapping[str, 
                 f'<rect class="cx-effect" x="{x + 1:.1f}" y="{y + _ROW - size:.1f}" width="{width - 2:.1f}" '
                 f'height="{size:.1f}"/>'
             )
-        label = f'<text x="{x + width / 2:.1f}" y="{y + 17:.1f}" text-anchor="middle">s{s}</text>'
+        middle = f'x="{x + width / 2:.1f}" y="{y + 17:.1f}" text-anchor="middle"'
+        label = f'<text class="cx-label" {middle}>s{s}</text>'
         parts.append(
             f'<g><title>{note}</title><rect class="cx-block" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
             f'height="{_ROW}"/>{bar}{label if width > 22 else ""}</g>'
@@ -240,16 +244,16 @@ def _outputs(pair: Mapping[str, Any], way: str) -> Iterator[tuple[tuple[int, int
             for s, times in enumerate(writes):
                 yield head, s, max(times - 1, 0.0) / largest, f"{times:.1f} times chance of what it writes"
         return
-    largest = max((abs(edge["effect"]) for edge in pair["edges"]), default=0.0) or 1.0
     through: dict[tuple[int, int], list[float]] = {}
     for edge in pair["edges"]:
         head = edge["block"], edge["head"]
         if head in shown and edge["arriving"] is not None:
             sums = through.setdefault(head, [0.0] * len(edge["arriving"]))
             through[head] = [a + b for a, b in zip(sums, edge["arriving"], strict=True)]
+    largest = max((abs(drop) for drops in through.values() for drop in drops), default=0.0) or 1.0
     for head, drops in through.items():
         for s, drop in enumerate(drops):
-            yield head, s, min(abs(drop) / largest, 1.0), f"{drop:.3f} of the effect goes through it directly"
+            yield head, s, abs(drop) / largest, f"{drop:.3f} of the effect goes through it directly"
 
 
 def _quoted(text: str) -> str:

@@ -196,7 +196,7 @@ def _measured(
     weighed: Weighed,
     options: ConnectionOptions,
 ) -> tuple[EdgeEffects, Tensor, Tested]:
-    """Effects of all edges, of the whole activation on its way into each side [B, H, 3], and what was tested."""
+    """Effects of all edges, of the whole activation into each side [B, H, 3], and what was tested."""
     began = time.process_time()
     made = test.build(tokenizer, options.prompts, options.seed, options.templates)
     check_lengths(model, made.prompts)

@@ -49,6 +49,7 @@ class InductionLanguage:
         steps = self.length - 1
         rings = 1 + torch.rand(count, self.tokens, generator=generator).argsort(1)[:, : self.ring]
         jumps = torch.rand(count, steps, generator=generator) < self.jumps
+        jumps[:, 0] = True  # from BOS, which is nobody's predecessor
         by = torch.where(jumps, torch.randint(self.ring, (count, steps), generator=generator), 1)
         place = by.cumsum(1) % self.ring
         step = torch.where(jumps, -1, place)
