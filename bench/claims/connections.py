@@ -3,6 +3,8 @@
     python bench/claims/connections.py --induction 0 1 2 3 4 --with-mlp 0 1
     python bench/claims/connections.py --model smollm2 --tests 1 2 3 \\
         --runs runs/seed0/blocks.{16,17,20,24}.hook_resid_post
+    python bench/claims/connections.py --model smollm2 --exact --prompts 8 --tests 1 2 \\
+        --runs runs/seed0/blocks.{16,17,20}.hook_resid_post
     python bench/claims/connections.py --model gemma3-270m --tests 1 2 3 \\
         --runs runs-gemma/seed0/blocks.{4,6,10,13}.hook_resid_post
 
@@ -56,20 +58,23 @@ def induction(seeds: list[int], mlp: bool) -> list[dict[str, Any]]:
     return found
 
 
-def language_model(model: str, runs: list[Path], tests: list[str], prompts: int) -> dict[str, Any]:
+def language_model(
+    model: str, runs: list[Path], tests: list[str], prompts: int, exact: bool
+) -> dict[str, Any]:
     """What the edges between the sites of some runs are, in short."""
     began = time.process_time()
     found = run_connections(
         {str(path): load_partition(path) for path in runs},
         model,
         tests=tests,
-        options=ConnectionOptions(prompts=prompts, templates="b"),
+        options=ConnectionOptions(prompts=prompts, templates="b", exact=exact),
     )
     print(text_table(connection_rows(found, _EDGES)))
     return {
         "model": model,
         "prompts": prompts,
         "templates": "b",
+        "exact": exact,
         "threads": torch.get_num_threads(),
         "cpu_seconds": time.process_time() - began,
         "pairs": [_short(found, pair) for pair in found.pairs],
@@ -136,6 +141,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, nargs="+")
     parser.add_argument("--tests", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--exact", action="store_true", help="run every edge through all layers above")
     parser.add_argument("--out", type=Path, default=RECORD)
     options = parser.parse_args()
     record = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -144,8 +150,9 @@ def main() -> None:
         found = induction(options.induction, mlp=False) + induction(options.with_mlp, mlp=True)
         record["induction"] = {"made_with": made_with, "seeds": found}
     if options.model:
-        found = language_model(options.model, options.runs, options.tests, options.prompts)
-        record.setdefault("language_models", {})[options.model] = {"made_with": made_with, **found}
+        found = language_model(options.model, options.runs, options.tests, options.prompts, options.exact)
+        name = f"{options.model}{', exact' if options.exact else ''}"
+        record.setdefault("language_models", {})[name] = {"made_with": made_with, **found}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -32,6 +32,12 @@ def add_connections(kinds: Any) -> None:
     kind.add_argument("--templates", default="all", help="a, b or all: two disjoint sets of templates")
     kind.add_argument("--seed", type=int, default=0, help="seed of the prompts and of the random rotations")
     kind.add_argument("--rows", type=int, default=8, help="prompts in one forward pass, for each head")
+    kind.add_argument(
+        "--exact",
+        action="store_true",
+        help="run every edge through all layers above; default: only those that change what their head "
+        "writes by a tenth of the largest change, the others to first order there",
+    )
     kind.add_argument("--top", type=int, default=12, help="edges of each pair of sites to print")
     kind.add_argument(
         "--out", default="runs/connections", help="folder for connections.json and connections.svg"
@@ -51,7 +57,9 @@ def _connections(options: argparse.Namespace) -> None:
         tests=options.tests,
         device=options.device,
         hub=hub_choice(options),
-        options=ConnectionOptions(options.prompts, options.seed, options.templates, options.rows),
+        options=ConnectionOptions(
+            options.prompts, options.seed, options.templates, options.rows, options.exact
+        ),
     )
     out = save_json(found.to_json(), options.out, NAME)
     write_picture(out, out.with_suffix(".svg"))

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.connections.composition import Scored
+from ndm_fast.evaluate.connections.path_patching import EdgeEffects
+from ndm_fast.evaluate.connections.results import Agreement
 
 STRONG = 0.1
 """An edge counts as there where its effect is this share of the largest."""
@@ -50,3 +53,18 @@ def _ranks(values: Tensor) -> Tensor:
 def rank_of(scores: Tensor, edge: tuple[int, ...]) -> int:
     """Rank of one edge among all, 1 the highest; edges of the same score rank before it."""
     return int((scores >= scores[edge]).sum())
+
+
+def agreement(reads: Scored, effects: EdgeEffects) -> Agreement:
+    """How far weights and attribution agree with path patching, over all edges of a pair of sites."""
+    effect = effects.patched.double().mean(-1).flatten().cpu()
+    first_order = effects.attributed.double().mean(-1).flatten().cpu()
+    there = strong(effect)
+    return Agreement(
+        weights=area_under_curve(reads.times.flatten(), there),
+        deviations=area_under_curve(reads.deviations.flatten(), there),
+        attribution=area_under_curve(first_order.abs(), there),
+        weights_ranks=rank_correlation(reads.times.flatten(), effect.abs()),
+        attribution_ranks=rank_correlation(first_order, effect),
+        found=int(there.sum()),
+    )

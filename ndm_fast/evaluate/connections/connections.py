@@ -17,7 +17,7 @@ from ndm_fast.activations.wrappers import text_config
 from ndm_fast.config import HubOptions
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.circuits.prompts import CircuitTest, chosen_tests
-from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_correlation, strong
+from ndm_fast.evaluate.connections.agreement import agreement
 from ndm_fast.evaluate.connections.composition import (
     Scored,
     kept,
@@ -28,9 +28,8 @@ from ndm_fast.evaluate.connections.composition import (
 from ndm_fast.evaluate.connections.finding import find_heads
 from ndm_fast.evaluate.connections.heads import SIDES, Heads
 from ndm_fast.evaluate.connections.mlps import find_mlps
-from ndm_fast.evaluate.connections.path_patching import EdgeEffects, PathPatcher
+from ndm_fast.evaluate.connections.path_patching import SMALL, EdgeEffects, PathPatcher
 from ndm_fast.evaluate.connections.results import (
-    Agreement,
     Connections,
     Edge,
     HeadNode,
@@ -61,6 +60,8 @@ class ConnectionOptions:
     """One of ``TEMPLATE_SETS``."""
     rows: int = 8
     """Prompts in one forward pass, for each head of a block."""
+    exact: bool = False
+    """Run every edge through all layers above, those of small change too; see ``SMALL``."""
 
 
 class Weighed:
@@ -206,9 +207,15 @@ def _measured(
     total = patch_effects(model, pair.below, pair.lower, here, there, made.metric, **given, rows=64)
     undivided = SubspacePartition(torch.eye(pair.lower.width), [pair.lower.width]).to(device)
     found = [
-        PathPatcher(model, pair.below, pair.above, (one, pair.upper), pair.heads, rows=options.rows).measure(
-            here, there, made.metric, **given
-        )
+        PathPatcher(
+            model,
+            pair.below,
+            pair.above,
+            (one, pair.upper),
+            pair.heads,
+            rows=options.rows,
+            small=0.0 if options.exact else SMALL,
+        ).measure(here, there, made.metric, **given)
         for one in (pair.lower, undivided)
     ]
     effects, whole = found
@@ -224,21 +231,6 @@ def _measured(
         cpu_seconds=time.process_time() - began,
     )
     return effects, whole.patched[0].double().mean(-1).cpu(), tested
-
-
-def agreement(reads: Scored, effects: EdgeEffects) -> Agreement:
-    """How far weights and attribution agree with path patching, over all edges of a pair of sites."""
-    effect = effects.patched.double().mean(-1).flatten().cpu()
-    first_order = effects.attributed.double().mean(-1).flatten().cpu()
-    there = strong(effect)
-    return Agreement(
-        weights=area_under_curve(reads.times.flatten(), there),
-        deviations=area_under_curve(reads.deviations.flatten(), there),
-        attribution=area_under_curve(first_order.abs(), there),
-        weights_ranks=rank_correlation(reads.times.flatten(), effect.abs()),
-        attribution_ranks=rank_correlation(first_order, effect),
-        found=int(there.sum()),
-    )
 
 
 def _head_nodes(heads: Sequence[Heads], weighed: Weighed, into: Tensor | None) -> list[HeadNode]:
