@@ -148,7 +148,7 @@ def main() -> None:
     made_with = provenance()
     if options.induction:
         found = induction(options.induction, mlp=False) + induction(options.with_mlp, mlp=True)
-        record["induction"] = {"made_with": made_with, "seeds": found}
+        record |= {"rows": found, "made_with": made_with}
     if options.model:
         found = language_model(options.model, options.runs, options.tests, options.prompts, options.exact)
         name = f"{options.model}{', exact' if options.exact else ''}"
