@@ -41,9 +41,14 @@ class Draw(IntEnum):
     PLANTED_TEXT = 21
     SURVEY_CLUSTERS = 21
     """Where the clusters of a gallery begin."""
+    INDUCTION_MODEL = 22
+    INDUCTION_TEXT = 23
+    INDUCTION_PROMPTS = 24
     PLANTED_PROMPTS = 30
     BOOTSTRAP = 40
     AUTOENCODER_CLUSTERS = 41
+    CONNECTION_NULL = 42
+    """Random rotations that composition scores are compared with."""
     ROWS = 50
     """Order of the rows of a file."""
 

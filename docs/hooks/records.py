@@ -16,6 +16,19 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 
 COLUMNS: dict[str, dict[str, str]] = {
+    "connections": {
+        "seed": "seed",
+        "mlp": "with MLPs",
+        "partitions.ndm.weights.K": "NDM: rank by weights",
+        "partitions.ndm.data.K": "rank by patching",
+        "partitions.ndm.area": "area",
+        "partitions.labels.weights.K": "labels: rank by weights",
+        "partitions.labels.data.K": "rank by patching, labels",
+        "partitions.labels.area": "area, labels",
+        "partitions.pca.weights.K": "PCA: rank by weights",
+        "partitions.pca.data.K": "rank by patching, PCA",
+        "partitions.pca.area": "area, PCA",
+    },
     "demo": {
         "seed": "seed",
         "widths": "widths",

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from ndm_fast.cli.connections import add_connections
 from ndm_fast.cli.options import add_hub_flags, add_kind, hub_choice, print_json, save_json
 from ndm_fast.cli.patching import add_causalgym, add_circuits, add_conflict, add_shift, add_trace
 from ndm_fast.errors import InputError
@@ -22,6 +23,7 @@ def add_evaluate(commands: Any) -> None:
         add_circuits,
         add_conflict,
         add_causalgym,
+        add_connections,
         _add_mi,
         add_shift,
         _add_stability,

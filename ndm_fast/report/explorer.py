@@ -15,6 +15,7 @@ from ndm_fast.activations.models import load_model, longest_context
 from ndm_fast.activations.packing import frame
 from ndm_fast.config import METRICS, RunConfig
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.connections.results import NAME, read_connections
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.search import nearest_rows
 from ndm_fast.report.index.tokens import token_pieces
@@ -75,6 +76,9 @@ class Explorer:
             site = index.partition.source.get("site", config.harvest.site[0])
             self._configs[site], self._indexes[site] = config, index
             self._model(site)
+        file = path / f"{NAME}.json"
+        self.connections = read_connections(file) if file.exists() else None
+        """What ``evaluate connections`` wrote into the folder."""
         self._generator = torch.Generator()
         self._generator.seed()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ndm_fast.errors import InputError
+from ndm_fast.report.connections import THRESHOLD, is_measured, picture_of
 from ndm_fast.report.explorer import Explorer
 from ndm_fast.report.index.tokens import shown
 from ndm_fast.report.site import templates
@@ -83,7 +84,8 @@ def serve(path: Path, *, host: str, port: int, allow_remote: bool, rows: int, de
 
 
 def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starlette:
-    """The web application: the page, its script, ``api/about``, ``api/random`` and ``api/query``.
+    """The web application: the pages, their scripts, ``api/about``, ``api/random`` and ``api/query``; with
+    ``connections``, ``connections.js`` and ``api/connections`` where the explorer has any.
 
     Args:
         hosts: names that requests may have for this machine. A page elsewhere can give its own name our
@@ -98,7 +100,7 @@ def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starl
     from starlette.routing import Route
 
     one_at_a_time = anyio.Semaphore(1)
-    page, script = _page(), _source("explorer.js")
+    page, script = _page(explorer.connections is not None), _source("explorer.js")
 
     async def answer(work: Callable[[], dict[str, Any]]) -> Response:
         if one_at_a_time.statistics().tasks_waiting >= _WAITING:
@@ -136,6 +138,8 @@ def application(explorer: Explorer, hosts: Sequence[str] = LOCAL_HOSTS) -> Starl
         Route("/api/random", random),
         Route("/api/query", query),
     ]
+    if explorer.connections is not None:
+        routes += _connection_routes(explorer.connections)
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return Starlette(routes=routes, middleware=[trusted])
 
@@ -164,11 +168,50 @@ def _listen(host: str, port: int, allow_remote: bool) -> socket.socket:
     return listening
 
 
-def _page() -> str:
+def _page(connected: bool) -> str:
     return (
         templates()
         .get_template("explorer.html")
-        .render(style=Markup(_source("style.css")), version=__version__)
+        .render(style=Markup(_source("style.css")), version=__version__, connected=connected)
+    )
+
+
+def _connection_routes(found: dict[str, Any]) -> list[Any]:
+    """The page of connections, its script and its numbers."""
+    from starlette.responses import HTMLResponse, JSONResponse, Response
+    from starlette.routing import Route
+
+    page, script = connections_page(found), _source("connections.js")
+
+    async def home(request: Request) -> Response:
+        return HTMLResponse(page, headers=_HEADERS)
+
+    async def code(request: Request) -> Response:
+        return Response(script, media_type="text/javascript", headers=_HEADERS)
+
+    async def edges(request: Request) -> Response:
+        return JSONResponse(shown(found), headers=_HEADERS)
+
+    return [
+        Route("/connections", home),
+        Route("/connections.js", code),
+        Route("/api/connections", edges),
+    ]
+
+
+def connections_page(found: dict[str, Any]) -> str:
+    """The page with the picture of a ``connections.json``, for the script to work on."""
+    return (
+        templates()
+        .get_template("connections.html")
+        .render(
+            style=Markup(_source("style.css")),
+            picture=Markup(picture_of(found, live=True)),
+            found=found,
+            measured=is_measured(found),
+            threshold=round(100 * THRESHOLD),
+            version=__version__,
+        )
     )
 
 

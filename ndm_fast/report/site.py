@@ -9,8 +9,10 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ndm_fast.evaluate.connections.results import NAME, read_connections
 from ndm_fast.files import unwritable, write_atomic
 from ndm_fast.report.circuit_results import CircuitColumn, circuit_columns
+from ndm_fast.report.connections import picture_of
 from ndm_fast.report.figures import draw_run, purity_tables
 from ndm_fast.report.index.format import PreimageIndex
 from ndm_fast.report.index.tokens import shown
@@ -81,6 +83,7 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
             figures=_inlined(figures, folder.circuits_file.with_suffix(".png")),
             shares=_SHARES,
             circuits=circuits,
+            connections=_connections(folder),
         ),
         **{_name(s): _subspace_page(s, folder, index, metric, circuits) for s in surveys},
     }
@@ -98,6 +101,14 @@ def _write(pages: dict[str, str], out: Path) -> Path:
     for name, page in pages.items():
         write_atomic(out / name, page.encode())
     return out / "index.html"
+
+
+def _connections(folder: RunFolder) -> Markup | None:
+    """The picture of ``connections.json``, in the run's folder or in that of all sites."""
+    for place in (folder.path, folder.path.parent):
+        if (place / f"{NAME}.json").exists():
+            return Markup(picture_of(read_connections(place / f"{NAME}.json")))
+    return None
 
 
 def templates() -> jinja2.Environment:

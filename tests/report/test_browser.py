@@ -19,6 +19,7 @@ import pytest
 import torch
 from processes import wait_for
 
+from ndm_fast.files import write_json
 from ndm_fast.report.index.format import PreimageIndex
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -149,8 +150,29 @@ def hostile_run(
     run = folder / "run"
     flags = train_flags(run, merging=True, model=folder / "model", data=folder / "text")
     assert main(flags) == 0
+    write_json(run / "connections.json", connections(), seal=True)
     assert main(["report", str(run), "--rows", "1500"]) == 0
     return run
+
+
+def connections() -> dict[str, Any]:
+    """Two sites of two subspaces, a block of one head between them, and prompts full of markup."""
+    weak = {"share": 0.1, "times": 0.2, "effect": 0.05, "by_prompt": None}
+    hot = {"share": 0.9, "times": 1.8, "effect": 1.0, "by_prompt": [0.1, 2.5, -1.0]}
+    same = {"block": 1, "head": 0, "deviations": 3.0, "error": 0.1, "attributed": 0.7, "arriving": [0.5, 0.1]}
+    edges = [
+        {"subspace": s, "side": side, **same, **one} for s, one in enumerate((hot, weak)) for side in "QKV"
+    ]
+    tested = {"test": "1", "what": HOSTILE[0], "texts": HOSTILE[:3], "clean": 3.0, "whole": 2.0}
+    tested["subspaces"] = [1.5, 0.1]
+    head = {"block": 1, "head": 0, "writes": [1.5, 0.5], "effects": [1.0, 1.0, 1.0]}
+    pair = {"below": 0, "above": 1, "heads": [head], "edges": edges, "tested": tested}
+    return {
+        "model": HOSTILE[2],
+        "sites": [{"site": f"blocks.{n}.hook_resid_post", "widths": [20, 12]} for n in (0, 1)],
+        "pairs": [pair],
+        "left_out": [HOSTILE[1]],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -349,6 +371,47 @@ def test_live_page_says_what_is_wrong(browser: Browser, site: str) -> None:
     browser.open(f"{site}?{urlencode({'row': 3, 'within': 1e-6})}")
     assert "No activation is that near" in browser.until("document.querySelector('.card')?.textContent")
     browser.complaints()
+
+
+SEEN = "[...document.querySelectorAll('path[data-edge]:not([hidden])')].map((p) => p.dataset.edge)"
+
+
+def test_an_edge_tells_of_its_prompts(browser: Browser, site: str) -> None:
+    browser.open(f"{site}connections")
+    assert browser.until("document.querySelector('#shown').value.includes('3 edges')")
+    assert browser.run(SEEN) == ["0.1.0.Q", "0.1.0.K", "0.1.0.V"]
+    edge = "document.querySelector('path[data-edge=\"0.1.0.K\"]')"
+    click = f"{edge}.dispatchEvent(new MouseEvent('click', {{bubbles: true}}))"
+    browser.until(f"{click} && document.querySelector('#edge li')")
+    prompts = "[...document.querySelectorAll('#edge li')].map((l) => l.textContent)"
+    told = browser.run(prompts)
+    assert [line[: line.index(".") + 4] for line in told] == ["2.500", "-1.000", "0.100"]
+    assert told[0].endswith(HOSTILE[1])
+    assert "1.0.0" not in browser.run("document.querySelector('#edge h3').textContent")
+    move = (
+        "(() => { const s = document.querySelector('#threshold'); s.value = 2;"
+        " s.dispatchEvent(new Event('input')); return true; })()"
+    )
+    assert browser.run(move)
+    assert len(browser.run(SEEN)) == 6
+    by_weights = (
+        "(() => { const s = document.querySelector('#way'); s.value = 'weights';"
+        " s.dispatchEvent(new Event('change')); return true; })()"
+    )
+    assert browser.run(by_weights)
+    assert browser.run(SEEN) == ["0.1.0.Q", "0.1.0.K", "0.1.0.V"]  # the others are below chance
+    assert browser.run("typeof window.ran") == "undefined"
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_of_connections_fits_the_screen(browser: Browser, site: str, width: int, scheme: str) -> None:
+    browser.emulate(scheme, width)
+    browser.open(f"{site}connections")
+    browser.until("document.querySelector('#shown').value")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.emulate("light", 1200)
 
 
 @pytest.mark.parametrize("width", [360, 1200])

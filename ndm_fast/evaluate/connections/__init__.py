@@ -1,0 +1,1 @@
+"""Which subspace writes to which: by weights, by path patching, by gradients."""
