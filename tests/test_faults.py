@@ -28,6 +28,7 @@ WRITERS = (
     "train, a site a rank",
     "harvest",
     "train --acts",
+    "train --rows",
     "index",
     "index again",
     "report",
@@ -40,6 +41,8 @@ WRITERS = (
     "evaluate causalgym",
     "evaluate trace",
     "evaluate circuits",
+    "evaluate connections",
+    "toy",
 )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import tiny
 import torch
 from processes import Forked, has_ended
@@ -186,12 +187,24 @@ class Scene:
             {**tiny.TINY, **_SHORT, "site": None, "context_length": None, "rows_per_batch": None}
         )
         yield Writer("train --acts", cached, [*cached, "--resume"])
+        yield self._of_rows(cached)
         yield from self._of_a_run(run)
         if evaluating:
-            other = self._made(
-                "other", tiny.train_command(model, text, self.folder / "other", seed=1, **_SHORT)
+            other, upper = (
+                self._made(name, tiny.train_command(model, text, self.folder / name, **_SHORT, **changes))
+                for name, changes in (("other", {"seed": 1}), ("upper", {"site": "x1.post"}))
             )
             yield from self._evaluating(run, other)
+            command = ["evaluate", "connections", str(run), str(upper), "--model", str(model), "--out", out]
+            yield Writer("evaluate connections", command, command)
+            command = ["toy", "--groups", "3,3", "--dim", "2", "--out", out]
+            yield Writer("toy", command, command)
+
+    def _of_rows(self, cached: list[str]) -> Writer:
+        rows = self.folder / "rows.npy"
+        numpy.save(rows, numpy.random.default_rng(0).standard_normal((4000, tiny.WIDTH), numpy.float32))
+        command = [*cached[:2], "--rows", str(rows), *cached[4:6], *cached[8:]]
+        return Writer("train --rows", command, [*command, "--resume"])
 
     def _of_a_run(self, run: Path) -> Iterator[Writer]:
         out, rows = str(self.out), ["--rows", "500"]
