@@ -193,6 +193,8 @@ def test_command_line_refusals(run: Path, tmp_path: Path, ndm: Callable[..., Any
 class Insides:
     """Stands for an explorer."""
 
+    connections = None
+
     def about(self) -> dict[str, Any]:
         return {"names": ["a\u202eb\x00", "\u2028\n"], "sites": {"one": ("\u2066",)}}
 
