@@ -177,7 +177,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     kept = [row for row in rows if row["keys"] == max(KEYS)]
     names = list(dict.fromkeys(row["rows"] for row in kept))
     colours = {"identity": BLUE, "pca": GREY, "trained": VERMILION}
-    dashes = dict(zip(WIDTHS, ["-", "--", "-.", ":"], strict=True))
+    dashes = {24: "-", 48: "--"} | dict(zip(WIDTHS, ["-", "--", "-.", ":"], strict=True))
     with style():
         figure = new_figure(3.4 * len(names), 3.6)
         for axes, name in zip(
@@ -195,7 +195,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axes.set_title(name, loc="left")
             axes.set_yscale("log")
             axes.set_xlabel("h / width")
-            axes.legend(frameon=False, fontsize=7)
+            axes.set_ylim(1e-5, 1.5)
+            axes.legend(frameon=False, fontsize=7, ncol=2, loc="lower left")
         figure.axes[0].set_ylabel("share of groups of 32 keys left")
         save_figure(figure, path)
 
