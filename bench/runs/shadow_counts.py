@@ -1,13 +1,13 @@
-"""What shadows leave to be multiplied in full, against their columns; a lower bound of a search's products.
+"""What shadows leave to be multiplied in full, against their columns: a lower bound of a search's products.
 
     OMP_NUM_THREADS=1 python bench/runs/shadow_counts.py [--acts FOLDER SITE [PARTITION]] ... [--figure FILE]
 
 ``--acts`` is a harvest, a site of it and a trained partition there, once for each model; noise is always
 counted. Widths of the untrained partitions are ``WIDTHS``. Counts are machine-independent: no time is taken.
 A key is left where its shadow is nearer than the query's nearest key is: no order of keys and no better start
-rules it out. A group is left where one of its keys is. "In order" is what the search has now: a group is left
-where its bound is below the best of the groups before it. "In stages" looks again after each eighth of the
-columns. Sources that --out holds and that are not named again stay in it.
+rules it out. A group, of keys as they come, is left where one of its keys is. "In order" is what the search
+has now: a group is left where its bound is below the best of the groups before it. "In stages" looks again
+after each eighth of the columns. Sources that --out holds and that are not named again stay in it.
 """
 
 from __future__ import annotations
