@@ -124,6 +124,16 @@ COLUMNS: dict[str, dict[str, str]] = {
         "times_best_other": "times best other",
         "extra_mb": "extra MB",
     },
+    "shadow-counts": {
+        "rows": "rows",
+        "partition": "partition",
+        "width": "p",
+        "keys": "K",
+        "most_times_groups_32_in_order": "groups of 32, in order",
+        "most_times_groups_16_left": "groups of 16, best known",
+        "most_times_groups_16_left_in_stages": "in stages",
+        "most_times_keys_left_in_stages": "single keys, best known, in stages",
+    },
     "step-ops": {
         "d": "d",
         "width": "p",
