@@ -247,6 +247,8 @@ class RunSettings:
         """Refuse what the training cannot be carried out with."""
         if self.cuda_graph == "on" and train.rotation == "exp":
             raise InputError("cuda_graph cannot capture the autograd of rotation exp: take lie or lazy")
+        if self.partial and not self.acts:
+            raise InputError("--partial takes an unfinished harvest: name its folder with --acts")
 
 
 @dataclass(frozen=True)

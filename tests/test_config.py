@@ -64,9 +64,10 @@ def test_values_take_the_type_of_their_field(name, value, meant):
         ({"site": ["x0.post", None]}, "site is None"),
         ({"model": ["a"]}, "model is ['a']"),
         ({"initial_widths": ["8", 8]}, "initial_widths is '8'"),
+        ({"partial": True}, "--partial takes an unfinished harvest"),
     ],
 )
-def test_unknown_names_and_wrong_types_are_refused(values, says):
+def test_what_cannot_be_meant_is_refused(values, says):
     with pytest.raises(InputError) as refusal:
         from_flat(values)
     assert says in str(refusal.value)

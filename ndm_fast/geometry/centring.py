@@ -34,15 +34,15 @@ def inverse_variances(variances: Tensor) -> Tensor:
 def rotate_centred(
     rows: Tensor, rotation: Tensor, origin: Tensor | None = None, *, norms: Tensor | None = None
 ) -> Tensor:
-    """[N, d] fp32 ``(rows - origin) @ rotation``; memory beyond the result: one block of rows.
+    """[N, c] fp32 ``(rows - origin) @ rotation``; memory beyond the result: one block of rows.
 
     Args:
         rows: [N, d] fp32, fp16 or bf16.
-        rotation: [d, d] fp32.
+        rotation: [d, c] fp32, all of a rotation's columns or some.
         origin: [d] fp32, or None for 0.
         norms: [N] fp32, filled with the norms of the centred rows.
     """
-    out = torch.empty(rows.shape, device=rows.device)
+    out = torch.empty(len(rows), rotation.shape[1], device=rows.device)
     size = min(len(rows), max(512, _BLOCK_ELEMENTS // rows.shape[1]))
     buffer = torch.empty(size, rows.shape[1], device=rows.device)
     for start in range(0, len(rows), max(1, size)):
