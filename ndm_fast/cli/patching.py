@@ -141,13 +141,15 @@ def add_conflict(kinds: Any) -> None:
     conflict.add_argument("--attribute", required=True, help="for instance Country")
     conflict.add_argument("--prompts", type=int, default=500, help="most prompts to make")
     conflict.add_argument("--unknown", action="store_true", help="keep entities that the model does not know")
-    conflict.add_argument("--seed", type=int, default=0, help="seed of the prompts")
+    conflict.add_argument("--data", default=None, help="text for PCA; default: what the run was trained on")
+    conflict.add_argument("--seed", type=int, default=0, help="seed of prompts and intervals")
     conflict.add_argument("--rows", type=int, default=32, help="prompts in one forward pass")
     conflict.add_argument("--out", default="runs/conflict", help="folder for conflict.json")
 
 
 def _conflict(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.knowledge_conflict import conflict_table, read_ravel, run_conflict
+    from ndm_fast.evaluate.conflict.prompts import read_ravel
+    from ndm_fast.evaluate.conflict.rates import conflict_table, run_conflict
     from ndm_fast.run.load import load_partition
     from ndm_fast.table import text_table
 
@@ -159,6 +161,7 @@ def _conflict(options: argparse.Namespace) -> None:
         site=options.site,
         count=options.prompts,
         known_only=not options.unknown,
+        text=options.data,
         seed=options.seed,
         rows=options.rows,
         device=options.device,
@@ -169,7 +172,9 @@ def _conflict(options: argparse.Namespace) -> None:
         print_json(found)
         return
     for kind, result in found.items():
-        print(f"\n{kind}: separation {result['separation']:.3f}, {result['conflicts']} prompts")
+        low, high = result["separation_interval"]
+        apart = f"separation {result['separation']:.3f} ({low:.3f} to {high:.3f})"
+        print(f"\n{kind}: {apart}, {result['conflicts']} prompts")
         print(text_table(conflict_table(result)))
     print(path)
 

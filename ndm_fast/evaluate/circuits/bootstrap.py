@@ -31,7 +31,7 @@ def gini_intervals(
         "dimension": torch.tensor(widths, dtype=torch.float64),
         "variance": variances.double().cpu(),
     }
-    return {name: _interval(_ginis(means / shares[name])) for name in NORMALISATIONS}
+    return {name: interval(_ginis(means / shares[name])) for name in NORMALISATIONS}
 
 
 def resampled_means(effects: Tensor, draws: int, seed: int) -> Tensor:
@@ -52,7 +52,8 @@ def _ginis(values: Tensor) -> Tensor:
     return (ordered @ weights) / (count * values.sum(1))
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
+def interval(values: Tensor) -> tuple[float, float]:
+    """2.5 and 97.5 % quantiles of [B] values; those that are NaN do not count."""
     bounds = torch.tensor([_LOW, _HIGH], dtype=torch.float64)
-    low, high = values.quantile(bounds).tolist()
+    low, high = values.nanquantile(bounds).tolist()
     return low, high

@@ -9,15 +9,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.knowledge_conflict import (
-    RUNS,
-    Attributes,
-    conflict_rates,
-    make_conflicts,
-    read_ravel,
-    separation,
-)
+from ndm_fast.evaluate.baselines import STANDARD_BASELINES
+from ndm_fast.evaluate.conflict.prompts import Attributes, make_conflicts, read_ravel
+from ndm_fast.evaluate.conflict.rates import RUNS, conflict_rates, separation
 from ndm_fast.evaluate.patching.answers import answer_token
+from ndm_fast.evaluate.patching.patching import PatchEffects
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
 
@@ -99,6 +95,27 @@ def test_rates_are_those_of_patched_runs(model, conflicts):
     assert found["patches"][0]["corrupt_param"]["param_rate"] == 1
     for patch in found["patches"]:
         assert all(0 <= rate <= 1 for run in RUNS for rate in patch[run].values())
+
+
+def test_the_interval_of_the_separation_is_that_of_resampled_prompts(model, conflicts, monkeypatch):
+    found = {
+        # three of four prompts need subspace 0 for the context, all need subspace 1 for the parameters
+        "corrupt_context": torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1], [-1, -1, 0, 0]]),
+        "corrupt_param": torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]),
+    }
+
+    def effects(*_arguments, **_options):
+        one = found[next(runs)]
+        answers = torch.stack([one, one], -1)
+        return PatchEffects(torch.ones(4, 2), torch.zeros(4, 2), answers)
+
+    monkeypatch.setattr("ndm_fast.evaluate.conflict.rates.patch_effects", effects)
+    runs = iter(RUNS)
+    partition = SubspacePartition(torch.eye(32), [16, 8, 8])
+    result = conflict_rates(model, "x1.mid", partition, conflicts[:4])
+    assert result["separation"] == pytest.approx(0.75)
+    # k of four drawn are the fourth: a binomial with p = 1/4, whose 97.5 % quantile is 3
+    assert result["separation_interval"] == pytest.approx((0.25, 1.0))
 
 
 def test_only_what_the_model_knows_is_asked(model, loaded):
@@ -214,7 +231,7 @@ def test_an_attribute_without_texts_is_refused(model, loaded):
         make_conflicts(model, loaded[1], Attributes(ENTITIES, TEXTS), "Language")
 
 
-def test_the_command(model, loaded, tmp_path, ndm):
+def test_the_command(model, loaded, corpus, tmp_path, ndm):
     model.save_pretrained(tmp_path / "model")
     loaded[1].save_pretrained(tmp_path / "model")
     source = {"model": str(tmp_path / "model"), "site": "x1.mid"}
@@ -223,10 +240,12 @@ def test_the_command(model, loaded, tmp_path, ndm):
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
     files = ["--entities", tmp_path / "entities.json", "--texts", tmp_path / "texts.json"]
     command = ["evaluate", "conflict", tmp_path / "partition", *files, "--out", tmp_path / "out"]
+    assert "pass --data" in ndm(*command, "--attribute", "Country", "--unknown").refusal()
+    command += ["--data", corpus]
     outcome = ndm(*command, "--attribute", "Country", "--unknown")
     assert outcome.code == 0, outcome.err
     assert "corrupt context param rate" in outcome.out
     saved = json.loads((tmp_path / "out" / "conflict.json").read_text())
-    assert list(saved) == ["ndm", "identity", "random", "sha256"]
+    assert list(saved) == ["ndm", *STANDARD_BASELINES, "sha256"]
     assert saved["ndm"] == saved["identity"]
     assert "needs a text" in ndm(*command, "--attribute", "Colour").refusal()
