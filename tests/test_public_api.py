@@ -29,6 +29,7 @@ NAMES = [
     "Trainer",
     "__version__",
     "collect_activations",
+    "k_nearest_neighbors",
     "ksg_counts",
     "ksg_radius",
     "lie_update",
@@ -43,6 +44,7 @@ NAMES = [
 ]
 
 OPS = [
+    "k_nearest_neighbors",
     "ksg_counts",
     "ksg_radius",
     "ksg_radius_and_counts",

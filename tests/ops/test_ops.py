@@ -90,7 +90,7 @@ def test_library_ops_pass_opcheck(case, backend):
     pairs, variances = torch.tensor([[0, 1]]), torch.tensor([1.0, 1.0])
     q, k, r = case["queries"], case["keys"], case["rotation"]
     torch.library.opcheck(
-        nearest._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", "fp32", False, False, backend)
+        nearest._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", False, False, "fp32", True, backend)
     )
     torch.library.opcheck(ksg._ksg_radius, (q, k, r, WIDTHS, variances, pairs, False, backend))
     radius = torch.ones(1, len(q))
@@ -103,7 +103,7 @@ def test_library_ops_of_a_step_pass_opcheck(case, backend):
     q, k, r = case["queries"], case["keys"], case["rotation"]
     index = torch.zeros(2, len(q), dtype=torch.int64)
     for counted in (None, torch.ones_like(index, dtype=torch.bool)):
-        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, torch.ones(2), backend)
+        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, torch.ones(2), True, backend)
         torch.library.opcheck(gradient._loss_and_gradient, arguments)
     torch.library.opcheck(nearest._nearest_index, (q, k, r, WIDTHS, "euclidean", "fp32", backend))
     moments = torch.zeros(8, 8), torch.ones(8, 8)
