@@ -54,7 +54,9 @@ def distance_gradients(
         weight: [S, Q, k]. queries: [Q, d]. keys: [K, d]. rotation: [d, d]. index: [S, Q, k] rows of the keys.
         wanted: whether the gradients of queries, keys and rotation are.
     """
-    dtype = weight.dtype
+    # The directions of loud rows cancel in the gradient of a cosine: there fp32 keeps two digits.
+    dtype = torch.float64 if form.metric == "cosine" else weight.dtype
+    weight = weight.to(dtype)
     q, turn = queries.to(dtype), rotation.to(dtype)
     by_query, by_key = torch.zeros_like(q), torch.zeros_like(keys, dtype=dtype)
     by_rotation = []

@@ -78,7 +78,8 @@ def k_nearest_neighbors(
     for s in range(len(widths)):
         distance, index = decide(search, s, proposed.keys[s], proposed.least[s], k)
         if proposed.keys.shape[2] < len(keys):
-            doubtful = ~(distance[:, -1].double() < proposed.least[s, :, -1])
+            # Rounded alike: a key as far as the last in the type returned may have the lower number.
+            doubtful = ~(distance[:, -1] < proposed.least[s, :, -1].to(search.dtype))
             rows = doubtful.nonzero()[:, 0]
             if len(rows):
                 distance[rows], index[rows] = among_all(search, s, rows, k)

@@ -32,7 +32,7 @@ def decide(search: Search, s: int, index: Tensor, least: Tensor, k: int) -> tupl
     )
     distance = torch.where(left_out, torch.inf, distance)
     reach = distance[:, :k].amax(1, keepdim=True)
-    open_ = ~(least[:, k:] > reach) & ~left_out[:, k:]
+    open_ = ~(least[:, k:].to(search.dtype) > reach.to(search.dtype)) & ~left_out[:, k:]
     at, column = open_.nonzero(as_tuple=True)
     distance[at, column + k] = _exact(search, s, at, index[at, column + k])
     return _nearest_first(search, distance, index, k)
