@@ -164,7 +164,7 @@ def _least(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _squares_fit(*tensors: Tensor) -> bool:
-    largest = max(float(rows.detach().abs().amax()) for rows in tensors)
+    largest = max(float(torch.stack(torch.aminmax(rows.detach())).abs().max()) for rows in tensors)
     return 1 / _FITS <= largest <= _FITS
 
 

@@ -57,11 +57,11 @@ def check_tensor(
     value = as_tensor(name, value)
     if value.is_nested or value.layout != torch.strided:
         raise InputError(f"{name} has layout {value.layout}, or is nested: give a dense tensor")
-    wanted = f"[{', '.join(map(str, shape))}]"
     if value.ndim != len(shape) or any(
         isinstance(size, int) and size != given for size, given in zip(shape, value.shape, strict=True)
     ):
-        raise InputError(f"{name} has shape {list(value.shape)}{because}: give {wanted}")
+        wanted = ", ".join(map(str, shape))  # not before: a tracer does not write a size that may change
+        raise InputError(f"{name} has shape {list(value.shape)}{because}: give [{wanted}]")
     if value.dtype not in dtypes and not (double and value.dtype == torch.float64):
         or_else = "" if double is None else "; backend 'reference' takes float64"
         raise InputError(f"{name} has dtype {_name(value.dtype)}: give {_names(dtypes)}{or_else}")
