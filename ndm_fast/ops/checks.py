@@ -100,11 +100,13 @@ def check_rows(
     """
     widths = check_widths(widths)
     width = sum(widths)
-    queries = as_tensor("queries", queries)
+    queries, keys = as_tensor("queries", queries), as_tensor("keys", keys)
+    rotation = None if rotation is None else as_tensor("rotation", rotation)
     double = None
     if float64:
+        asked = any(each is not None and each.dtype == torch.float64 for each in (queries, keys, rotation))
         on_device = queries.device.type != "meta"
-        double = on_device and backends.choose(queries.device, backend).name == "reference"
+        double = asked and on_device and backends.choose(queries.device, backend).name == "reference"
     form: dict[str, Any] = {"because": f", the widths sum to {width}", "double": double}
     queries = check_tensor("queries", queries, ("Q", width), ROW_TYPES, **form)
     keys = check_tensor("keys", keys, ("K", width), ROW_TYPES, queries, **form)
