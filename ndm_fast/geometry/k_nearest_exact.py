@@ -78,16 +78,19 @@ def _exact(search: Search, s: int, rows: Tensor, keys: Tensor) -> Tensor:
     columns = search.columns[s]
     basis = search.rotation[:, columns].double()
     size = max(1, _EXACT_AT_ONCE // search.queries.shape[1])
-    raw = not search.cosine and not search.keys_rotated
+
+    def part(side: Tensor, numbers: Tensor, rotated: bool) -> Tensor:
+        return side[:, columns][numbers].double() if rotated else side[numbers].double() @ basis
+
     out = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
     for start in range(0, len(rows), size):
         some = slice(start, start + size)
-        query, key = search.queries[rows[some]].double(), search.keys[keys[some]].double()
-        if raw:
-            out[some] = ((query - key) @ basis).norm(dim=1)  # subtracted first: nothing cancels
+        if not search.cosine and not search.keys_rotated:  # subtracted first: nothing cancels
+            apart = search.queries[rows[some]].double() - search.keys[keys[some]].double()
+            out[some] = (apart @ basis).norm(dim=1)
             continue
-        query = query[:, columns] if search.queries_rotated else query @ basis
-        key = key[:, columns] if search.keys_rotated else key @ basis
+        query = part(search.queries, rows[some], search.queries_rotated)
+        key = part(search.keys, keys[some], search.keys_rotated)
         if search.cosine:
             query, key = unit_rows(query), unit_rows(key)
             out[some] = _one_less_cosine((query - key).norm(dim=1), query, key)
