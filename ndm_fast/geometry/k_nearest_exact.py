@@ -40,14 +40,12 @@ def decide(search: Search, s: int, index: Tensor, least: Tensor, k: int) -> tupl
 
 def among_all(search: Search, s: int, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """[n, k] exact distances and keys of some queries, from distances in fp64 to all keys."""
-    columns, frame = search.columns[s], Frame(search, torch.float64)
-    starts = range(0, len(search.keys), KEYS_AT_ONCE)
-    parts = [frame.keys(start, start + KEYS_AT_ONCE) for start in starts]
-    keys, key_error = (
-        torch.cat(each) for each in zip(*((p[:, columns].clone(), e) for p, e in parts), strict=True)
-    )
-    queries, query_error = (each[rows] for each in frame.queries())
-    queries = queries[:, columns]
+    frame = Frame(search, torch.float64, search.columns[s])
+    blocks_of_keys = [
+        frame.keys(start, start + KEYS_AT_ONCE) for start in range(0, len(search.keys), KEYS_AT_ONCE)
+    ]
+    keys, key_error = (torch.cat(each) for each in zip(*blocks_of_keys, strict=True))
+    queries, query_error = frame.queries(rows)
     if search.cosine:
         queries, keys = unit_rows(queries), unit_rows(keys)
     found = []

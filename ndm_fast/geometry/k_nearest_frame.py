@@ -33,23 +33,24 @@ class Search(NamedTuple):
 
 
 class Frame:
-    """Rows rotated, less a common origin, in a type that rounds them."""
+    """Rows rotated, less a common origin, in a type that rounds them; some columns of them."""
 
-    def __init__(self, search: Search, dtype: torch.dtype) -> None:
-        self._search, self._dtype = search, dtype
+    def __init__(self, search: Search, dtype: torch.dtype, columns: slice = slice(None)) -> None:
+        self._search, self._dtype, self._columns = search, dtype, columns
         # Unlike a mean, near most rows even where a few are far away.
         some = search.keys[:: max(1, len(search.keys) // _ORIGIN_ROWS)].to(dtype)
         self._origin = None if search.cosine else some.median(0).values
 
-    def queries(self) -> tuple[Tensor, Tensor]:
-        """[Q, d], and [Q] bounds on the norms of their errors."""
+    def queries(self, rows: slice | Tensor = slice(None)) -> tuple[Tensor, Tensor]:
+        """[n, p] of the queries, and [n] bounds on the norms of their errors."""
         search = self._search
+        queries = search.queries[rows]
         if search.keys_rotated and not search.queries_rotated:
-            return self._made(search.queries.double() @ search.rotation.double(), rotated=True)
-        return self._made(search.queries, rotated=search.queries_rotated)
+            return self._made(queries.double() @ search.rotation.double(), rotated=True)
+        return self._made(queries, rotated=search.queries_rotated)
 
     def keys(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """[n, d] of the keys from ``start`` to ``stop``, and [n] bounds."""
+        """[n, p] of the keys from ``start`` to ``stop``, and [n] bounds."""
         return self._made(self._search.keys[start:stop], rotated=self._search.keys_rotated)
 
     def _made(self, rows: Tensor, *, rotated: bool) -> tuple[Tensor, Tensor]:
@@ -57,10 +58,10 @@ class Frame:
         rows = rows if self._origin is None else rows - self._origin
         # Each of d additions rounds by a unit of the row's norm; the errors add as in a random walk.
         error = rows.double().norm(dim=1) * (unit_roundoff(rows) * 2 * math.sqrt(rows.shape[1] + 4))
-        if not rotated:
-            with full_fp32():
-                rows = rows @ self._search.rotation.to(self._dtype)
-        return rows, error
+        if rotated:
+            return rows[:, self._columns], error
+        with full_fp32():
+            return rows @ self._search.rotation[:, self._columns].to(self._dtype), error
 
 
 def hide(values: Tensor, exclude: Tensor | None, rows: slice | Tensor, start: int) -> None:

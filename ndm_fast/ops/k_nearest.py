@@ -35,9 +35,11 @@ def k_nearest_neighbors(
 ) -> Neighbors:
     """The k nearest keys of every query inside every subspace, nearest first.
 
+    All backends run the same torch code (docs/embed.md says what that costs).
+
     Args:
         queries, keys, rotation, widths, metric, keys_rotated, queries_rotated, backend, check_finite: as for
-            ``ndm_fast.ops.nearest_neighbors``. All backends run the same torch code.
+            ``ndm_fast.ops.nearest_neighbors``.
         k: neighbors wanted, at most K; with ``exclude`` at most K - 1.
         exclude: [Q] int64, the key that is none of a query's neighbors (itself), or -1 for none.
 
