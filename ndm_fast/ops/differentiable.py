@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.geometry.distance_gradient import Form, distance_gradients
+from ndm_fast.geometry.precision import without_autocast
 from ndm_fast.ops import checks
 from ndm_fast.ops.library import Gradient, Run
 
@@ -34,12 +35,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(ctx: Any, distance: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     queries, keys, rotation, index = ctx.saved_tensors
     shape = (*index.shape[:2], index.shape[2] if index.ndim == 3 else 1)
-    found = distance_gradients(
-        distance.reshape(shape),
-        *(queries, keys, rotation, ctx.widths),
-        index.reshape(shape),
-        form=ctx.form,
-        wanted=ctx.needs_input_grad[:3],
+    found = without_autocast(
+        lambda: distance_gradients(
+            distance.reshape(shape),
+            *(queries, keys, rotation, ctx.widths),
+            index.reshape(shape),
+            form=ctx.form,
+            wanted=ctx.needs_input_grad[:3],
+        )
     )
     gradients = (
         None if gradient is None else gradient.to(given.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 
 from ndm_fast.errors import InputError
+from ndm_fast.geometry.precision import without_autocast
 from ndm_fast.ops.backends import load
 
 Run = Callable[..., Any]
@@ -56,7 +57,8 @@ def op(
         def run(*arguments: Any) -> Any:
             given = dict(zip(parameters, arguments, strict=True))
             implemented = implementation(modules, function or name, given.pop("backend"))
-            return implemented(**given) if around is None else around(implemented, given)
+            compute = partial(implemented, **given) if around is None else partial(around, implemented, given)
+            return without_autocast(compute)
 
         schema = torch.library.infer_schema(outputs, mutates_args=mutates)
         declared = torch.library.custom_op(f"ndm_fast::{name}", run, mutates_args=mutates, schema=schema)

@@ -150,6 +150,33 @@ def test_a_step_compiles_into_one_graph(case):
     torch.testing.assert_close(step(**case), compiled)
 
 
+@pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "triton"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_autocast_changes_nothing(case, backend, metric):
+    """Nor does it in a backward pass, which would run in bf16."""
+
+    def everything():
+        rotation = case["rotation"].clone().requires_grad_()
+        given = (case["queries"], case["keys"], rotation, WIDTHS)
+        found = ops.nearest_neighbors(*given, metric=metric, backend=backend)
+        near = ops.k_nearest_neighbors(*given, 5, metric=metric, backend=backend)
+        (found.distance.sum() + near.distance.sum()).backward()
+        closed = ops.loss_and_gradient(
+            *given[:2], found.index, rotation.detach(), WIDTHS, metric, backend=backend
+        )
+        variances, pairs = torch.tensor([4.0, 2.0]), torch.tensor([[0, 1]])
+        both = ops.ksg_radius_and_counts(
+            *given[:2], rotation.detach(), WIDTHS, variances, pairs, backend=backend
+        )
+        return [*found, *near, *closed, *both, rotation.grad]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_fake_tensors_are_traced(case):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
