@@ -140,7 +140,8 @@ def _least_distance(values: Tensor, queries: Tensor, error: Tensor, cosine: bool
     norms = queries.double().norm(dim=1, keepdim=True)
     if cosine:
         return 1 + values - torch.where(error > 0, 2 * error / norms, 0) - _gamma(queries)
-    squares = (2 * values + (1 - _gamma(queries)) * norms.square()) / (1 + _SHARE)
+    lost = 4 * queries.shape[1] * torch.finfo(queries.dtype).tiny  # to underflow
+    squares = (2 * values + (1 - _gamma(queries)) * norms.square() - lost) / (1 + _SHARE)
     return squares.clamp_min(0).sqrt() - error
 
 

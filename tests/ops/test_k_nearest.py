@@ -184,6 +184,17 @@ def test_scale_does_not_matter(device: str, scale: float, metric: str) -> None:
     )
 
 
+@METRICS
+def test_rows_too_small_to_square_beside_a_large_one(device: str, metric: str) -> None:
+    """Their products underflow. All clusters are far from the origin, which is the median of each column."""
+    rows = torch.randn(360, 15)
+    for cluster in range(3):
+        rows[cluster::3, 5 * cluster : 5 * cluster + 5] += 30
+    rows *= 1e-25
+    rows[-1] = 1
+    check(device, rows[:60], rows[60:], [15], 1, metric, keys_rotated=True, queries_rotated=True)
+
+
 def test_nan_stays_nan(device: str) -> None:
     queries, keys = torch.randn(9, 16), torch.randn(300, 16)
     queries[4, 3] = torch.nan
