@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ndm_fast.errors import InputError
     from ndm_fast.geometry.reference import Neighbors
     from ndm_fast.ops.gradient import loss_and_gradient
+    from ndm_fast.ops.k_nearest import k_nearest_neighbors
     from ndm_fast.ops.ksg import ksg_counts, ksg_radius
     from ndm_fast.ops.lie_update import lie_update
     from ndm_fast.ops.nearest import nearest_index, nearest_neighbors
@@ -50,6 +51,7 @@ _HOMES = {
     "TrainConfig": "config",
     "Trainer": "train.trainer",
     "collect_activations": "activations.hooks",
+    "k_nearest_neighbors": "ops",
     "ksg_counts": "ops",
     "ksg_radius": "ops",
     "lie_update": "ops",
@@ -83,6 +85,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "collect_activations",
+    "k_nearest_neighbors",
     "ksg_counts",
     "ksg_radius",
     "lie_update",

@@ -1,4 +1,4 @@
-"""The one-file version of the method: it computes what the package computes, and finds planted groups."""
+"""Examples: the method in one file computes what the package computes; all find what was planted."""
 
 import ast
 import importlib.util
@@ -14,15 +14,30 @@ from ndm_fast.activations.rows import TensorStream
 from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
 from ndm_fast.train.trainer import Observer, Trainer
 
-NANO = Path(__file__).parents[1] / "examples" / "nano_ndm.py"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NANO = EXAMPLES / "nano_ndm.py"
+
+
+def loaded(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def nano():
-    spec = importlib.util.spec_from_file_location("nano_ndm", NANO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(NANO)
+
+
+@pytest.fixture(scope="module")
+def kmeans():
+    return loaded(EXAMPLES / "kmeans.py")
+
+
+@pytest.fixture(scope="module")
+def selection():
+    return loaded(EXAMPLES / "feature_selection.py")
 
 
 class Recorder(Observer):
@@ -147,3 +162,77 @@ def test_stays_one_file_of_plain_torch():
         )
     }
     assert imported <= {"__future__", "argparse", "collections", "math", "typing", "numpy", "torch"}
+
+
+def test_k_means_finds_the_planted_clusters(kmeans, capsys, one_thread):
+    torch.manual_seed(0)
+    found, truth = kmeans.toy()
+    assert found.errors[-1] == pytest.approx(0.1, rel=0.05)  # the noise
+    assert found.errors == sorted(found.errors, reverse=True)
+    for index, planted in zip(found.index, truth, strict=True):
+        assert len(torch.stack([index, planted]).unique(dim=1).T) == 12  # one cluster a value
+    together = float(re.search(r"one space: mean squared distance ([\d.]+)", capsys.readouterr().out)[1])
+    assert together > 50 * found.errors[-1]
+
+
+@pytest.mark.parametrize("widths", [[10], [4, 6]], ids=["one space", "two"])
+def test_k_means_is_lloyds_algorithm(kmeans, one_thread, widths):
+    """In each subspace on its own, from the same centers, in fp64."""
+    torch.manual_seed(1)
+    rows = torch.randn(600, 10)
+    found = kmeans.k_means(rows, 7, widths, 6)
+    torch.manual_seed(1)
+    rows = torch.randn(600, 10)
+    starts = kmeans.spread_out(rows, 7, widths).double().split(widths, 1)
+    total = 0.0
+    for part, centers, index in zip(rows.double().split(widths, 1), starts, found.index, strict=True):
+        for _ in range(len(found.errors)):
+            distance, nearest = torch.cdist(part, centers).min(1)
+            centers = torch.stack([part[nearest == c].mean(0) for c in range(7)])
+        assert torch.equal(nearest, index)
+        total += distance.square().mean()
+    assert found.errors[-1] == pytest.approx(float(total), rel=1e-5)
+
+
+def test_a_cluster_without_rows_stays_where_it_is(kmeans):
+    centers = kmeans.means(torch.ones(3, 2), torch.tensor([[0.0, 0.0], [5.0, 5.0]]), torch.tensor([0, 0, 0]))
+    assert centers.tolist() == [[1, 1], [5, 5]]
+
+
+def test_selection_takes_what_was_planted_and_nothing_twice(selection, capsys, one_thread):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        chosen = selection.toy()
+        assert len({0, 4} & set(chosen)) == 1
+        assert {1, 2, 3} < set(chosen)
+    assert "square" in capsys.readouterr().out.splitlines()[0]  # which has no correlation with the target
+
+
+def test_information_of_gaussians_is_known(selection, one_thread):
+    torch.manual_seed(0)
+    one, noise = torch.randn(2, 20_000)
+    for correlation in (0.0, 0.5, 0.9):
+        other = correlation * one + (1 - correlation**2) ** 0.5 * noise
+        rows = torch.stack([one, other], 1)
+        nats = selection.information(*rows.split(10_000), torch.tensor([[0, 1]]))
+        assert float(nats) == pytest.approx(-np.log(1 - correlation**2) / 2, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["kmeans", "feature_selection"])
+def test_runs_on_rows_from_a_file(name, tmp_path, monkeypatch, capsys, one_thread):
+    module = loaded(EXAMPLES / f"{name}.py")
+    np.save(tmp_path / "rows.npy", torch.randn(400, 6).numpy())
+    options = {
+        "kmeans": ["--clusters", "5", "--subspaces", "3", "--out", str(tmp_path / "clusters.npz")],
+        "feature_selection": ["--choose", "2"],
+    }
+    monkeypatch.setattr("sys.argv", [name, str(tmp_path / "rows.npy"), *options[name]])
+    module.main()
+    out = capsys.readouterr().out
+    if name == "kmeans":
+        with np.load(tmp_path / "clusters.npz") as saved:
+            assert saved["index"].shape == (3, 400)
+            assert saved["centers"].shape == (5, 6)
+    else:
+        assert len(re.findall(r"column [0-4]: ", out)) == 2
+    assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 120

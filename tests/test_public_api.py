@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ NAMES = [
     "Trainer",
     "__version__",
     "collect_activations",
+    "k_nearest_neighbors",
     "ksg_counts",
     "ksg_radius",
     "lie_update",
@@ -42,15 +44,32 @@ NAMES = [
     "train_run",
 ]
 
-OPS = [
-    "ksg_counts",
-    "ksg_radius",
-    "ksg_radius_and_counts",
-    "lie_update",
-    "loss_and_gradient",
-    "nearest_index",
-    "nearest_neighbors",
-]
+OPS = {
+    "k_nearest_neighbors": (
+        "(queries, keys, rotation, widths, k, *, exclude=None, metric='euclidean', "
+        "keys_rotated=False, queries_rotated=False, backend=None, check_finite=True)"
+    ),
+    "ksg_counts": (
+        "(queries, keys, rotation, widths, variances, pairs, radius, *, rotated=False, backend=None)"
+    ),
+    "ksg_radius": "(queries, keys, rotation, widths, variances, pairs, *, rotated=False, backend=None)",
+    "ksg_radius_and_counts": (
+        "(queries, keys, rotation, widths, variances, pairs, *, rotated=False, backend=None)"
+    ),
+    "lie_update": "(product, first, second, scale, guard, betas, *, half=False, backend=None)",
+    "loss_and_gradient": (
+        "(queries, keys, index, rotation, widths, metric='euclidean', counted=None, *, "
+        "log_floor=None, backend=None, check_index=True)"
+    ),
+    "nearest_index": (
+        "(queries, keys, rotation, widths, metric='euclidean', precision='fp32', *, backend=None)"
+    ),
+    "nearest_neighbors": (
+        "(queries, keys, rotation, widths, *, metric='euclidean', precision='fp32', "
+        "keys_rotated=False, queries_rotated=False, backend=None, check_finite=True)"
+    ),
+}
+"""Names and arguments of the ops: others build on them (docs/embed.md)."""
 
 
 def test_the_names_of_the_package() -> None:
@@ -64,8 +83,14 @@ def test_a_name_is_there(name: str) -> None:
 
 
 def test_the_names_of_the_ops() -> None:
-    assert sorted(ops.__all__) == OPS
-    assert all(callable(getattr(ops, name)) for name in OPS)
+    assert sorted(ops.__all__) == sorted(OPS)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_arguments_of_an_op(name: str) -> None:
+    given = inspect.signature(getattr(ops, name))
+    bare = [each.replace(annotation=each.empty) for each in given.parameters.values()]
+    assert str(given.replace(parameters=bare, return_annotation=given.empty)) == OPS[name]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -51,6 +51,17 @@ COLUMNS: dict[str, dict[str, str]] = {
         "rows_per_core_second": "activations a site and core second",
         "over_one_site": "time over one site",
     },
+    "k-nearest": {
+        "d": "d",
+        "width": "p",
+        "queries": "Q",
+        "keys": "K",
+        "k": "k",
+        "ms.ours.median": "ours, ms",
+        "times.ours, k = 1": "times `nearest_neighbors`",
+        "times.torch cdist+topk": "times torch's cdist and topk",
+        "times.faiss": "times faiss",
+    },
     "mi": {
         "S": "S",
         "d": "d",

@@ -89,7 +89,7 @@ def _euclidean(
         delta = torch.where(here[..., None] > 0, delta, 0)  # also of NaN, and zero contributes no gradient
     projected = delta @ basis
     distance = torch.linalg.vector_norm(projected, dim=2)
-    return distance, delta.transpose(1, 2) @ _over_norm(projected, distance)
+    return distance, delta.transpose(1, 2) @ over_norm(projected, distance)
 
 
 def _log(
@@ -114,16 +114,16 @@ def _cosine(queries: Tensor, neighbors: Tensor, basis: Tensor, here: Tensor | No
     key_norm = torch.linalg.vector_norm(key_part, dim=2)
     if here is not None:
         query_norm, key_norm = query_norm * here, key_norm * here
-    u, v = _over_norm(query_part, query_norm), _over_norm(key_part, key_norm)
+    u, v = over_norm(query_part, query_norm), over_norm(key_part, key_norm)
     cosine = (u * v).sum(2)
-    by_query = _over_norm(v - cosine[..., None] * u, query_norm)
-    by_key = _over_norm(u - cosine[..., None] * v, key_norm)
+    by_query = over_norm(v - cosine[..., None] * u, query_norm)
+    by_key = over_norm(u - cosine[..., None] * v, key_norm)
     distance = (1 if here is None else here) - cosine
     return distance, -(queries.T @ by_query + neighbors.transpose(1, 2) @ by_key)
 
 
-def _over_norm(rows: Tensor, norm: Tensor) -> Tensor:
-    # 0 for a norm of 0, NaN for NaN.
+def over_norm(rows: Tensor, norm: Tensor) -> Tensor:
+    """Rows [..., p] over their norms [...]: 0 for a norm of 0, NaN for NaN."""
     return torch.where(
         norm[..., None] == 0, 0, rows / norm.clamp_min(torch.finfo(norm.dtype).tiny)[..., None]
     )

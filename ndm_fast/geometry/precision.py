@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+
+_AUTOCAST = ("cpu", "cuda")
 
 
 def full_fp32() -> contextlib.AbstractContextManager[None]:
@@ -19,6 +21,17 @@ def fp32_sums() -> contextlib.AbstractContextManager[None]:
     gpu = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     return _set([(gpu, name, False) for name in names])
+
+
+def without_autocast(run: Callable[[], Any]) -> Any:
+    """What it gives with products in the types of their factors, even under ``torch.autocast``."""
+    on = [kind for kind in _AUTOCAST if torch.is_autocast_enabled(kind)]
+    if not on:
+        return run()
+    with contextlib.ExitStack() as stack:
+        for kind in on:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        return run()
 
 
 @contextlib.contextmanager

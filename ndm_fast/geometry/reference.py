@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,6 +82,40 @@ def nearest_neighbors(
             index[s] = torch.where(nearer, first + start, index[s])
     form = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
     return Neighbors(distance_to(queries, keys, rotation, widths, index, metric=metric, **form), index)
+
+
+def k_nearest_neighbors(
+    queries: Tensor,
+    keys: Tensor,
+    rotation: Tensor,
+    widths: Sequence[int],
+    k: int,
+    *,
+    exclude: Tensor | None = None,
+    metric: str = "euclidean",
+    keys_rotated: bool = False,
+    queries_rotated: bool = False,
+) -> Neighbors:
+    """The k nearest keys of every query inside every subspace, nearest first: ``Neighbors`` [S, Q, k].
+
+    Args:
+        exclude: [Q] int64, the key that is none of a query's neighbors (itself), or -1.
+
+    Others as for :func:`nearest_neighbors`. What fp32 cannot tell apart comes in the order of the keys.
+    """
+    form: dict[str, Any] = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
+    found = []
+    every_key = torch.arange(len(keys), device=keys.device).expand(len(widths), -1)
+    for q, query in enumerate(queries):
+        # [S, K]: one query against every key, each difference on its own.
+        distance = distance_to(
+            query.expand_as(keys), keys, rotation, widths, every_key, metric=metric, **form
+        )
+        if exclude is not None and exclude[q] >= 0:
+            distance[:, exclude[q]] = torch.inf
+        index = distance.float().sort(stable=True, dim=1).indices[:, :k]
+        found.append((distance.gather(1, index), index))
+    return Neighbors(*(torch.stack(each, 1) for each in zip(*found, strict=True)))
 
 
 def distance_to(

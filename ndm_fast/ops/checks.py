@@ -1,17 +1,23 @@
-"""What the ops ask of their arguments: all of it is checked here, once, before any backend sees them."""
+"""What the ops ask of their arguments: all of it is checked here, once, before any backend sees them.
+
+Shapes, types and devices are checked by the public functions, so that ``torch.compile`` checks them as it
+traces. What looks at values runs inside the ops (``ndm_fast.ops.library``), which tracing does not enter.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from operator import index as as_index
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ndm_fast.errors import InputError
+from ndm_fast.ops import backends
+from ndm_fast.ops.arrays import Array, as_tensor, in_short
 
 ROW_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 """Of activations; a rotation is fp32."""
@@ -24,7 +30,7 @@ def check_widths(widths: Iterable[int]) -> list[int]:
     try:
         found = [as_index(width) for width in widths]
     except TypeError:
-        raise InputError(f"widths is {_short(widths)}: give a sequence of ints that sum to d") from None
+        raise InputError(f"widths is {in_short(widths)}: give a sequence of ints that sum to d") from None
     if not found or min(found) < 1:
         raise InputError(f"widths {found} are empty or hold one below 1: give positive widths")
     return found
@@ -38,64 +44,92 @@ def check_tensor(
     like: Tensor | None = None,
     *,
     because: str = "",
-) -> None:
+    double: bool | None = None,
+) -> Tensor:
     """A strided tensor of this shape (a string stands for any size), with one of these dtypes, on one device.
 
     Args:
+        value: a tensor, or an array that becomes one.
         like: a tensor that was checked before, on whose device this one must be.
         because: where the shape comes from.
+        double: whether fp64 is taken too; None where no backend takes it.
     """
-    if not isinstance(value, Tensor):
-        raise InputError(f"{name} is {_short(value)}: give a tensor")
+    value = as_tensor(name, value)
     if value.is_nested or value.layout != torch.strided:
         raise InputError(f"{name} has layout {value.layout}, or is nested: give a dense tensor")
-    wanted = f"[{', '.join(map(str, shape))}]"
     if value.ndim != len(shape) or any(
         isinstance(size, int) and size != given for size, given in zip(shape, value.shape, strict=True)
     ):
-        raise InputError(f"{name} has shape {list(value.shape)}{because}: give {wanted}")
-    if value.dtype not in dtypes:
-        raise InputError(f"{name} has dtype {_name(value.dtype)}: give {_names(dtypes)}")
+        wanted = ", ".join(map(str, shape))  # not before: a tracer does not write a size that may change
+        raise InputError(f"{name} has shape {list(value.shape)}{because}: give [{wanted}]")
+    if value.dtype not in dtypes and not (double and value.dtype == torch.float64):
+        or_else = "" if double is None else "; backend 'reference' takes float64"
+        raise InputError(f"{name} has dtype {_name(value.dtype)}: give {_names(dtypes)}{or_else}")
     if value.device.type == "meta":
         raise InputError(f"{name} is on meta, without any data: give a tensor on a device")
     if like is not None and value.device != like.device:
         raise InputError(f"{name} is on {value.device}, others are on {like.device}: move them to one device")
+    return value
+
+
+class Rows(NamedTuple):
+    """What every search has in common, checked."""
+
+    queries: Tensor
+    keys: Tensor
+    rotation: Tensor
+    """The identity, which nothing reads, where None was given."""
+    widths: list[int]
 
 
 def check_rows(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
-    widths: Sequence[int],
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
+    widths: Iterable[int],
     *,
-    check_finite: bool,
     rotated: bool = False,
-) -> tuple[Tensor, list[int]]:
+    backend: str | None = None,
+    float64: bool = False,
+) -> Rows:
     """Check what every search has in common.
 
     Args:
         rotated: both sides are rotated, so that ``rotation`` may be None.
-
-    Returns:
-        The rotation (where None was given, the identity, which nothing reads), and the widths as a list.
+        backend: as the op was given it. With ``float64`` the reference takes fp64 too.
     """
     widths = check_widths(widths)
     width = sum(widths)
-    because = f", the widths sum to {width}"
-    check_tensor("queries", queries, ("Q", width), ROW_TYPES, because=because)
-    check_tensor("keys", keys, ("K", width), ROW_TYPES, queries, because=because)
+    queries, keys = as_tensor("queries", queries), as_tensor("keys", keys)
+    rotation = None if rotation is None else as_tensor("rotation", rotation)
+    double = None
+    if float64:
+        asked = any(each is not None and each.dtype == torch.float64 for each in (queries, keys, rotation))
+        on_device = queries.device.type != "meta"
+        double = asked and on_device and backends.choose(queries.device, backend).name == "reference"
+    form: dict[str, Any] = {"because": f", the widths sum to {width}", "double": double}
+    queries = check_tensor("queries", queries, ("Q", width), ROW_TYPES, **form)
+    keys = check_tensor("keys", keys, ("K", width), ROW_TYPES, queries, **form)
     if rotation is None and rotated:
         rotation = torch.eye(width, device=queries.device)
     elif rotation is None:
         raise InputError("rotation is None: give a tensor, or say that queries and keys are both rotated")
-    check_tensor("rotation", rotation, (width, width), (torch.float32,), queries, because=because)
+    rotation = check_tensor("rotation", rotation, (width, width), (torch.float32,), queries, **form)
     for name, rows in (("queries", queries), ("keys", keys)):
         if rows.shape[0] == 0:
             raise InputError(f"{name} has no rows: give at least one")
-    if check_finite:
-        for name, rows in (("queries", queries), ("keys", keys), ("rotation", rotation)):
-            check_largest(name, rows)
-    return rotation, widths
+    return Rows(queries, keys, rotation, widths)
+
+
+def check_rotated(keys_rotated: bool, queries_rotated: bool) -> None:
+    if queries_rotated and not keys_rotated:
+        raise InputError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
+
+
+def check_finite(queries: Tensor, keys: Tensor, rotation: Tensor) -> None:
+    """Looks at the values, all of which must be finite."""
+    for name, values in (("queries", queries), ("keys", keys), ("rotation", rotation)):
+        check_largest(name, values)
 
 
 def check_largest(name: str, values: Tensor) -> float:
@@ -113,25 +147,31 @@ def check_metric(metric: str) -> None:
     _check_choice("metric", metric, ("euclidean", "cosine"))
 
 
-def check_log_floor(log_floor: Tensor | None, metric: str, subspaces: int, queries: Tensor) -> None:
+def check_log_floor(log_floor: Array | None, metric: str, subspaces: int, queries: Tensor) -> Tensor | None:
     """Floors [S] fp32 of the logarithm, which is of euclidean distances."""
     if log_floor is None:
-        return
+        return None
     if metric != "euclidean":
         raise InputError(f"log_floor goes with metric 'euclidean', not {metric!r}: leave one of them out")
-    check_tensor("log_floor", log_floor, (subspaces,), (torch.float32,), queries)
+    return check_tensor("log_floor", log_floor, (subspaces,), (torch.float32,), queries)
 
 
 def check_precision(precision: str) -> None:
     _check_choice("precision", precision, ("fp32", "bf16"))
 
 
-def check_pairs(variances: Tensor, pairs: Tensor, subspaces: int, queries: Tensor) -> None:
-    """Variances [S], finite and none below 0, and numbers of subspaces [P, 2]."""
-    check_tensor("variances", variances, (subspaces,), _FLOATS, queries)
-    check_tensor("pairs", pairs, ("P", 2), (torch.int64,), queries)
+def check_pairs(variances: Array, pairs: Array, subspaces: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances [S] and numbers of subspaces [P, 2]."""
+    variances = check_tensor("variances", variances, (subspaces,), _FLOATS, queries)
+    pairs = check_tensor("pairs", pairs, ("P", 2), (torch.int64,), queries)
     if pairs.shape[0] == 0:
         raise InputError("pairs has no rows: give at least one")
+    return variances, pairs
+
+
+def check_pair_values(variances: Tensor, pairs: Tensor) -> None:
+    """Looks at the values: variances are finite and none is below 0, subspaces are there."""
+    subspaces = variances.shape[0]
     if not isinstance(pairs, FakeTensor):
         low, high = torch.aminmax(pairs)
         if int(low) < 0 or int(high) >= subspaces:
@@ -142,23 +182,32 @@ def check_pairs(variances: Tensor, pairs: Tensor, subspaces: int, queries: Tenso
 
 
 def check_neighbors(
-    index: Tensor, counted: Tensor | None, subspaces: int, queries: Tensor, keys: Tensor, *, check_index: bool
-) -> None:
+    index: Array, counted: Array | None, subspaces: int, queries: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Rows of the keys [S, Q], and which of them count."""
     shape = (subspaces, queries.shape[0])
-    check_tensor("index", index, shape, (torch.int64,), queries)
+    index = check_tensor("index", index, shape, (torch.int64,), queries)
     if counted is not None:
-        check_tensor("counted", counted, shape, (torch.bool,), queries)
-    if check_index and not isinstance(index, FakeTensor):
-        low, high = torch.stack(torch.aminmax(index)).tolist()  # one wait for the device, not two
-        if low < 0 or high >= keys.shape[0]:
-            raise InputError(
-                f"index names row {low if low < 0 else high} of {keys.shape[0]} keys: give rows from 0 on"
-            )
+        counted = check_tensor("counted", counted, shape, (torch.bool,), queries)
+    return index, counted
 
 
-def check_moments(product: Tensor | None, first: Tensor, second: Tensor) -> None:
-    """Moments [d, d] that can be changed in place, and the product that moves them."""
+def check_index(name: str, index: Tensor, keys: int, least: int = 0) -> None:
+    """Looks at the values, which name rows of the keys; ``least`` is -1 where that stands for none."""
+    if isinstance(index, FakeTensor):
+        return
+    low, high = torch.stack(torch.aminmax(index)).tolist()  # one wait for the device, not two
+    if low < least or high >= keys:
+        raise InputError(
+            f"{name} names row {low if low < least else high} of {keys} keys: give rows from {least} on"
+        )
+
+
+def check_moments(product: Array | None, first: Tensor, second: Tensor) -> Tensor | None:
+    """Moments [d, d] that can be changed in place, and the product that moves them, which is returned."""
+    for name, moment in (("first", first), ("second", second)):
+        if not isinstance(moment, Tensor):
+            raise InputError(f"{name} is changed in place, it is {in_short(moment)}: give a tensor")
     check_tensor("first", first, ("d", "d"), (torch.float32,))
     size = first.shape[0]
     for name, moment in (("first", first), ("second", second)):
@@ -170,9 +219,10 @@ def check_moments(product: Tensor | None, first: Tensor, second: Tensor) -> None
     if size == 0:
         raise InputError("first has no rows: give at least one")
     if product is not None:
-        check_tensor("product", product, (size, size), ROW_TYPES, first)
+        product = check_tensor("product", product, (size, size), ROW_TYPES, first)
     if first is second or product is first or product is second:
         raise InputError("product, first and second are not three tensors: two of them are changed in place")
+    return product
 
 
 def check_factors(scale: Any, guard: Any, first: Tensor) -> None:
@@ -183,7 +233,7 @@ def check_factors(scale: Any, guard: Any, first: Tensor) -> None:
     for name, value in (("scale", scale), ("guard", guard)):
         if any(numbers) or not isinstance(value, Tensor):
             raise InputError(
-                f"scale is {_short(scale)}, guard is {_short(guard)}: give two numbers or two [] tensors"
+                f"scale is {in_short(scale)}, guard is {in_short(guard)}: give two numbers or two [] tensors"
             )
         check_tensor(name, value, (), (torch.float32,), first)
 
@@ -193,7 +243,7 @@ def check_betas(betas: Sequence[float]) -> tuple[float, float]:
     try:
         fast, slow = (float(beta) for beta in betas)
     except (TypeError, ValueError):
-        raise InputError(f"betas is {_short(betas)}: give two numbers") from None
+        raise InputError(f"betas is {in_short(betas)}: give two numbers") from None
     if not (0 <= fast < 1 and 0 <= slow < 1):
         raise InputError(f"betas are {fast}, {slow}: give numbers from 0 to below 1")
     return fast, slow
@@ -201,16 +251,7 @@ def check_betas(betas: Sequence[float]) -> tuple[float, float]:
 
 def _check_choice(name: str, value: object, choices: tuple[str, str]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise InputError(f"{name} is {_short(value)}: take {' or '.join(choices)}")
-
-
-def _short(value: object) -> str:
-    """What an argument is, in a few words of one line."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    return (
-        repr(value) if value is None or isinstance(value, int | float | str) else f"a {type(value).__name__}"
-    )
+        raise InputError(f"{name} is {in_short(value)}: take {' or '.join(choices)}")
 
 
 def _name(dtype: torch.dtype) -> str:

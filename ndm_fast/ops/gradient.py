@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndm_fast.geometry.objective import Objective
 from ndm_fast.ops import backends, checks, library
+from ndm_fast.ops.arrays import Array
 
 
 def loss_and_gradient(
-    queries: Tensor,
-    keys: Tensor,
-    index: Tensor,
-    rotation: Tensor,
+    queries: Array,
+    keys: Array,
+    index: Array,
+    rotation: Array,
     widths: Sequence[int],
     metric: str = "euclidean",
-    counted: Tensor | None = None,
+    counted: Array | None = None,
     *,
-    log_floor: Tensor | None = None,
+    log_floor: Array | None = None,
     backend: str | None = None,
     check_index: bool = True,
 ) -> Objective:
@@ -36,9 +38,9 @@ def loss_and_gradient(
         log_floor: [S] fp32 distances from 0 up. Where given, the loss is of logarithms, weighted by width:
             ``log sqrt(|r|^2 + log_floor^2)``. Euclidean only.
         backend: see ``ndm_fast.ops.backends``.
-        check_index: look at the values of ``index``. On a GPU this waits for the device, and it breaks the
-            graph of ``torch.compile``. Switch it off only where the index comes from a search among these
-            keys: a row that is not there reads foreign memory.
+        check_index: look at the values of ``index``. On a GPU this waits for the device. Switch it off only
+            where the index comes from a search among these keys: a row that is not there reads foreign
+            memory.
 
     Returns:
         ``Objective(by_subspace [S], gradient [d, d])``, fp32. A row that is NaN gives NaN.
@@ -47,17 +49,24 @@ def loss_and_gradient(
         InputError (a ValueError): naming the argument, for a wrong shape, dtype, device or row, or a backend
             that cannot run.
     """
-    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False)
+    rows = checks.check_rows(queries, keys, rotation, widths)
     checks.check_metric(metric)
-    checks.check_neighbors(index, counted, len(widths), queries, keys, check_index=check_index)
-    checks.check_log_floor(log_floor, metric, len(widths), queries)
-    chosen = backends.choose(queries.device, backend).name
-    given = (queries, keys, index, rotation, widths, metric, counted, log_floor)
-    return Objective(*_loss_and_gradient(*given, chosen))
+    index, counted = checks.check_neighbors(index, counted, len(rows.widths), rows.queries)
+    log_floor = checks.check_log_floor(log_floor, metric, len(rows.widths), rows.queries)
+    chosen = backends.choose(rows.queries.device, backend).name
+    given = (rows.queries, rows.keys, index, rows.rotation, rows.widths, metric, counted, log_floor)
+    return Objective(*_loss_and_gradient(*given, bool(check_index), chosen))
+
+
+def _with_index(run: library.Run, given: dict[str, Any]) -> Any:
+    if given.pop("check_index"):
+        checks.check_index("index", given["index"], len(given["keys"]))
+    return run(**given)
 
 
 @library.op(
-    {"reference": "ops.plain", "cpu": "ops.cpu.step", "triton": "kernels.gradient", "cuda": "ops.cuda"}
+    {"reference": "ops.plain", "cpu": "ops.cpu.step", "triton": "kernels.gradient", "cuda": "ops.cuda"},
+    around=_with_index,
 )
 def _loss_and_gradient(
     queries: Tensor,
@@ -68,6 +77,7 @@ def _loss_and_gradient(
     metric: str,
     counted: Tensor | None,
     log_floor: Tensor | None,
+    check_index: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     return rotation.new_empty(len(widths)), torch.empty_like(rotation, memory_format=torch.contiguous_format)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ndm_fast.ops import backends, checks, library
+from ndm_fast.ops.arrays import Array
 
 _MODULES = {"reference": "ops.plain", "cpu": "ops.cpu.ksg", "triton": "kernels.ksg"}
 
@@ -17,12 +19,12 @@ _ROWS, _VARIANCES = 2.0**40, 2.0**80
 
 
 def ksg_radius(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
     widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
+    variances: Array,
+    pairs: Array,
     *,
     rotated: bool = False,
     backend: str | None = None,
@@ -45,19 +47,18 @@ def ksg_radius(
         InputError (a ValueError): naming the argument, for NaN or Inf, wrong shape, dtype or device, or a
             backend that cannot run.
     """
-    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
-    radius = _ksg_radius(*given, bool(rotated), backends.choose(queries.device, backend).name)
-    return radius if unit == 1 else radius * unit
+    given = _checked(queries, keys, rotation, widths, variances, pairs, rotated)
+    return _ksg_radius(*given, bool(rotated), backends.choose(given[0].device, backend).name)
 
 
 def ksg_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
     widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
-    radius: Tensor,
+    variances: Array,
+    pairs: Array,
+    radius: Array,
     *,
     rotated: bool = False,
     backend: str | None = None,
@@ -66,19 +67,19 @@ def ksg_counts(
 
     Arguments and errors as for :func:`ksg_radius`; use the same backend for both.
     """
-    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
-    checks.check_tensor("radius", radius, (pairs.shape[0], queries.shape[0]), (torch.float32,), queries)
-    chosen = backends.choose(queries.device, backend).name
-    return _ksg_counts(*given, radius if unit == 1 else radius / unit, bool(rotated), chosen)
+    given = _checked(queries, keys, rotation, widths, variances, pairs, rotated)
+    shape = (given[-1].shape[0], given[0].shape[0])
+    radius = checks.check_tensor("radius", radius, shape, (torch.float32,), given[0])
+    return _ksg_counts(*given, radius, bool(rotated), backends.choose(given[0].device, backend).name)
 
 
 def ksg_radius_and_counts(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
     widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
+    variances: Array,
+    pairs: Array,
     *,
     rotated: bool = False,
     backend: str | None = None,
@@ -87,47 +88,53 @@ def ksg_radius_and_counts(
 
     Arguments and errors as there; faster than both one after the other.
     """
-    given, unit = _prepared(queries, keys, rotation, widths, variances, pairs, rotated)
-    chosen = backends.choose(queries.device, backend).name
-    radius, counts = _ksg_radius_and_counts(*given, bool(rotated), chosen)
-    return radius if unit == 1 else radius * unit, counts
+    given = _checked(queries, keys, rotation, widths, variances, pairs, rotated)
+    return _ksg_radius_and_counts(*given, bool(rotated), backends.choose(given[0].device, backend).name)
 
 
 _Given = tuple[Tensor, Tensor, Tensor, list[int], Tensor, Tensor]
 
 
-def _prepared(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
+def _checked(
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
     widths: Sequence[int],
-    variances: Tensor,
-    pairs: Tensor,
+    variances: Array,
+    pairs: Array,
     rotated: bool,
-) -> tuple[_Given, float]:
-    """The arguments after all checks, and the unit in which they give a radius.
+) -> _Given:
+    rows = checks.check_rows(queries, keys, rotation, widths, rotated=rotated)
+    return *rows, *checks.check_pairs(variances, pairs, len(rows.widths), rows.queries)
+
+
+def _in_range(run: library.Run, given: dict[str, Any]) -> Any:
+    """Runs the op on numbers whose squares fit into fp32, and gives the radius in units of those it got.
 
     Backends square distances in fp32, which 1e19 overflows and 1e-23 underflows. Such rows, and variances,
     are scaled here, by powers of two, which round nothing.
     """
-    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False, rotated=rotated)
-    checks.check_pairs(variances, pairs, len(widths), queries)
-    checks.check_largest("rotation", rotation)
-    largest = max(checks.check_largest("queries", queries), checks.check_largest("keys", keys))
+    checks.check_pair_values(given["variances"], given["pairs"])
+    checks.check_largest("rotation", given["rotation"])
+    largest = max(checks.check_largest(name, given[name]) for name in ("queries", "keys"))
     unit = 1.0
     if largest and not 1 / _ROWS <= largest <= _ROWS:
-        power = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
-        queries, keys = queries.float() / power, keys.float() / power
-        unit = power
-    spread = checks.check_largest("variances", variances)
+        unit = 2.0 ** min(max(math.frexp(largest)[1], -120), 120)
+        given |= {name: given[name].float() / unit for name in ("queries", "keys")}
+    spread = checks.check_largest("variances", given["variances"])
     if spread and not 1 / _VARIANCES <= spread <= _VARIANCES:
         root = 2.0 ** (math.frexp(spread)[1] // 2)
-        variances = variances.double() / root / root
+        given["variances"] = given["variances"].double() / root / root
         unit /= root
-    return (queries, keys, rotation, widths, variances, pairs), unit
+    if unit == 1:
+        return run(**given)
+    if "radius" in given:
+        return run(**given | {"radius": given["radius"] / unit})
+    found = run(**given)
+    return (found[0] * unit, found[1]) if isinstance(found, tuple) else found * unit
 
 
-@library.op(_MODULES)
+@library.op(_MODULES, around=_in_range)
 def _ksg_radius(
     queries: Tensor,
     keys: Tensor,
@@ -141,7 +148,7 @@ def _ksg_radius(
     return queries.new_empty((pairs.shape[0], queries.shape[0]), dtype=torch.float32)
 
 
-@library.op(_MODULES)
+@library.op(_MODULES, around=_in_range)
 def _ksg_counts(
     queries: Tensor,
     keys: Tensor,
@@ -156,7 +163,7 @@ def _ksg_counts(
     return queries.new_empty((pairs.shape[0], 2, queries.shape[0]), dtype=torch.int64)
 
 
-@library.op(_MODULES)
+@library.op(_MODULES, around=_in_range)
 def _ksg_radius_and_counts(
     queries: Tensor,
     keys: Tensor,

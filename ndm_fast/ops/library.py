@@ -3,29 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch._library.custom_ops import CustomOpDef
 
 from ndm_fast.errors import InputError
+from ndm_fast.geometry.precision import without_autocast
 from ndm_fast.ops.backends import load
+
+Run = Callable[..., Any]
+"""A backend's function, which takes the arguments of the op by name."""
+
+
+class Gradient(NamedTuple):
+    """How an op is differentiated, as ``torch.library.register_autograd`` takes it."""
+
+    keep: Callable[..., None]
+    backward: Callable[..., Any]
 
 
 def op(
-    modules: Mapping[str, str], *, mutates: tuple[str, ...] = ()
+    modules: Mapping[str, str],
+    *,
+    function: str = "",
+    mutates: tuple[str, ...] = (),
+    around: Callable[[Run, dict[str, Any]], Any] | None = None,
+    gradient: Gradient | None = None,
 ) -> Callable[[Callable[..., Any]], CustomOpDef]:
     """Declare ``torch.ops.ndm_fast.NAME`` by a function ``_NAME`` that makes its outputs, unfilled.
 
     That function gives the schema, and is the fake kernel by which torch traces the op. Its last parameter is
     ``backend``. The op itself calls the function NAME of the backend's module, all arguments by name. It
-    checks nothing: the public function does.
+    checks no shapes: the public function does.
 
     Args:
         modules: backend -> the module of ``ndm_fast`` that has the function, imported at the first call.
+        function: its name there, where it is not NAME.
         mutates: arguments that are changed in place.
+        around: gets the backend's function and the arguments, and gives the outputs. It may look at values,
+            which does not break a graph of ``torch.compile``.
+        gradient: of outputs that carry one; others refuse to be differentiated.
     """
 
     def declare(outputs: Callable[..., Any]) -> CustomOpDef:
@@ -36,11 +56,15 @@ def op(
         @wraps(outputs)
         def run(*arguments: Any) -> Any:
             given = dict(zip(parameters, arguments, strict=True))
-            return implementation(modules, name, given.pop("backend"))(**given)
+            implemented = implementation(modules, function or name, given.pop("backend"))
+            compute = partial(implemented, **given) if around is None else partial(around, implemented, given)
+            return without_autocast(compute)
 
         schema = torch.library.infer_schema(outputs, mutates_args=mutates)
         declared = torch.library.custom_op(f"ndm_fast::{name}", run, mutates_args=mutates, schema=schema)
         declared.register_fake(outputs)
+        if gradient is not None:
+            declared.register_autograd(gradient.backward, setup_context=gradient.keep)
         return declared
 
     return declare

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast.ops import backends, checks, library
+from ndm_fast.ops.arrays import Array
 
 _MODULES = {
     "reference": "ops.plain",
@@ -18,7 +19,7 @@ _MODULES = {
 
 
 def lie_update(
-    product: Tensor | None,
+    product: Array | None,
     first: Tensor,
     second: Tensor,
     scale: float | Tensor,
@@ -34,7 +35,7 @@ def lie_update(
         product: [d, d] ``R'G``, fp32, fp16 or bf16; None leaves the moments as they are.
         first, second: [d, d] fp32, contiguous; moved on in place.
         scale, guard: two numbers, or two [] fp32 tensors on the device, whose values a CUDA graph reads at
-            its replay (``torch.compile`` does not trace those).
+            its replay.
         betas: decay of both moments, from 0 to below 1.
         half: bf16 instead of fp32 for the update.
         backend: see ``ndm_fast.ops.backends``.
@@ -42,14 +43,14 @@ def lie_update(
     Raises:
         InputError (a ValueError): naming the argument, or a backend that cannot run.
     """
-    checks.check_moments(product, first, second)
+    product = checks.check_moments(product, first, second)
     checks.check_factors(scale, guard, first)
     fast, slow = checks.check_betas(betas)
     chosen = backends.choose(first.device, backend).name
+    rest = ([fast, slow], bool(half), chosen)
     if isinstance(scale, Tensor):  # no library op takes either kind
-        run = library.implementation(_MODULES, "lie_update", chosen)
-        return run(product, first, second, scale, guard, (fast, slow), bool(half))
-    return _lie_update(product, first, second, float(scale), float(guard), [fast, slow], bool(half), chosen)
+        return _lie_update_on_device(product, first, second, scale, guard, *rest)
+    return _lie_update(product, first, second, float(scale), float(guard), *rest)
 
 
 @library.op(_MODULES, mutates=("first", "second"))
@@ -59,6 +60,20 @@ def _lie_update(
     second: Tensor,
     scale: float,
     guard: float,
+    betas: list[float],
+    half: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty_like(first, dtype=torch.bfloat16 if half else torch.float32)
+
+
+@library.op(_MODULES, function="lie_update", mutates=("first", "second"))
+def _lie_update_on_device(
+    product: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: Tensor,
+    guard: Tensor,
     betas: list[float],
     half: bool,
     backend: str,

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast.errors import InputError
 from ndm_fast.geometry.reference import Neighbors
 from ndm_fast.ops import backends, checks, library
+from ndm_fast.ops.arrays import Array
+from ndm_fast.ops.differentiable import DISTANCES, distance_type, with_finite
 
 _MODULES = {"reference": "ops.plain", "cpu": "ops.cpu.search", "triton": "kernels.search", "cuda": "ops.cuda"}
 
 
 def nearest_neighbors(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor | None,
+    queries: Array,
+    keys: Array,
+    rotation: Array | None,
     widths: Sequence[int],
     *,
     metric: str = "euclidean",
@@ -41,47 +42,50 @@ def nearest_neighbors(
         keys_rotated, queries_rotated: what is rotated already; the queries only where the keys are.
         backend: see ``ndm_fast.ops.backends``.
         check_finite: look for NaN and Inf; switch off where the data was checked before. On a GPU this waits
-            for the device, and it breaks the graph of ``torch.compile``.
+            for the device.
 
     Returns:
         ``Neighbors(distance [S, Q] fp32, index [S, Q] int64)``; ties go to the lowest index. On a GPU a query
-        that is 1e19 times as far from the keys as they are from each other gets NaN.
+        that is 1e19 times as far from the keys as they are from each other gets NaN. The distance carries a
+        gradient to queries, keys and rotation; where it is 0 that is 0. Backend ``reference`` takes fp64 too,
+        and then gives fp64 distances.
 
     Raises:
         InputError (a ValueError): naming the argument, for no keys, NaN or Inf, wrong shape, dtype or device.
     """
-    if queries_rotated and not keys_rotated:
-        raise InputError("queries_rotated goes with keys_rotated: rotate both, or give both raw")
-    rotation, widths = checks.check_rows(
-        queries, keys, rotation, widths, check_finite=check_finite, rotated=queries_rotated
+    checks.check_rotated(keys_rotated, queries_rotated)
+    rows = checks.check_rows(
+        queries, keys, rotation, widths, rotated=queries_rotated, backend=backend, float64=True
     )
     checks.check_metric(metric)
     checks.check_precision(precision)
-    form = (metric, precision, bool(keys_rotated), bool(queries_rotated))
-    chosen = backends.choose(queries.device, backend).name
-    return Neighbors(*_nearest_neighbors(queries, keys, rotation, widths, *form, chosen))
+    form = (metric, bool(keys_rotated), bool(queries_rotated))
+    chosen = backends.choose(rows.queries.device, backend).name
+    return Neighbors(*_nearest_neighbors(*rows, *form, precision, bool(check_finite), chosen))
 
 
-@library.op(_MODULES)
+@library.op(_MODULES, around=with_finite, gradient=DISTANCES)
 def _nearest_neighbors(
     queries: Tensor,
     keys: Tensor,
     rotation: Tensor,
     widths: list[int],
     metric: str,
-    precision: str,
     keys_rotated: bool,
     queries_rotated: bool,
+    precision: str,
+    check_finite: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (len(widths), queries.shape[0])
-    return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
+    distance = queries.new_empty(shape, dtype=distance_type(queries, keys, rotation))
+    return distance, queries.new_empty(shape, dtype=torch.int64)
 
 
 def nearest_index(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
+    queries: Array,
+    keys: Array,
+    rotation: Array,
     widths: Sequence[int],
     metric: str = "euclidean",
     precision: str = "fp32",
@@ -94,11 +98,11 @@ def nearest_index(
     on a GPU. Arguments, errors and tolerances as there, up to the rounding of the rotation; nothing looks for
     NaN and Inf.
     """
-    rotation, widths = checks.check_rows(queries, keys, rotation, widths, check_finite=False)
+    rows = checks.check_rows(queries, keys, rotation, widths)
     checks.check_metric(metric)
     checks.check_precision(precision)
-    chosen = backends.choose(queries.device, backend).name
-    return _nearest_index(queries, keys, rotation, widths, metric, precision, chosen)
+    chosen = backends.choose(rows.queries.device, backend).name
+    return _nearest_index(*rows, metric, precision, chosen)
 
 
 @library.op(_MODULES)

@@ -11,6 +11,7 @@ from ndm_fast.geometry import reference
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.geometry.objective import loss_and_gradient
 from ndm_fast.geometry.reference import Neighbors, lie_update
+from ndm_fast.ops.differentiable import distance_type
 
 __all__ = [
     "ksg_counts",
@@ -40,7 +41,7 @@ def nearest_neighbors(
     """In fp64 whatever the ``precision``, which says the least."""
     form = {"keys_rotated": keys_rotated, "queries_rotated": queries_rotated}
     found = reference.nearest_neighbors(queries, keys, rotation, widths, metric=metric, **form)
-    return Neighbors(found.distance.float(), found.index)
+    return Neighbors(found.distance.to(distance_type(queries, keys, rotation)), found.index)
 
 
 def nearest_index(

@@ -52,6 +52,9 @@ def case(op: str) -> dict[str, Any]:
     given = rows_of()
     if op == "nearest_neighbors":
         return {**given, "metric": "euclidean", "precision": "fp32", "keys_rotated": False}
+    if op == "k_nearest_neighbors":
+        exclude = torch.tensor([-1, 7])
+        return {**given, "k": 3, "exclude": exclude, "metric": "euclidean", "keys_rotated": False}
     if op == "nearest_index":
         return {**given, "metric": "euclidean", "precision": "fp32"}
     if op == "loss_and_gradient":
@@ -146,6 +149,7 @@ ODD: dict[str, dict[str, Any]] = {
         )
     },
     "half": {"True": True, "1": 1},
+    "k": {str(k): k for k in (None, 0, -1, 1, KEYS - 1, KEYS, KEYS + 1, 2.0, "3", [3], True)},
 }
 FACTOR = {
     **{str(v): v for v in (None, 0, 1, "1", 0.0, -1e-3, 1e30)},
@@ -162,7 +166,9 @@ PAIRS = {
 
 UNLIKE: dict[str, dict[str, str | tuple[str, ...]]] = {
     # One side far larger than the other: squares overflow in fp32. Both sides: test_nearest.py.
-    "nearest_neighbors": {"queries": "times", "keys": "times", "rotation": "times"},
+    "nearest_neighbors": dict.fromkeys(("queries", "keys", "rotation"), ("times", "as torch.float64")),
+    # All backends run the same code, and one takes fp64 (test_differentiable.py).
+    "k_nearest_neighbors": dict.fromkeys(("queries", "keys", "rotation"), "as torch.float64"),
     "loss_and_gradient": {
         **dict.fromkeys(("queries", "keys"), ("times", "holds nan", "holds inf", "holds -inf")),
         "rotation": ("times", "holds"),
@@ -176,14 +182,18 @@ UNLIKE: dict[str, dict[str, str | tuple[str, ...]]] = {
 """Oddities, by how their names begin, whose results are garbage that differs by backend."""
 
 
-def oddities(op: str, argument: str) -> dict[str, Any]:
+def every_oddity(op: str, argument: str) -> dict[str, Any]:
     good = case(op)[argument]
     if isinstance(good, Tensor):
-        unlike = UNLIKE.get(op, {}).get(argument, ())
-        return {name: odd for name, odd in odd_tensors(good).items() if not name.startswith(unlike)}
+        return odd_tensors(good)
     if argument in ("scale", "guard"):
         return FACTOR
     return PAIRS if argument == "pairs" else ODD[argument]
+
+
+def oddities(op: str, argument: str) -> dict[str, Any]:
+    unlike = UNLIKE.get(op, {}).get(argument, ())
+    return {name: odd for name, odd in every_oddity(op, argument).items() if not name.startswith(unlike)}
 
 
 def outcome(op: str, given: dict[str, Any]) -> str | list[Tensor]:
@@ -263,6 +273,15 @@ REFUSED = [
     ("nearest_neighbors", "widths", "[8, 0]", "widths [8, 0] are empty or hold one below 1"),
     ("nearest_neighbors", "metric", "cosin", "metric is 'cosin': take euclidean or cosine"),
     ("nearest_neighbors", "precision", "fp16", "precision is 'fp16': take fp32 or bf16"),
+    ("k_nearest_neighbors", "k", "None", "k is None: give an int"),
+    ("k_nearest_neighbors", "k", "0", "k is 0 of 20 keys, one of them excluded: give from 1"),
+    ("k_nearest_neighbors", "k", "20", "k is 20 of 20 keys, one of them excluded: give from 1"),
+    ("k_nearest_neighbors", "exclude", "names 20", "exclude names row 20 of 20 keys: give rows from -1 on"),
+    ("k_nearest_neighbors", "exclude", "one row", "exclude has shape [1]: give [2]"),
+    ("k_nearest_neighbors", "exclude", "as torch.int32", "exclude has dtype int32: give int64"),
+    ("nearest_neighbors", "queries", "a list", "queries is a list: give a tensor or an array"),
+    ("ksg_radius", "variances", "a number", "variances is 3: give a tensor or an array"),
+    ("lie_update", "first", "an array", "first is changed in place, it is a ndarray: give a tensor"),
     ("nearest_index", "rotation", "as torch.float16", "rotation has dtype float16: give float32"),
     ("nearest_index", "metric", "EUCLIDEAN", "metric is 'EUCLIDEAN'"),
     ("nearest_index", "widths", "[5, 4]", "the widths sum to 9"),
@@ -290,7 +309,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("op", "argument", "oddity", "message"), REFUSED, ids=lambda x: str(x)[:20])
 def test_refuses_by_name(op: str, argument: str, oddity: str, message: str) -> None:
-    found = outcome(op, {**case(op), argument: oddities(op, argument)[oddity]})
+    found = outcome(op, {**case(op), argument: every_oddity(op, argument)[oddity]})
     assert isinstance(found, str)
     assert message in found
 

@@ -23,6 +23,7 @@ from ndm_fast.activations import pool as pool_module
 from ndm_fast.activations import pool_storage
 from ndm_fast.activations.rows import TensorStream
 from ndm_fast.config import MergeConfig, RunSettings, TrainConfig
+from ndm_fast.geometry.distance_gradient import Form, distance_gradients
 from ndm_fast.kernels import gradient, keys, ksg, search
 from ndm_fast.ops import backends
 from ndm_fast.ranks import Group
@@ -226,6 +227,25 @@ def test_factors_on_the_device(launches: list[str]) -> None:
     update = twice(lambda: ops.lie_update(rows(40, 40), first, second, *factors, (0.9, 0.999)))
     assert update.device == GPU
     assert set(launches) == {"lie_update_kernel"}
+
+
+def test_ops_that_look_at_no_values_wait_for_nothing(launches: list[str]) -> None:
+    """Which a CUDA graph needs; and the gradients of distances."""
+    widths, moments = [32, 32, 7], rows(2 * 71, 71).split(71)
+    queries, keys, rotation = rows(70, 71), rows(500, 71), rows(71, 71)
+
+    def step() -> Tensor:
+        found = ops.nearest_neighbors(queries, keys, rotation, widths, check_finite=False)
+        index = ops.nearest_index(queries, keys, rotation, widths)
+        objective = ops.loss_and_gradient(queries, keys, index, rotation, widths, check_index=False)
+        given = (queries, keys, rotation, widths, found.index[..., None])
+        for form in (Form("euclidean", False, False), Form("cosine", True, False)):
+            distance_gradients(found.distance[..., None], *given, form, (True, True, True))
+        factors = rows(2, 1)[:, 0]
+        return ops.lie_update(objective.gradient, *moments, *factors, (0.9, 0.999))
+
+    assert twice(step).device == GPU
+    assert {"sweep_kernel", "gradient_kernel", "lie_update_kernel"} <= set(launches)
 
 
 NUMBERS = {"__float__": 5e-5, "item": 5e-5, "__int__": 1, "__bool__": True}

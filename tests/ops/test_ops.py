@@ -90,7 +90,7 @@ def test_library_ops_pass_opcheck(case, backend):
     pairs, variances = torch.tensor([[0, 1]]), torch.tensor([1.0, 1.0])
     q, k, r = case["queries"], case["keys"], case["rotation"]
     torch.library.opcheck(
-        nearest._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", "fp32", False, False, backend)
+        nearest._nearest_neighbors, (q, k, r, WIDTHS, "euclidean", False, False, "fp32", True, backend)
     )
     torch.library.opcheck(ksg._ksg_radius, (q, k, r, WIDTHS, variances, pairs, False, backend))
     radius = torch.ones(1, len(q))
@@ -103,7 +103,7 @@ def test_library_ops_of_a_step_pass_opcheck(case, backend):
     q, k, r = case["queries"], case["keys"], case["rotation"]
     index = torch.zeros(2, len(q), dtype=torch.int64)
     for counted in (None, torch.ones_like(index, dtype=torch.bool)):
-        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, torch.ones(2), backend)
+        arguments = (q, k, index, r, WIDTHS, "euclidean", counted, torch.ones(2), True, backend)
         torch.library.opcheck(gradient._loss_and_gradient, arguments)
     torch.library.opcheck(nearest._nearest_index, (q, k, r, WIDTHS, "euclidean", "fp32", backend))
     moments = torch.zeros(8, 8), torch.ones(8, 8)
@@ -148,6 +148,33 @@ def test_a_step_compiles_into_one_graph(case):
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(**case)
     torch.testing.assert_close(step(**case), compiled)
+
+
+@pytest.mark.parametrize("backend", [name for name in RUNNABLE if name != "triton"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_autocast_changes_nothing(case, backend, metric):
+    """Nor does it in a backward pass, which would run in bf16."""
+
+    def everything():
+        rotation = case["rotation"].clone().requires_grad_()
+        given = (case["queries"], case["keys"], rotation, WIDTHS)
+        found = ops.nearest_neighbors(*given, metric=metric, backend=backend)
+        near = ops.k_nearest_neighbors(*given, 5, metric=metric, backend=backend)
+        (found.distance.sum() + near.distance.sum()).backward()
+        closed = ops.loss_and_gradient(
+            *given[:2], found.index, rotation.detach(), WIDTHS, metric, backend=backend
+        )
+        variances, pairs = torch.tensor([4.0, 2.0]), torch.tensor([[0, 1]])
+        both = ops.ksg_radius_and_counts(
+            *given[:2], rotation.detach(), WIDTHS, variances, pairs, backend=backend
+        )
+        return [*found, *near, *closed, *both, rotation.grad]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = everything()
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_fake_tensors_are_traced(case):

@@ -16,9 +16,6 @@ from ndm_fast.partition import SubspacePartition
 _DRAWS, _LEVEL = 1000, 0.95
 
 
-_CHUNK = 256
-
-
 def nearest_keys(
     queries: Tensor, keys: Tensor, partition: SubspacePartition, top: int, *, metric: str = "euclidean"
 ) -> Tensor:
@@ -32,21 +29,10 @@ def nearest_keys(
     """
     if not 1 <= top <= len(keys):
         raise InputError(f"the {top} nearest of {len(keys)} keys: give from 1 to as many as there are")
+    given = (queries, keys, partition.rotation, partition.widths)
     if top == 1:
-        found = ops.nearest_neighbors(queries, keys, partition.rotation, partition.widths, metric=metric)
-        return found.index[..., None]
-    return torch.stack(
-        [
-            torch.cat([_closeness(some, k, metric).topk(top).indices for some in q.split(_CHUNK)])
-            for q, k in zip(partition.split(queries), partition.split(keys), strict=True)
-        ]
-    )
-
-
-def _closeness(queries: Tensor, keys: Tensor, metric: str) -> Tensor:
-    if metric == "cosine":
-        return torch.nn.functional.normalize(queries, dim=1) @ torch.nn.functional.normalize(keys, dim=1).T
-    return -torch.cdist(queries, keys)
+        return ops.nearest_neighbors(*given, metric=metric).index[..., None]
+    return ops.k_nearest_neighbors(*given, top, metric=metric).index
 
 
 def agreement(index: Tensor, query_label: Tensor, key_label: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ndm_fast.errors import InputError
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
-from ndm_fast.ops.checks import check_rows
+from ndm_fast.ops.arrays import Array
+from ndm_fast.ops.checks import check_finite, check_rows
 from ndm_fast.ranks import Group, Ranks
 from ndm_fast.train.merge.ties import made_equal, tied_counts
 from ndm_fast.train.over_ranks import ksg_radius_and_counts
@@ -27,9 +28,9 @@ def subspace_variances(activations: Tensor, rotation: Tensor, widths: Sequence[i
 
 
 def mutual_information(
-    queries: Tensor,
-    keys: Tensor,
-    rotation: Tensor,
+    queries: Array,
+    keys: Array,
+    rotation: Array,
     widths: Sequence[int],
     *,
     pairs: Sequence[tuple[int, int]] | None = None,
@@ -57,7 +58,8 @@ def mutual_information(
     Raises:
         InputError (a ValueError): naming the argument, or a backend that cannot run.
     """
-    rotation, widths = check_rows(queries, keys, rotation, widths, check_finite=True)
+    queries, keys, rotation, widths = check_rows(queries, keys, rotation, widths)
+    check_finite(queries, keys, rotation)
     chosen = _checked_pairs(pairs, len(widths))
     group = group or Group()
     total = group.keys.sum(torch.tensor(len(keys)))
