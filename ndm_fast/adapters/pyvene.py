@@ -52,7 +52,7 @@ def representation(model: nn.Module, site: str, partition: SubspacePartition) ->
         InputError: no such site, one that pyvene cannot address, or one of another width than the partition.
     """
     found = resolve_site(model, site)
-    if found.scale != 1 or found.flat_in is not None:
+    if not found.is_whole_tensor:
         raise InputError(
             f"pyvene cannot address {found.name} of this model, which is no module's tensor [B, T, d] as it "
             "is: take a resid_pre or resid_post"
