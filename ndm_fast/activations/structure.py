@@ -8,6 +8,9 @@ A run records what goes in and out of every module of every block. The points ar
 
 where attn_out and mlp_out may be a module's output times a constant. Then each point is replaced by noise,
 and the sums must follow; a point where they do not is left out.
+
+Blocks are the modules of a list; where those hand no stream on, modules with one number in several lists, or the
+calls of a module that runs again and again (`blocks`).
 """
 
 from __future__ import annotations
