@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ class Block:
     parts: tuple[tuple[str, str], ...]
     """(name inside the block, path in the model), in the order of the run; ("", path) of a single module."""
     layout: Layout = PLAIN
+    in_place: bool = False
+    """What is put in the place of its input must be written into the tensor, which is read elsewhere too."""
     call: int = 0
     """Which call of the modules it is, in one run of ``counted_in``."""
     counted_in: str | None = None
@@ -71,14 +73,10 @@ class Block:
             copied=True,
             flat_in=self.path(self.end("input")) if point.flat else None,
             layout=self.layout,
-            skips=len(self.parts) > 1 and not point.module and point.end == "input",
+            skips=self.in_place and not point.module and point.end == "input",
             call=self.call,
             counted_in=self.counted_in,
         )
-
-    def laid_out(self, layout: Layout) -> Block:
-        """The same with another layout."""
-        return replace(self, layout=layout)
 
 
 Stacks = dict[str, list[Block]]

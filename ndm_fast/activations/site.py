@@ -35,7 +35,7 @@ class Site:
     copied: bool = False  # read a copy, as the model may write to the tensor later
     flat_in: str | None = None  # the module's tensor is [B T, d], in the block of this path
     layout: Layout = PLAIN  # where the activation lies in the module's tensor
-    skips: bool = False  # the module's input is also read by a skip connection around the module
+    skips: bool = False  # the module's input is read elsewhere too, as by a skip connection around the module
     call: int = 0  # which call of the module, in one run of `counted_in`
     counted_in: str | None = None  # path of what calls the module again and again; None: it is called once
 
@@ -51,7 +51,7 @@ class Site:
 
     @property
     def feeds_skip(self) -> bool:
-        """Whether the module's input tensor is also read by a skip connection around the module."""
+        """Whether the module's input tensor is read elsewhere too: by a skip connection around the module."""
         return self.end == "input" and (self.skips or self.name.endswith(".hook_resid_mid"))
 
 

@@ -13,8 +13,8 @@ The first column (TransformerLens) is canonical. In pre-norm families `resid_mid
 `resid_post = resid_mid + mlp_out`; with parallel attention `resid_post = resid_pre + attn_out + mlp_out` and
 there is no resid_mid. BERT normalises after each sum: `resid_mid = LayerNorm(resid_pre + attn_out)`,
 `resid_post = LayerNorm(resid_mid + mlp_out)`. attn_out is what the first branch adds; hybrid
-models have a mixer of another kind there. What a family multiplies before it adds it counts multiplied. A model
-that hands on another tensor than [B, T, d] gives the text's part of it, in that shape (`layout`).
+models have a mixer of another kind there. What a family multiplies before it adds it counts multiplied. Of
+a model that hands on another tensor than [B, T, d], the text's part is given in that shape (`layout`).
 
 A few families are in a table (`families`). Those of all others are told by their structure in a run on a few
 tokens (`structure`), the first time a site of the model is asked for.

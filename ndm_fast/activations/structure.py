@@ -9,14 +9,14 @@ A run records what goes in and out of every module of every block. The points ar
 where attn_out and mlp_out may be a module's output times a constant. Then each point is replaced by noise,
 and the sums must follow; a point where they do not is left out.
 
-Blocks are the modules of a list; where those hand no stream on, modules with one number in several lists, or the
-calls of a module that runs again and again (`blocks`).
+Blocks are the modules of a list; where those hand no stream on, modules with one number in several lists, or
+the calls of a module that runs again and again (`blocks`).
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,7 @@ class _Stack:
 
     all: list[Block]
     ran: dict[int, Block]
-    """By number, with the layout of the stream."""
+    """By number; how they take the stream is told."""
 
 
 def _blocks(model: nn.Module, run: Run) -> tuple[_Stack, int]:
@@ -145,7 +145,8 @@ def _blocks(model: nn.Module, run: Run) -> tuple[_Stack, int]:
             f"{describe(model)} gives other activations for the same tokens each time, so where its named "
             "sites are cannot be checked: give a module path"
         )
-    return chains[longest[0]]
+    stack, width = chains[longest[0]]
+    return _Stack(stack.all, _entered(model, stack.ran, run)), width
 
 
 def _length(chains: dict[str, tuple[_Stack, int]]) -> int:
@@ -190,9 +191,7 @@ def _chains(stacks: Stacks, run: Run) -> dict[str, tuple[_Stack, int]]:
         laid_out = layout_of(shapes[0].pop(), shapes[1].pop(), ROWS, (LENGTH, LONGER))
         if laid_out is None or not _is_of_text(name, blocks, laid_out[0], ends[name][0][2], run):
             continue
-        ran = {number: blocks[number].laid_out(laid_out[0]) for number, _, _ in ends[name]}
-        if not _enters(list(ran.values()), run):
-            continue
+        ran = {number: replace(blocks[number], layout=laid_out[0]) for number, _, _ in ends[name]}
         found[name] = _Stack(blocks, ran), laid_out[1]
     return found
 
@@ -213,20 +212,30 @@ def _is_of_text(name: str, blocks: list[Block], layout: Layout, before: Tensor, 
     return bool(layout.view(changed)[place].any()) and not bool((changed & ~expected).any())
 
 
-def _enters(blocks: list[Block], run: Run) -> bool:
-    """Whether noise at the first part of a block does what it does at the end of the block before.
+def _entered(model: nn.Module, blocks: dict[int, Block], run: Run) -> dict[int, Block]:
+    """The blocks, told how a new stream enters them: noise there does what it does at the end before.
 
-    Proves that all of a block that no module holds together reads the stream that its first part reads.
+    A block may read its input elsewhere too, as other arguments (Funnel's queries, keys and values) or in a
+    skip connection around its first part (XLM): what is put there is then written into the tensor.
+
+    Raises:
+        InputError: neither way the whole block reads it.
     """
-    if len(blocks[0].parts) == 1:
-        return True
-    before, block = blocks[:2]
-    post = before.site("blocks.0.hook_resid_post", OUTPUT)
-    pre = block.site("blocks.1.hook_resid_pre", INPUT)
+    if len(blocks) == 1:
+        return blocks
+    before, block = list(blocks.values())[:2]
     clean = record_block(block, run)
     noise = clean.pre.flip(0, 1).contiguous()
-    by_post, by_pre = (trace_with(block, site, noise, run).post for site in (post, pre))
-    return close(by_post, by_pre) and not close(by_pre, clean.post)
+    post = before.site("blocks.0.hook_resid_post", OUTPUT)
+    wanted = trace_with(block, post, noise, run).post
+    for in_place in (False, True):
+        pre = replace(block, in_place=in_place).site("blocks.1.hook_resid_pre", INPUT)
+        if close(wanted, trace_with(block, pre, noise, run).post):
+            return {n: replace(each, in_place=in_place) for n, each in blocks.items()}
+    raise InputError(
+        f"the blocks of {describe(model)} ({block.paths[0]}) do not all read the residual stream where they "
+        "are given it, so it has no named sites: give a module path"
+    )
 
 
 def _is_chain(blocks: list[Block], calls: list[tuple[int, End, Tensor]]) -> bool:
