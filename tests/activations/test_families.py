@@ -243,6 +243,26 @@ def test_parts_whose_skip_connection_cannot_be_reached_are_refused():
         resolve_site(Parts(copies=True).eval(), "x1.post")
 
 
+@pytest.mark.parametrize(
+    "family", ["xlm", "squeezebert", "xlnet", "prophetnet", "cpmant", "albert", "funnel"]
+)
+def test_gradients_flow_through_replacements_in_other_layouts(family):
+    model = tiny(family)
+    width = site_width(model, resolve_site(model, "x2.pre"))
+    along = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    far = torch.zeros((), requires_grad=True)
+    with replace_activations(model, {"x2.pre": lambda h: h + h.detach().std() * along * far}):
+        model(TOKENS).logits.square().mean().backward()
+    ahead = []
+    for step in (1e-3, -1e-3):
+        moved = {"x2.pre": lambda h, by=step: h + h.std() * along * by}
+        with replace_activations(model, moved), torch.no_grad():
+            ahead.append(float(model(TOKENS).logits.double().square().mean()))
+    slope = (ahead[0] - ahead[1]) / 2e-3
+    assert float(far.grad) == pytest.approx(slope, rel=0.05, abs=1e-3)
+    assert abs(slope) > 1e-2
+
+
 def test_calls_of_one_module_are_told_apart():
     model = tiny("albert")
     names = [f"x{n}.post" for n in range(4)]
