@@ -26,7 +26,11 @@ from ndm_fast.provenance import provenance
 
 OUT = Path("bench/results/families.json")
 _SECONDS = 60
-"""A family that takes longer to build and run is counted as not built."""
+"""Of CPU time; a family that takes longer to build and run is counted as not built."""
+
+
+class _Late(BaseException):
+    """No Exception: a model's run takes those for its own, and tries another way to call it."""
 
 
 def examine(name: str) -> dict[str, Any]:
@@ -59,18 +63,21 @@ def _line(error: Exception) -> str:
 
 
 def _late(*_: object) -> None:
-    raise TimeoutError(f"more than {_SECONDS} s")
+    raise _Late(f"more than {_SECONDS} s of CPU time")
 
 
 def main() -> None:
     """Examine all families, print the count, write the file."""
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGVTALRM, _late)
     families: dict[str, Any] = {}
     for name in FAMILIES:
-        signal.alarm(_SECONDS)
-        families[name] = examine(name)
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_VIRTUAL, _SECONDS)
+        try:
+            families[name] = examine(name)
+        except _Late as late:
+            families[name] = {"status": "not built", "why": str(late)}
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         print(name, *families[name].values(), sep="\t", flush=True)
     status = Counter(found["status"] for found in families.values())
     named = [found for found in families.values() if "blocks" in found]

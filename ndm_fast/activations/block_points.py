@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ndm_fast.activations.site import End, Site
+from ndm_fast.activations.blocks import Block, Point
+from ndm_fast.activations.site import Site
 from ndm_fast.activations.site_hooks import register
 from ndm_fast.activations.trace import BlockTrace, Record, Run, record_block
 
@@ -21,17 +22,6 @@ _MOST_TRIES = 8
 
 _ATTENTION = re.compile(r"att|mixer|mamba|ssm|rglru|temporal|conv|recurrent", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|ff|feed_?forward|moe|expert|dense|fc2", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point inside a block: the tensor at an end of a module, times a constant."""
-
-    module: str
-    end: End
-    scale: float = 1.0
-    flat: bool = False
-    """The tensor is [B T, d]."""
 
 
 INPUT, OUTPUT = Point("", "input"), Point("", "output")
@@ -58,7 +48,7 @@ class Found:
         }
 
 
-def find_points(block: nn.Module, run: Run, others: list[nn.Module]) -> Found:
+def find_points(block: Block, run: Run, others: list[Block]) -> Found:
     """How a block adds up, and its points.
 
     Args:
@@ -85,27 +75,31 @@ def close(total: Tensor, *terms: Tensor) -> bool:
 class _Prober:
     """One block, its records, and what becomes of them when a point is replaced by noise."""
 
-    def __init__(self, block: nn.Module, run: Run) -> None:
+    def __init__(self, block: Block, run: Run) -> None:
         self._block, self._run = block, run
         self.trace = record_block(block, run)
         self._generator = torch.Generator().manual_seed(0)
 
     def replaced(self, kind: str, point: Point) -> tuple[Tensor, BlockTrace]:
         """Noise, and the records of a run in which a point was replaced by it."""
+        site = self._block.site(f"blocks.0.hook_{kind}", point)
         like = self.trace.pre
         noise = torch.randn(like.shape, generator=self._generator) * like.float().std().cpu()
         noise = noise.to(like.device, like.dtype)
-        flat_in = "" if point.flat else None
-        site = Site(f"blocks.0.hook_{kind}", point.module, point.end, point.scale, flat_in=flat_in)
+        return noise, trace_with(self._block, site, noise, self._run)
 
-        def change(activation: Tensor) -> Tensor:
-            return activation.copy_(noise) if site.feeds_skip else noise.clone()
 
-        handle = register(self._block, site, change, first=True)
-        try:
-            return noise, record_block(self._block, self._run)
-        finally:
-            handle.remove()
+def trace_with(block: Block, site: Site, noise: Tensor, run: Run) -> BlockTrace:
+    """The records of a block in a run in which a site of the model was replaced by [B, T, d] noise."""
+
+    def change(activation: Tensor) -> Tensor:
+        return activation.copy_(noise) if site.feeds_skip else noise.clone()
+
+    handle = register(block.model, site, change, first=True)
+    try:
+        return record_block(block, run)
+    finally:
+        handle.remove()
 
 
 def at(trace: BlockTrace, point: Point) -> Tensor | None:
@@ -189,19 +183,24 @@ def _post_norm(prober: _Prober) -> Iterator[Found]:
     inputs = [r for r in trace.records if r.end == "input" and (r.module, "output") in ends]
     norms = [(r.module, r, ends[(r.module, "output")]) for r in inputs]
     lasts = [(module, x) for module, x, y in norms if close(trace.post, y.value)]
+    partly: list[Found] = []
     for first, x, y in norms:
+        if close(y.value, trace.pre) or close(y.value, trace.post):
+            continue
         mid, before = Point(first, "output"), [r for r in trace.records if r.order < x.order]
         attns = [a for a in _addends(trace.pre, x.value, before) if not _is_mlp(a.module)]
         attn = next((a for a in attns if _follows(prober, "attn_out", a, _point(x), [INPUT])), None)
-        if attn is None:
-            continue
         for last, total in lasts:
             between = [r for r in trace.records if y.order < r.order < total.order]
             for mlp in _addends(y.value, total.value, between):
                 if _follows(prober, "mlp_out", mlp, _point(total), [mid]) and _follows(
                     prober, "resid_mid", mid, _point(total), [mlp]
                 ):
-                    yield Found(POST_NORM, attn, mid, mlp, norms=(first, last))
+                    found = Found(POST_NORM, attn, mid, mlp, norms=(first, last))
+                    if attn is not None:
+                        yield found
+                    partly.append(found)
+    yield from partly
 
 
 def _parallel(prober: _Prober) -> Iterator[Found]:

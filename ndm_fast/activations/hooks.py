@@ -126,7 +126,8 @@ def replaced(activation: Tensor, replacement: Replacement, name: str, *, in_plac
     new = _checked(replacement(activation.clone()), activation, name)
     # `resid_mid` is the input of a norm, and the block adds the same tensor object to the MLP's output.
     # Returning a new tensor would reach the norm alone; writing into the old one reaches both, exactly. The
-    # sum that made it does not need its result for its gradient.
+    # sum that made it does not need its result for its gradient. The same goes for the input of blocks that
+    # read it in several places.
     return activation.copy_(new) if in_place else new
 
 

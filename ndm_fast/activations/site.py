@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from ndm_fast.activations.layout import PLAIN, Layout
+
 End = Literal["input", "output"]
 
 POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -32,6 +34,10 @@ class Site:
     scale: float = 1.0  # the activation is this many times the module's tensor
     copied: bool = False  # read a copy, as the model may write to the tensor later
     flat_in: str | None = None  # the module's tensor is [B T, d], in the block of this path
+    layout: Layout = PLAIN  # where the activation lies in the module's tensor
+    skips: bool = False  # the module's input is read elsewhere too, as by a skip connection around the module
+    call: int = 0  # which call of the module, in one run of `counted_in`
+    counted_in: str | None = None  # path of what calls the module again and again; None: it is called once
 
     @property
     def is_named(self) -> bool:
@@ -39,9 +45,14 @@ class Site:
         return self.name != self.module
 
     @property
+    def is_whole_tensor(self) -> bool:
+        """Whether the activation is the module's own tensor [B, T, d], as it is."""
+        return self.scale == 1 and self.flat_in is None and self.layout == PLAIN and self.counted_in is None
+
+    @property
     def feeds_skip(self) -> bool:
-        """Whether the module's input tensor is also read by a skip connection around the module."""
-        return self.end == "input" and self.name.endswith(".hook_resid_mid")
+        """Whether the module's input tensor is read elsewhere too: by a skip connection around the module."""
+        return self.end == "input" and (self.skips or self.name.endswith(".hook_resid_mid"))
 
 
 def parse(name: str) -> tuple[int, str] | None:

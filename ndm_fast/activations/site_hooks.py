@@ -24,15 +24,21 @@ def register(
     module = model.get_submodule(site.module)
 
     rows: list[int] = []
+    turn = _Turn(site)
 
     def scaled(tensor: Tensor) -> Tensor | None:
-        if site.scale == 1 and not rows:
+        if site.is_whole_tensor:
             return use(tensor)
-        shown = tensor.view(*rows, -1) if rows else tensor
+        shown = tensor.view(*rows, -1) if rows else site.layout.view(tensor)
         new = use(shown * site.scale if site.scale != 1 else shown)
-        return None if new is None else (new / site.scale).view(tensor.shape)
+        if new is None:
+            return None
+        new = new / site.scale if site.scale != 1 else new
+        return new.view(tensor.shape) if rows else site.layout.put(tensor, new)
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if not turn.is_it():
+            return None
         where, key = input_place(args, kwargs)
         new = scaled(_tensor(where, key, site))
         if new is None:
@@ -40,6 +46,8 @@ def register(
         return (_with(args, key, new), kwargs) if where is args else (args, _with(kwargs, key, new))
 
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not turn.is_it():
+            return None
         new = scaled(tensor_at(output, site))
         return None if new is None else with_tensor(output, new)
 
@@ -51,11 +59,32 @@ def register(
     if site.flat_in is not None:
         block = model.get_submodule(site.flat_in)
         handles.append(block.register_forward_pre_hook(note_rows, with_kwargs=True))
+    if site.counted_in is not None:
+        holder = model.get_submodule(site.counted_in)
+        handles.append(holder.register_forward_pre_hook(turn.begin, prepend=True))
     if site.end == "input":
         handles.append(module.register_forward_pre_hook(before, prepend=first, with_kwargs=True))
     else:
         handles.append(module.register_forward_hook(after, prepend=first))
     return handles
+
+
+class _Turn:
+    """Counts the calls of a module that runs again and again, to tell which is the site's."""
+
+    def __init__(self, site: Site) -> None:
+        self._site, self._calls = site, 0
+
+    def begin(self, *_: Any) -> None:
+        """What calls the module begins."""
+        self._calls = 0
+
+    def is_it(self) -> bool:
+        """Whether the call that is told is the site's."""
+        if self._site.counted_in is None:
+            return True
+        self._calls += 1
+        return self._calls - 1 == self._site.call
 
 
 class Handles:

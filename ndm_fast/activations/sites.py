@@ -13,7 +13,8 @@ The first column (TransformerLens) is canonical. In pre-norm families `resid_mid
 `resid_post = resid_mid + mlp_out`; with parallel attention `resid_post = resid_pre + attn_out + mlp_out` and
 there is no resid_mid. BERT normalises after each sum: `resid_mid = LayerNorm(resid_pre + attn_out)`,
 `resid_post = LayerNorm(resid_mid + mlp_out)`. attn_out is what the first branch adds; hybrid
-models have a mixer of another kind there. What a family multiplies before it adds it counts multiplied.
+models have a mixer of another kind there. What a family multiplies before it adds it counts multiplied. Of
+a model that hands on another tensor than [B, T, d], the text's part is given in that shape (`layout`).
 
 A few families are in a table (`families`). Those of all others are told by their structure in a run on a few
 tokens (`structure`), the first time a site of the model is asked for.
@@ -27,9 +28,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from ndm_fast.activations.block_points import HIDDEN_SUM, PARALLEL
+from ndm_fast.activations.blocks import likely_blocks, number_in_config
 from ndm_fast.activations.families import family_of
 from ndm_fast.activations.site import FORMS, Site, canonical_name, parse
-from ndm_fast.activations.structure import likely_blocks, number_in_config, structure_of
+from ndm_fast.activations.structure import structure_of
 from ndm_fast.activations.wrappers import describe, is_empty, join, text_config, unwrapped
 from ndm_fast.errors import InputError
 
@@ -92,7 +94,7 @@ def list_sites(model: nn.Module) -> list[str]:
     """Canonical names of all named sites in forward order; the module paths where there are none."""
     model = unwrapped(model)
     try:
-        blocks = range(number_of_blocks(model)) if _blocks_path(model) else ()
+        blocks = range(number_of_blocks(model)) if _blocks(model) else ()
     except InputError:
         return [path for path, _ in model.named_modules() if path]
     return [f"blocks.{i}.hook_{kind}" for i in blocks for kind in _points(model, i)]
@@ -107,8 +109,15 @@ def number_of_blocks(model: nn.Module) -> int:
     model = unwrapped(model)
     if family_of(model) is not None:
         return len(_blocks(model))
-    count = number_in_config(model)
-    return len(_blocks(model)) if count is None else int(count)
+    try:
+        return len(_blocks(model))
+    except InputError:
+        # Without weights, or without named sites. A config may count the encoder's blocks, where only the
+        # decoder is there, so the structure comes first.
+        count = number_in_config(model)
+        if count is None:
+            raise
+        return int(count)
 
 
 def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Module | None] | None:
@@ -124,31 +133,33 @@ def parts_below(model: nn.Module, site: Site) -> tuple[list[nn.Module], nn.Modul
     if family is None or point is None or family.is_post_norm:
         return None
     index, kind = point
-    blocks = _blocks(model)
+    blocks = [model.get_submodule(path) for (path,) in _blocks(model)]
     if kind == "resid_mid":
         inner = family.attention or family.attn_out
-        return list(blocks[:index]), blocks[index].get_submodule(inner)
+        return blocks[:index], blocks[index].get_submodule(inner)
     if kind in ("resid_pre", "resid_post"):
-        return list(blocks[: index + (kind == "resid_post")]), None
+        return blocks[: index + (kind == "resid_post")], None
     return None
 
 
 def blocks_without(model: nn.Module, sites: Iterable[Site]) -> list[nn.Module]:
     """The transformer blocks that no site lies inside of; a block's own input and output are not inside.
 
+    Of blocks that no module holds together, their parts; of blocks that share a module, that one once.
+
     Raises:
         InputError: the blocks are not known.
     """
     model = unwrapped(model)
     try:
-        path, blocks = _blocks_path(model), _blocks(model)
+        paths = dict.fromkeys(path for block in _blocks(model) for path in block)
     except InputError as error:
         raise InputError(f"{error}; and leave --compile-model away") from None
     inside = [site.module for site in sites]
     return [
-        block
-        for number, block in enumerate(blocks)
-        if not any(module.startswith(f"{path}.{number}.") for module in inside)
+        model.get_submodule(path)
+        for path in paths
+        if not any(module.startswith(f"{path}.") for module in inside)
     ]
 
 
@@ -218,15 +229,13 @@ def _why_not(model: nn.Module, index: int, kind: str) -> str:
     return f"no module of block {index} of {describe(model)} gives a {kind} that adds up"
 
 
-def _blocks_path(model: nn.Module) -> str:
+def _blocks(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Of each block the paths of its modules."""
     family = family_of(model)
-    return structure_of(model).blocks if family is None else family.blocks_path(model)
-
-
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    blocks = model.get_submodule(_blocks_path(model))
-    assert isinstance(blocks, nn.ModuleList)
-    return blocks
+    if family is None:
+        return structure_of(model).blocks
+    path = family.blocks_path(model)
+    return tuple((f"{path}.{name}",) for name, _ in model.get_submodule(path).named_children())
 
 
 def _resolve_path(model: nn.Module, path: str) -> Site:
@@ -248,10 +257,9 @@ def _named_output(model: nn.Module, path: str) -> Site | None:
     if family_of(model) is None and (is_empty(model) or not hasattr(model, "config")):
         return None
     try:
-        start = f"{_blocks_path(model)}."
-        if not path.startswith(start):
-            return None
-        points = _points(model, int(path.removeprefix(start).partition(".")[0]))
+        inside = f"{path}."
+        blocks = [n for n, own in enumerate(_blocks(model)) if any(inside.startswith(f"{p}.") for p in own)]
+        points = _points(model, blocks[0]) if len(blocks) == 1 else {}
     except InputError:
         return None  # no named points
     outputs = (site for site in points.values() if (site.module, site.end, site.scale) == (path, "output", 1))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ndm_fast.activations.blocks import Block, Calls, Stacks
+from ndm_fast.activations.layout import PLAIN, Layout
 from ndm_fast.activations.site import End
 from ndm_fast.activations.site_hooks import first_tensor, input_place
 from ndm_fast.activations.wrappers import describe, input_device, text_config, without_compiler
@@ -19,11 +22,14 @@ ROWS, LENGTH, LONGER = 2, 8, 12
 """Rows and tokens that a model is run on, and another length, to see what grows with it."""
 
 
+_ENDS: tuple[End, End] = ("input", "output")
+
+
 class Run(Protocol):
     """One forward pass on a few tokens; ends early where a hook raises :class:`Enough`."""
 
-    def __call__(self, length: int = LENGTH) -> None:
-        """Run rows of so many tokens."""
+    def __call__(self, length: int = LENGTH, other: tuple[int, int] | None = None) -> None:
+        """Run rows of so many tokens; ``other``: row and position of a token to put another for."""
 
 
 class Enough(Exception):  # noqa: N818 - not an error, the way out of a forward pass
@@ -65,9 +71,11 @@ def runs(model: nn.Module) -> Iterator[Run]:
     device = input_device(model)
     ways: list[dict[str, Any]] = [{"attention_mask": True, "use_cache": False}, {"attention_mask": True}, {}]
 
-    def run(length: int = LENGTH) -> None:
-        tokens = (torch.arange(ROWS * length, device=device) * 7 + 11) % min(int(vocabulary), 1000)
-        tokens = tokens.view(ROWS, length)
+    def run(length: int = LENGTH, other: tuple[int, int] | None = None) -> None:
+        known = min(int(vocabulary), 1000)
+        tokens = ((torch.arange(ROWS * length, device=device) * 7 + 11) % known).view(ROWS, length)
+        if other is not None:
+            tokens[other] = (tokens[other] + 1) % known
         while True:
             options = dict(ways[0])
             if "attention_mask" in options:
@@ -119,46 +127,75 @@ def recording(
         yield
 
 
-def block_ends(
-    model: nn.Module, paths: list[str], run: Run, length: int = LENGTH
-) -> dict[str, list[tuple[int, End, Tensor]]]:
-    """By list of blocks: (block, end, tensor) of every call, in order."""
-    found: dict[str, list[tuple[int, End, Tensor]]] = {path: [] for path in paths}
-    blocks = [
-        (f"{p}.{name}", block) for p in paths for name, block in model.get_submodule(p).named_children()
-    ]
-
-    def note(path: str, end: End, value: Tensor) -> None:
-        where, _, number = path.rpartition(".")
-        found[where].append((int(number), end, value.detach().clone()))
-
-    with recording(blocks, note):
-        run(length)
+def calls_of(model: nn.Module, paths: Iterable[str], run: Run) -> Calls:
+    """What some modules took and gave in a run, in order."""
+    found: Calls = []
+    with recording(
+        ((path, model.get_submodule(path)) for path in paths),
+        lambda path, end, value: found.append((path, end, value.detach().clone())),
+    ):
+        run()
     return found
 
 
-def record_block(block: nn.Module, run: Run, stop: bool = True) -> BlockTrace:
+def block_ends(
+    stacks: Stacks, run: Run, length: int = LENGTH, other: tuple[int, int] | None = None
+) -> dict[str, list[tuple[int, End, Tensor]]]:
+    """By stack: (number of the block, end, the module's own tensor) of every call, in order."""
+    found: dict[str, list[tuple[int, End, Tensor]]] = {name: [] for name in stacks}
+    with ExitStack() as hooks:
+        for name, blocks in stacks.items():
+            numbers: dict[tuple[str, End], list[int]] = {}
+            for number, block in enumerate(blocks):
+                for end in _ENDS:
+                    numbers.setdefault((block.path(block.end(end)), end), []).append(number)
+            modules = {path: blocks[0].model.get_submodule(path) for path, _ in numbers}
+            calls: Counter[tuple[str, End]] = Counter()
+
+            def note(
+                path: str, end: End, value: Tensor,
+                name: str = name, numbers: Any = numbers, calls: Any = calls,
+            ) -> None:  # fmt: skip
+                mine = numbers.get((path, end))
+                if mine is not None:
+                    # A call beyond those that are known shows as one of the last block again.
+                    number = mine[min(calls[path, end], len(mine) - 1)]
+                    calls[path, end] += 1
+                    found[name].append((number, end, value.detach().clone()))
+
+            hooks.enter_context(recording(modules.items(), note))
+        run(length, other)
+    return found
+
+
+def record_block(block: Block, run: Run, stop: bool = True) -> BlockTrace:
     """The records of one block in a run that ends after it."""
     calls: dict[tuple[str, End], list[Record]] = {}
     order = iter(range(1_000_000))
+    first, last = block.end("input"), block.end("output")
 
     def note(path: str, end: End, value: Tensor) -> None:
-        calls.setdefault((path, end), []).append(Record(path, end, value.detach().clone(), next(order)))
-        if not path and end == "output" and stop:
+        mine = calls.setdefault((path, end), [])
+        mine.append(Record(path, end, value.detach().clone(), next(order)))
+        if (path, end) == (last, "output") and stop and len(mine) > block.call:
             raise Enough
 
-    with recording(block.named_modules(), note):
+    with recording(block.modules(), note):
         run()
-    pre, post = calls[("", "input")][0].value, calls[("", "output")][0].value
-    once = (found[0] for found in calls.values() if len(found) == 1)
-    inside = (_in_shape(r, pre.shape) for r in once if r.module and r.value.is_floating_point())
-    return BlockTrace(pre, post, sorted((r for r in inside if r is not None), key=lambda r: r.order))
+    pre, post = (calls[end][block.call].value for end in ((first, "input"), (last, "output")))
+    own = (found[block.call] for found in calls.values() if len(found) == block.call + 1)
+    inside = (_in_shape(r, pre.shape, block.layout) for r in own if r.module and r.value.is_floating_point())
+    return BlockTrace(
+        block.layout.view(pre),
+        block.layout.view(post),
+        sorted((r for r in inside if r is not None), key=lambda r: r.order),
+    )
 
 
-def _in_shape(found: Record, shape: torch.Size) -> Record | None:
-    """The record, where it has the shape of the stream, or the same with all tokens in one row."""
+def _in_shape(found: Record, shape: torch.Size, layout: Layout) -> Record | None:
+    """The text's part, where the tensor has the shape of the block's, or all tokens in one row."""
     if found.value.shape == shape:
-        return found
-    if found.value.shape == (shape[0] * shape[1], shape[2]):
-        return Record(found.module, found.end, found.value.view(shape), found.order, flat=True)
+        return replace(found, value=layout.view(found.value))
+    if layout == PLAIN and found.value.shape == (shape[0] * shape[1], shape[2]):
+        return replace(found, value=found.value.view(shape), flat=True)
     return None

@@ -34,14 +34,20 @@ def traced_site(model: Any, name: str) -> TracedSite:
         name: in any form of ``ndm_fast.activations.sites``.
 
     Raises:
-        InputError: no such site, or the model is not loaded yet.
+        InputError: no such site, one in a module that runs again and again, or the model is not loaded yet.
     """
     inner = getattr(model, "_module", None)
     if inner is None:
         raise InputError(f"{type(model).__name__} is no model of nnsight: wrap it, nnsight.NNsight(model)")
     if is_empty(inner):
         raise InputError("nnsight has not loaded the model's weights yet: pass dispatch=True")
-    return TracedSite(model, resolve_site(inner, name))
+    site = resolve_site(inner, name)
+    if site.counted_in is not None:
+        raise InputError(
+            f"nnsight does not tell the calls of {site.module} apart, which {site.name} is one of: use "
+            "ndm_fast.collect_activations and ndm_fast.replace_activations"
+        )
+    return TracedSite(model, site)
 
 
 class TracedSite:
@@ -75,7 +81,8 @@ class TracedSite:
         new = replaced(self._shown(own), replacement, self.site.name, in_place=self.site.feeds_skip)
         if self.site.feeds_skip:
             return new
-        written = (new / self.site.scale if self.site.scale != 1 else new).view(own.shape)
+        scaled = new / self.site.scale if self.site.scale != 1 else new
+        written = self.site.layout.put(own, scaled) if self._shape is None else scaled.view(own.shape)
         if self.site.end == "input":
             self._module.input = written
         else:
@@ -91,5 +98,5 @@ class TracedSite:
         return tensor_at(self._module.output, self.site)
 
     def _shown(self, own: Tensor) -> Tensor:
-        shaped = own if self._shape is None else own.view(*self._shape, -1)
+        shaped = self.site.layout.view(own) if self._shape is None else own.view(*self._shape, -1)
         return shaped if self.site.scale == 1 else shaped * self.site.scale

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 
+from ndm_fast.activations.layout import PLAIN
 from ndm_fast.activations.sites import resolve_site, site_width
 from ndm_fast.adapters.packages import needed
 from ndm_fast.errors import InputError
@@ -52,10 +53,12 @@ def representation(model: nn.Module, site: str, partition: SubspacePartition) ->
         InputError: no such site, one that pyvene cannot address, or one of another width than the partition.
     """
     found = resolve_site(model, site)
-    if found.scale != 1 or found.flat_in is not None:
+    if not found.is_whole_tensor:
+        inside = found.layout == PLAIN and found.counted_in is None
+        remedy = "take a resid_pre or resid_post" if inside else "take another model, or our own hooks"
         raise InputError(
             f"pyvene cannot address {found.name} of this model, which is no module's tensor [B, T, d] as it "
-            "is: take a resid_pre or resid_post"
+            f"is: {remedy}"
         )
     width = site_width(model, found)
     if width != partition.width:

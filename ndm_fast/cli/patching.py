@@ -191,12 +191,18 @@ def add_causalgym(kinds: Any) -> None:
     add_hub_flags(gym)
     gym.add_argument("--site", default=None, help="where to patch; default: the partition's own site")
     gym.add_argument("--data", default=None, help="text for PCA; default: what the run was trained on")
+    gym.add_argument(
+        "--choose-span",
+        action="store_true",
+        help="of each task only the span that does most on one half of the pairs, measured on the other",
+    )
     gym.add_argument("--rows", type=int, default=64, help="prompts in one forward pass")
     gym.add_argument("--out", default="runs/causalgym", help="folder for causalgym.json")
 
 
 def _causalgym(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.causalgym import causalgym_json, causalgym_rows, read_pairs, run_causalgym
+    from ndm_fast.evaluate.causalgym import causalgym_json, causalgym_rows, run_causalgym
+    from ndm_fast.evaluate.minimal_pairs import read_pairs
     from ndm_fast.run.load import load_partition
     from ndm_fast.table import text_table
 
@@ -207,6 +213,7 @@ def _causalgym(options: argparse.Namespace) -> None:
         options.model,
         site=options.site,
         data=options.data,
+        choose=options.choose_span,
         rows=options.rows,
         device=options.device,
         hub=hub_choice(options),

@@ -9,10 +9,8 @@ The effect is the log odds ratio: the fall of log p(base label) - log p(source l
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,39 +22,13 @@ from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.circuits.ioi import logit_difference
 from ndm_fast.evaluate.gini import top_share
-from ndm_fast.evaluate.patching.answers import answer_token, prompt_tokens
+from ndm_fast.evaluate.minimal_pairs import MinimalPair, PairTokens, halves_of, pair_tokens
 from ndm_fast.evaluate.patching.language_model import check_lengths, load_language_model
 from ndm_fast.evaluate.patching.layers_above import LayersAbove
 from ndm_fast.evaluate.patching.patching import patch_effects
 from ndm_fast.evaluate.patching.prompts import pad_prompts
 from ndm_fast.evaluate.revision import trained_on
 from ndm_fast.partition import SubspacePartition
-
-_FIELDS = ("base", "src", "base_type", "src_type", "base_label", "src_label")
-
-_BOS = "<|endoftext|>"
-"""What their first span begins with; the tokenizer's own BOS takes its place."""
-
-
-class MinimalPair(NamedTuple):
-    """Two sentences in aligned spans, which differ in one feature, and what follows each."""
-
-    task: str
-    base: list[str]
-    src: list[str]
-    base_label: str
-    src_label: str
-
-
-class _Tokens(NamedTuple):
-    """A pair in one tokenizer."""
-
-    pair: MinimalPair
-    base: list[int]
-    src: list[int]
-    last: list[tuple[int, int] | None]
-    """Per span its last token in base and source; None where a side has none."""
-    labels: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -76,72 +48,17 @@ class SpanEffects:
     """Log odds ratio where the whole activation is patched."""
     effect: dict[str, list[float]]
     """Method -> [S] log odds ratio of each subspace."""
+    best: dict[str, int]
+    """Method -> subspace of the largest effect, on these pairs or on those that the span was chosen on."""
 
 
-def read_pairs(path: str | Path) -> list[MinimalPair]:
-    """Pairs from a JSON list, or a file with one JSON object a line.
+class _Group(NamedTuple):
+    """The pairs of a task at one span."""
 
-    Each has ``base`` and ``src`` (equally long lists of spans that join to the sentence, or single texts),
-    ``base_type``, ``src_type``, ``base_label``, ``src_label`` and perhaps ``task``.
-
-    Raises:
-        InputError: the file cannot be read or has another form.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        records = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {path} ({error}): give a JSON file of CausalGym's form") from None
-    if not records:
-        raise InputError(f"{path} holds no pair: give objects with {', '.join(_FIELDS)}")
-    return [_pair(record, f"pair {number} of {path}") for number, record in enumerate(records)]
-
-
-def _lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-
-
-def _pair(record: Any, where: str) -> MinimalPair:
-    missing = [n for n in _FIELDS if n not in record] if isinstance(record, dict) else list(_FIELDS)
-    if missing:
-        raise InputError(f"{where} has no {missing[0]!r}: give objects with {', '.join(_FIELDS)}")
-    base, src = (record[n] if isinstance(record[n], list) else [record[n]] for n in ("base", "src"))
-    labels = record["base_label"], record["src_label"]
-    if len(base) != len(src) or not base or not all(isinstance(t, str) for t in (*base, *src, *labels)):
-        raise InputError(f"{where} is not of CausalGym's form: base and src are lists of as many texts")
-    return MinimalPair(str(record.get("task", "")), base, src, *labels)
-
-
-def _tokens(tokenizer: Any, pair: MinimalPair) -> _Tokens | None:
-    """None where the labels begin alike or change the last token of their sentence."""
-    sides = []
-    for spans in (pair.base, pair.src):
-        spans = [spans[0].removeprefix(_BOS), *spans[1:]]
-        text = "".join(spans)
-        sides.append((prompt_tokens(tokenizer, text), _last_tokens(tokenizer, spans), text))
-    (base, base_last, text), (src, src_last, _) = sides
-    labels = [answer_token(tokenizer, text, label) for label in (pair.base_label, pair.src_label)]
-    if None in labels or labels[0] == labels[1] or not base or not src:
-        return None
-    last = [None if b is None or s is None else (b, s) for b, s in zip(base_last, src_last, strict=True)]
-    return _Tokens(pair, base, src, last, (int(labels[0] or 0), int(labels[1] or 0)))
-
-
-def _last_tokens(tokenizer: Any, spans: Sequence[str]) -> list[int | None]:
-    """Number of the last token that ends inside each span."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("minimal pairs need a fast tokenizer, which knows where each token lies in the text")
-    encoded = tokenizer("".join(spans), add_special_tokens=False, return_offsets_mapping=True)
-    before = 0 if tokenizer.bos_token_id is None else 1
-    found: list[int | None] = []
-    begin = 0
-    for span in spans:
-        end = begin + len(span)
-        inside = [n for n, (_, last) in enumerate(encoded["offset_mapping"]) if begin < last <= end]
-        found.append(inside[-1] + before if inside else None)
-        begin = end
-    return found
+    span: int
+    pairs: list[PairTokens]
+    best: dict[str, int] | None = None
+    """Method -> subspace that other pairs have chosen."""
 
 
 def run_causalgym(
@@ -151,6 +68,7 @@ def run_causalgym(
     *,
     site: str | None = None,
     data: str | None = None,
+    choose: bool = False,
     rows: int = 64,
     device: str = "cpu",
     hub: HubOptions | None = None,
@@ -161,6 +79,9 @@ def run_causalgym(
         site: default the partition's own.
         data: text for principal components; default what the partition was trained on, and where that is not
             known either, PCA is left out.
+        choose: of each task only the span where patching the whole activation has the largest effect, with
+            each method's best subspace: both are chosen on every other sentence pair, and measured on those
+            between. A pair and the same one with its sides swapped are one.
         hub: the model's revision, default the one that the partition was trained on, and whether its own code
             may run.
 
@@ -175,7 +96,7 @@ def run_causalgym(
         raise InputError("the partition does not say which site it is for: give --site")
     cut = LayersAbove(model, where)
     cut.check_fits(partition)
-    usable = [tokens for pair in pairs if (tokens := _tokens(tokenizer, pair))]
+    usable = [tokens for pair in pairs if (tokens := pair_tokens(tokenizer, pair))]
     if not usable:
         raise InputError(
             f"in this model's tokenizer the two labels begin alike in all of {len(pairs)} pairs: take others"
@@ -191,30 +112,70 @@ def run_causalgym(
     methods = {"ndm": partition.to(device)} | {
         kind: baseline_partition(kind, partition.widths, activations) for kind in kinds
     }
-    groups = list(_spans(usable))
+    groups = _chosen(model, cut, methods, usable, rows) if choose else _spans(usable)
     with tqdm(total=len(groups) * len(methods), desc="causalgym", unit="span", disable=None) as bar:
-        return [_span_effects(model, cut, methods, span, some, rows, bar) for span, some in groups]
+        return [_span_effects(model, cut, methods, group, rows, bar) for group in groups]
 
 
-def _spans(usable: Iterable[_Tokens]) -> Iterable[tuple[int, list[_Tokens]]]:
-    """Span number and the pairs of one task that have it, for every task."""
-    by_span: dict[tuple[str, int], list[_Tokens]] = {}
+def _spans(usable: Iterable[PairTokens]) -> list[_Group]:
+    """Every span of every task, with the pairs that have it."""
+    by_span: dict[tuple[str, int], list[PairTokens]] = {}
     for tokens in usable:
         for span, last in enumerate(tokens.last):
             if last is not None:
                 by_span.setdefault((tokens.pair.task, span), []).append(tokens)
-    return ((span, some) for (_, span), some in sorted(by_span.items(), key=lambda item: item[0]))
+    return [_Group(span, some) for (_, span), some in sorted(by_span.items(), key=lambda item: item[0])]
+
+
+def _chosen(
+    model: Any,
+    cut: LayersAbove,
+    methods: dict[str, SubspacePartition],
+    usable: Sequence[PairTokens],
+    rows: int,
+) -> list[_Group]:
+    """Of each task the span where the whole activation does most on half of its pairs, with the others.
+
+    Each method's best subspace there is chosen on the first half too.
+
+    Raises:
+        InputError: no task has pairs to halve.
+    """
+    width = methods["ndm"].width
+    whole = {"whole": SubspacePartition(torch.eye(width), [width])}
+    here, there = halves_of(usable)
+    others = {(group.pairs[0].pair.task, group.span): group.pairs for group in _spans(there)}
+    best: dict[str, tuple[float, _Group]] = {}
+    with tqdm(desc="choose spans", unit="span", disable=None) as bar:
+        for group in _spans(here):
+            task = group.pairs[0].pair.task
+            found = abs(_span_effects(model, cut, whole, group, rows, bar).whole)
+            if (task, group.span) in others and (task not in best or found > best[task][0]):
+                best[task] = (found, group)
+        if not best:
+            raise InputError("no task has two sentence pairs to halve: leave --choose-span away")
+        chosen = []
+        for task, (_, group) in best.items():
+            effect = _span_effects(model, cut, methods, group, rows, bar).effect
+            chosen.append(
+                _Group(group.span, others[task, group.span], {k: _best(e) for k, e in effect.items()})
+            )
+    return chosen
+
+
+def _best(effects: Sequence[float]) -> int:
+    return max(range(len(effects)), key=lambda s: abs(effects[s]))
 
 
 def _span_effects(
     model: Any,
     cut: LayersAbove,
     methods: dict[str, SubspacePartition],
-    span: int,
-    some: list[_Tokens],
+    group: _Group,
     rows: int,
     bar: Any,
 ) -> SpanEffects:
+    span, some = group.span, group.pairs
     device = next(model.parameters()).device
     last = [places for tokens in some if (places := tokens.last[span])]
     prompts, sources = (
@@ -245,6 +206,7 @@ def _span_effects(
         float(found.clean.double().mean()),
         float(found.whole.double().mean()),
         effect,
+        group.best or {kind: _best(effects) for kind, effects in effect.items()},
     )
 
 
@@ -258,8 +220,8 @@ def causalgym_rows(results: Sequence[SpanEffects]) -> list[dict[str, Any]]:
             "right": found.right,
             "method": kind,
             "whole": found.whole,
-            "best": max(range(len(effects)), key=lambda s: abs(effects[s])),
-            "log_odds_ratio": max(effects, key=abs),
+            "best": found.best[kind],
+            "log_odds_ratio": effects[found.best[kind]],
             "top_share": top_share(effects),
         }
         for found in results

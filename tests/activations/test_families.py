@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_families import FAMILIES, build, vocabulary
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, PreTrainedConfig
 
 from ndm_fast.activations import structure
 from ndm_fast.activations.families import family_of
@@ -47,6 +47,13 @@ DOZEN: dict[str, set[str]] = {
     "falcon": PARALLEL,  # adds attention onto the MLP's output, in place
     "falcon_h1": {"resid_mid", "mlp_out"},  # attention and Mamba side by side: no one module's output
     "mamba": set(),
+    "xlm": ALL,  # lists of attentions, norms and MLPs, and no blocks
+    "squeezebert": ALL,  # calls no block, but its parts, on [B, d, T]
+    "xlnet": {"resid_mid", "mlp_out"},  # [T, B, d]
+    "prophetnet": ALL,  # streams of its own behind the text's
+    "cpmant": ALL,  # positions of its own before the text
+    "albert": ALL,  # one block, run again and again
+    "funnel": ALL,  # is given its input three times
 }
 
 
@@ -96,8 +103,15 @@ def check_replaces(model: nn.Module, block: int) -> None:
     with replace_activations(model, dict.fromkeys(names, lambda h: h)):
         close(read(model, [f"blocks.{block}.hook_resid_post"])[f"blocks.{block}.hook_resid_post"], before)
     mid, mlp, post = (f"blocks.{block}.hook_{p}" for p in ("resid_mid", "mlp_out", "resid_post"))
+    noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
+    after, end = f"blocks.{block + 1}.hook_resid_pre", f"blocks.{block + 1}.hook_resid_post"
+    both = []
+    for name in (post, after):
+        with replace_activations(model, {name: lambda _: noise}):
+            both.append(read(model, [after, end]))
+        close(both[-1][after], noise)
+    close(both[0][end], both[1][end])
     if mid in names and structure.structure_of(model).forms[block] == "sequential":
-        noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(1))
         with replace_activations(model, {mid: lambda _: noise}):
             found = read(model, [mlp, post])
         close(found[post], noise + found[mlp])
@@ -157,15 +171,110 @@ def test_what_is_missing_is_named():
 
 def test_streams_that_are_not_handed_on_are_refused():
     for family, says in [
-        ("xlnet", r"do not hand a residual stream \[B, T, d\] on"),  # [T, B, d]
-        ("cpmant", r"do not hand a residual stream \[B, T, d\] on"),  # puts tokens of its own before the text
+        ("gemma3n_text", r"do not hand a residual stream \[B, T, d\] on"),  # four streams
         ("perceiver", r"do not hand a residual stream \[B, T, d\] on"),  # 8 latents, whatever the text
         ("reformer", "gives other activations for the same tokens each time"),  # random hashes
-        ("albert", "has no list of blocks"),  # one block, run again and again
     ]:
         with pytest.raises(InputError, match=rf"no site 'x1\.post'.*{says}.*give a module path, e\.g\. "):
             resolve_site(tiny(family), "x1.post")
         assert all(not name.startswith("blocks.") for name in list_sites(tiny(family)))
+
+
+class Shifted(nn.Module):
+    """Blocks behind something that puts two positions of its own beside the text's."""
+
+    def __init__(self, behind: bool, mixes: bool = False) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(vocab_size=60, num_hidden_layers=2)
+        self.embed, self.behind, self.mixes = nn.Embedding(60, 16), behind, mixes
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        own, text = torch.ones(len(input_ids), 2, 16), self.embed(input_ids)
+        h = torch.cat([text, own] if self.behind else [own, text], 1)
+        h = h.flip(1) if self.mixes else h
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+
+def test_positions_beside_the_text_are_left_out_where_it_is_proved_which_they_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    model = Shifted(behind=False).eval()
+    found = read(model, ["x0.pre", "x1.post"])
+    close(found["x0.pre"], model.embed(TOKENS))
+    assert found["x1.post"].shape == (*TOKENS.shape, 16)
+    with replace_activations(model, {"x1.post": torch.zeros_like}), torch.no_grad():
+        changed = model(TOKENS)
+    assert torch.equal(changed[:, 2:], torch.zeros(*TOKENS.shape, 16))
+    assert changed[:, :2].abs().min() > 0
+    with pytest.raises(InputError, match="on 2 positions lacks those that the model puts beside the text's"):
+        read(model, ["x1.post"], TOKENS[:, :0])
+    for other in (Shifted(behind=True), Shifted(behind=False, mixes=True)):
+        with pytest.raises(InputError, match="do not hand a residual stream"):
+            resolve_site(other.eval(), "x1.post")
+
+
+class Parts(nn.Module):
+    """Blocks whose parts are in two lists; the skip connection reads the stream itself, or a copy of it."""
+
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.config = PreTrainedConfig(vocab_size=60, num_hidden_layers=2)
+        self.embed, self.copies = nn.Embedding(60, 16), copies
+        self.mixers, self.norms = (
+            nn.ModuleList(make() for _ in range(2))
+            for make in (lambda: nn.Linear(16, 16), lambda: nn.LayerNorm(16))
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        h = self.embed(input_ids)
+        for mixer, norm in zip(self.mixers, self.norms, strict=True):
+            h = norm((h.clone() if self.copies else h) + mixer(h))
+        return h
+
+
+def test_parts_whose_skip_connection_cannot_be_reached_are_refused():
+    model = Parts(copies=False).eval()
+    assert [n for n in list_sites(model) if "blocks.1" in n] == [
+        f"blocks.1.hook_resid_{p}" for p in ("pre", "post")
+    ]
+    with pytest.raises(InputError, match="do not all read the residual stream where they are given it"):
+        resolve_site(Parts(copies=True).eval(), "x1.post")
+
+
+@pytest.mark.parametrize(
+    "family", ["xlm", "squeezebert", "xlnet", "prophetnet", "cpmant", "albert", "funnel"]
+)
+def test_gradients_flow_through_replacements_in_other_layouts(family):
+    model = tiny(family)
+    width = site_width(model, resolve_site(model, "x2.pre"))
+    along = torch.randn(width, generator=torch.Generator().manual_seed(0))
+    far = torch.zeros((), requires_grad=True)
+    with replace_activations(model, {"x2.pre": lambda h: h + h.detach().std() * along * far}):
+        model(TOKENS).logits.square().mean().backward()
+    ahead = []
+    for step in (1e-3, -1e-3):
+        moved = {"x2.pre": lambda h, by=step: h + h.std() * along * by}
+        with replace_activations(model, moved), torch.no_grad():
+            ahead.append(float(model(TOKENS).logits.double().square().mean()))
+    slope = (ahead[0] - ahead[1]) / 2e-3
+    assert float(far.grad) == pytest.approx(slope, rel=0.05, abs=1e-3)
+    assert abs(slope) > 1e-2
+
+
+def test_calls_of_one_module_are_told_apart():
+    model = tiny("albert")
+    names = [f"x{n}.post" for n in range(4)]
+    with torch.no_grad():
+        expected = model(TOKENS, output_hidden_states=True).hidden_states[1:]
+    for _ in range(2):  # a pass that ends early does not spoil the count of the next
+        for name, value in zip(names, expected, strict=True):
+            close(read(model, [name])[name], value)
+    assert [*blocks_without(model, [resolve_site(model, "x1.post")])] == [
+        model.albert.encoder.albert_layer_groups[0]
+    ]
+    assert blocks_without(model, [resolve_site(model, "x1.mid")]) == []
 
 
 def test_a_wrong_sum_is_refused_and_not_guessed(monkeypatch):

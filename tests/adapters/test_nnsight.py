@@ -34,14 +34,23 @@ def test_saved_and_patched_as_by_our_hooks(family, site, nnsight):
 
 
 @pytest.mark.parametrize(
-    ("family", "site"), [("granite", "a1"), ("granite", "m1"), ("opt", "m1"), ("opt", "x1.mid")]
+    ("family", "site"),
+    [
+        ("granite", "a1"),  # multiplies what it adds
+        ("granite", "m1"),
+        ("opt", "m1"),  # its MLP sees the rows of all prompts as one list
+        ("opt", "x1.mid"),
+        ("xlnet", "x1.post"),  # [T, B, d]
+        ("squeezebert", "x1.mid"),  # [B, d, T]
+        ("cpmant", "x1.post"),  # positions of its own before the text
+        ("xlm", "x1.pre"),  # the first part's input, which the skip connection reads too
+    ],
 )
-def test_scaled_and_flat_activations(family, site, nnsight):
-    """Granite multiplies what it adds; OPT's MLP sees the rows of all prompts as one list."""
+def test_activations_that_are_no_module_s_own_tensor(family, site, nnsight):
     inner = tiny_families.build(family)
     with collect_activations(inner, site) as source:
         inner(TOKENS)
-    shift = torch.linspace(-1, 1, source[site].shape[-1])
+    shift = source[site].std() * torch.linspace(-1, 1, source[site].shape[-1])
     with replace_activations(inner, {site: lambda h: h + shift}):
         ours = inner(TOKENS).logits
     model = nnsight.NNsight(inner)
@@ -51,8 +60,13 @@ def test_scaled_and_flat_activations(family, site, nnsight):
         traced.replace(lambda h: h + shift)
         logits = model.output.logits.save()
     assert torch.equal(saved, source[site])
-    assert (logits - ours).abs().max() < 1e-5
+    torch.testing.assert_close(logits, ours, rtol=1e-5, atol=1e-5)
     assert (logits - inner(TOKENS).logits).abs().max() > 1e-2
+
+
+def test_calls_of_one_module_are_refused(nnsight):
+    with pytest.raises(InputError, match=r"nnsight does not tell the calls of albert.* apart"):
+        traced_site(nnsight.NNsight(tiny_families.build("albert")), "x1.post")
 
 
 def test_two_sites_in_one_trace_and_a_shape_that_is_refused(nnsight):

@@ -82,5 +82,7 @@ def test_the_intervention_is_the_partition_and_stays_a_rotation_when_trained(pyv
 def test_what_pyvene_cannot_address_is_one_line(pyvene):
     with pytest.raises(InputError, match=r"cannot address blocks\.1\.hook_attn_out"):
         representation(tiny_families.build("granite"), "a1", PARTITION)
+    with pytest.raises(InputError, match=r"cannot address blocks\.1\.hook_resid_post .* take another model"):
+        representation(tiny_families.build("xlnet"), "x1.post", PARTITION)  # [T, B, d]
     with pytest.raises(InputError, match="is 64 wide, the partition is for 32"):
         representation(tiny_families.build("granite"), "x1.post", PARTITION)

@@ -8,7 +8,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ndm_fast.activations.hooks import collect_activations, replace_activations
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.causalgym import read_pairs, run_causalgym
+from ndm_fast.evaluate.causalgym import run_causalgym
+from ndm_fast.evaluate.minimal_pairs import read_pairs
 from ndm_fast.evaluate.patching.language_model import load_language_model
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
@@ -101,6 +102,39 @@ def test_a_span_that_a_side_lacks_is_left_out(folder, partition, file):
         (1, 1),
         (2, 2),
     ]
+
+
+def swapped(pair):
+    sides = {
+        name: name.replace("base", "src") if "base" in name else name.replace("src", "base") for name in pair
+    }
+    return {sides[name]: value for name, value in pair.items()}
+
+
+def test_a_span_and_its_subspaces_are_chosen_on_other_pairs(folder, partition, tmp_path):
+    """Pairs 0 and 2 choose, 1 and 3 are measured; a pair and itself swapped are on the same side."""
+    nouns = [" dog", " cat", " bird", " house"]
+    pairs = [
+        {
+            **PAIR,
+            "base": ["<|endoftext|>", "a", noun, " likes the"],
+            "src": ["<|endoftext|>", "the", noun, " sees the"],
+        }
+        for noun in nouns
+    ]
+    both = [each for pair in pairs for each in (pair, swapped(pair))]
+    (tmp_path / "pairs.json").write_text(json.dumps(both))
+    read = read_pairs(tmp_path / "pairs.json")
+    (found,) = run_causalgym(partition, read, str(folder), choose=True)
+    choosing, measured = ([p for n, p in enumerate(read) if n // 2 % 2 == half] for half in (0, 1))
+    by_span = {e.span: e for e in run_causalgym(partition, choosing, str(folder))}
+    assert list(by_span) == [1, 2, 3]  # the first span is empty without BOS
+    assert found.span == max(by_span, key=lambda span: abs(by_span[span].whole))
+    assert found.best == by_span[found.span].best
+    (same,) = [e for e in run_causalgym(partition, measured, str(folder)) if e.span == found.span]
+    assert (found.pairs, found.whole, found.effect) == (4, pytest.approx(same.whole), same.effect)
+    with pytest.raises(InputError, match="no task has two sentence pairs to halve"):
+        run_causalgym(partition, read[:2], str(folder), choose=True)
 
 
 def test_lines_are_read_as_a_list_is(tmp_path, file):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ndm_fast.activations.block_points import PARALLEL, POST_NORM, SEQUENTIAL, close
+from ndm_fast.activations.blocks import one_module
 from ndm_fast.activations.families import family_of
 from ndm_fast.activations.sites import resolve_site
 from ndm_fast.activations.structure import structure_of
@@ -77,11 +78,13 @@ def entrance(model: nn.Module, block: int) -> str:
 
 def _heads_of(model: nn.Module, number: int, run: Run) -> Heads:
     end = resolve_site(model, f"blocks.{number}.hook_resid_post")
+    if not end.is_whole_tensor:
+        raise _unknown(model, number, "its stream is no module's own tensor [B, T, d]")
     block = model.get_submodule(end.module)
     named = _named(block)
     if named is None:
         raise _unknown(model, number, "no modules have the names of queries, keys, values and output")
-    trace = record_block(block, run)
+    trace = record_block(one_module(model, end.module), run)
     norms = _norms_before(block, named.projections[0], trace)
     if not norms:
         raise _unknown(model, number, "the projections do not read the block's input through one norm")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ndm_fast.activations.block_points import close
+from ndm_fast.activations.blocks import one_module
 from ndm_fast.activations.sites import resolve_site
 from ndm_fast.activations.trace import Record, Run, record_block, runs
 from ndm_fast.activations.wrappers import unwrapped
@@ -38,12 +39,13 @@ def find_mlps(model: nn.Module, blocks: Sequence[int]) -> list[Mlp | None]:
     found: list[Mlp | None] = []
     with runs(model) as run:
         for number in blocks:
-            block = model.get_submodule(resolve_site(model, f"blocks.{number}.hook_resid_post").module)
-            found.append(_mlp_of(model, block, number, run))
+            end = resolve_site(model, f"blocks.{number}.hook_resid_post")
+            found.append(_mlp_of(model, end.module, number, run) if end.is_whole_tensor else None)
     return found
 
 
-def _mlp_of(model: nn.Module, block: nn.Module, number: int, run: Run) -> Mlp | None:
+def _mlp_of(model: nn.Module, path: str, number: int, run: Run) -> Mlp | None:
+    block = model.get_submodule(path)
     names = {module: name for name, module in block.named_modules()}
     holders = [m for m in block.modules() if {n for n, _ in m.named_children()} & set(_OUTPUTS)]
     for holder in holders:
@@ -54,7 +56,7 @@ def _mlp_of(model: nn.Module, block: nn.Module, number: int, run: Run) -> Mlp | 
     else:
         return None
     out = next(children[name] for name in _OUTPUTS if name in children)
-    records = record_block(block, run).records
+    records = record_block(one_module(model, path), run).records
     ends = {(r.module, r.end): r.value for r in records}
     read, made = ends.get((names[inputs[0]], "input")), ends.get((names[out], "output"))
     site = resolve_site(model, f"blocks.{number}.hook_mlp_out")
