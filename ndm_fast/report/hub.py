@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 from huggingface_hub import ModelCardData
 
+from ndm_fast.activations.packaged import EMBEDDED_MODEL, GGUF_PACKAGES
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.reading import describe
@@ -71,7 +72,7 @@ def write_hub(folders: Sequence[RunFolder], out: Path, repository: str = "USER/N
         told = [_write_hook(hook, folder, out / hook) for hook, folder in sorted(hooks.items(), key=_order)]
     except OSError as error:
         raise unwritable(out, error) from None
-    card = _card(models.pop(), told, repository)
+    card = _card(models.pop(), told, repository, _base_model(folders[0].partition()))
     write_atomic(out / "README.md", card.encode())
     return out / "README.md"
 
@@ -96,6 +97,13 @@ def _model(folder: RunFolder) -> str:
 def _name(value: str) -> str:
     """A hub name as it is; of a path its last part."""
     return value if _REPOSITORY.fullmatch(value) and not Path(value).exists() else Path(value).name
+
+
+def _base_model(partition: SubspacePartition) -> str | None:
+    """The model's name on the hub; None for one that lies here, or comes as a Python package."""
+    model = str(partition.source.get("model", ""))
+    ours = model in GGUF_PACKAGES or model == EMBEDDED_MODEL
+    return model if _REPOSITORY.fullmatch(model) and not ours and not Path(model).exists() else None
 
 
 def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +160,8 @@ def _versions(folder: RunFolder) -> str:
     return ", ".join(f"{name} {versions[name]}" for name in ("ndm-fast", "torch") if name in versions)
 
 
-def _card(model: str, hooks: list[dict[str, Any]], repository: str) -> str:
-    about: dict[str, Any] = {**HUB_ABOUT, "tags": [*HUB_ABOUT["tags"]]}
-    if hooks[0]["settings"].get("rows") is None:
-        about["base_model"] = model
+def _card(model: str, hooks: list[dict[str, Any]], repository: str, base_model: str | None) -> str:
+    about = {**HUB_ABOUT, "base_model": base_model}
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ndm_fast.report"),
         autoescape=False,
