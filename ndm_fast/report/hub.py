@@ -33,7 +33,7 @@ _CAPTIONS = {
     "loss": "Mean distance to the nearest neighbor during training; dashed lines are merges",
     "merge_tree": "Which of the first subspaces joined, and when",
     "mutual_information": "Mutual information between all pairs of subspaces, at every round of merging",
-    "purity": "What nearest neighbors share in each subspace, beside other rotations",
+    "purity": "What nearest neighbors share in each subspace",
 }
 
 
