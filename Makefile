@@ -46,9 +46,11 @@ wheel:
 	$(WHEEL_BIN)/twine check --strict dist/*
 
 # Its wheel in an empty environment with nothing else on the path: a minute, most of it the installation of torch.
+# TRY_WITH is what pip is given beside the wheel; the constraints are for Python 3.11 and later.
+TRY_WITH ?= --constraint constraints.txt
 try-wheel:
 	for python in $(WHEEL_PYTHONS); do \
-		$$python release/try_wheel.py dist --pip --constraint constraints.txt || exit 1; done
+		$$python release/try_wheel.py dist --pip $(TRY_WITH) || exit 1; done
 
 # The Triton kernels as a repository for Hugging Face's `kernels`, which then loads them from there.
 hub-kernel: $(STAMP)
