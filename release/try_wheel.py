@@ -30,7 +30,8 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "venv", place / "venv"], check=True)
         bare = _Bare(place)
         began = time.monotonic()
-        bare.run("pip", "install", "--quiet", f"ndm-fast[figures] @ {wheel.as_uri()}", *options.pip)
+        wanted = f"ndm-fast[figures] @ {wheel.as_uri()}"
+        bare.run("pip", "install", "--quiet", wanted, *options.pip, cwd=Path.cwd())  # files named with --pip
         print(f"installed in {time.monotonic() - began:.0f} s")
         doctor = bare.run("ndm-fast", "doctor")
         print(doctor)
@@ -56,10 +57,10 @@ class _Bare:
             if shutil.which(compiler, path=str(self._path)):
                 sys.exit(f"{compiler} is on the path of the new environment: it is not bare")
 
-    def run(self, command: str, *arguments: str) -> str:
+    def run(self, command: str, *arguments: str, cwd: Path | None = None) -> str:
         done = subprocess.run(
             [self._path / command, *arguments],
-            cwd=self._place,
+            cwd=cwd or self._place,
             env=self._environment,
             stdout=subprocess.PIPE,
             text=True,
