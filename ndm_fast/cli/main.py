@@ -1,4 +1,4 @@
-"""The command ``ndm-fast``: train, harvest, evaluate, report, index, explore, plan, toy, doctor."""
+"""The command ``ndm-fast``: train, harvest, evaluate, report, index, explore, hub, plan, toy, doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ndm-fast report``, ``index`` and ``explore``: their arguments, and what they print."""
+"""``ndm-fast report``, ``index``, ``explore`` and ``hub``: their arguments, and what they print."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ndm_fast.errors import InputError
 
 
 def add_report(commands: Any) -> None:
-    """Add ``report``, ``index`` and ``explore`` to the command line."""
-    for add in (_add_report, _add_index, _add_explore):
+    """Add ``report``, ``index``, ``explore`` and ``hub`` to the command line."""
+    for add in (_add_report, _add_index, _add_explore, _add_hub):
         add(commands)
 
 
@@ -104,6 +104,25 @@ def _explore(options: argparse.Namespace) -> None:
         rows=options.rows,
         device=options.device,
     )
+
+
+def _add_hub(commands: Any) -> None:
+    hub = commands.add_parser(
+        "hub", help="write a folder for the Hugging Face Hub: the partitions of runs, and their card"
+    )
+    hub.add_argument("folders", nargs="+", metavar="RUN", help="folders of finished runs of one model")
+    hub.add_argument("-o", "--out", required=True, help="folder to write, which must be new or empty")
+    hub.add_argument("--name", default="USER/NAME", help="of the repository, for the card's snippet")
+    hub.set_defaults(run=_hub)
+
+
+def _hub(options: argparse.Namespace) -> None:
+    from ndm_fast.report.hub import write_hub
+    from ndm_fast.run.folder import RunFolder
+
+    card = write_hub([RunFolder(folder) for folder in options.folders], Path(options.out), options.name)
+    print(f"hub: {card}")
+    print(f"read it, and upload with: hf upload {options.name} {options.out}")
 
 
 def _check_rows(rows: int) -> None:
