@@ -5,7 +5,7 @@
 Purity of each run on the rows that its training held out, beside PCA. Beside the usual labels one of
 induction: the token that followed the last earlier occurrence of the current one in the same text, which is
 what an induction head finds. The test's subspace is read from the record of `bench/claims/language_model.py`.
-Results go into `bench/results/purity.json`, one entry for each model and test, and a picture of them all.
+Results go into `bench/results/purity.json`, one entry for each model and test; --figure draws all of a test.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def main() -> None:
     entry = {
         "model": options.model,
         "test": options.test,
-        "site": folders[0].config().harvest.site,
+        "site": folders[0].config().harvest.site[0],
         "rows": rows,
         "made_with": provenance(),
     }
@@ -143,7 +143,7 @@ def main() -> None:
     entries.sort(key=lambda one: (one["test"], one["model"] != "smollm2"))
     RECORD.write_text(json.dumps({"entries": entries}, indent=1) + "\n")
     if options.figure:
-        draw(entries, options.figure)
+        draw([one for one in entries if one["test"] == options.test], options.figure)
     for row in rows:
         print(f"\n{row['method']} seed {row['seed']}; test {options.test} names {row['test_names']}")
         kept = [
