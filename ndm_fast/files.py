@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,32 @@ def remove_folder(folder: Path) -> None:
     if folder.exists():
         folder.rename(gone)
         shutil.rmtree(gone)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out`` if all goes well. Killed in the middle, ``out`` is not there.
+
+    What an earlier process left, when it was killed in the middle, is swept away.
+
+    Args:
+        out: is not there yet, or an empty folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    out = out.resolve()
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        found = _LEFTOVER.fullmatch(leftover.name)
+        if found and leftover.is_dir() and not is_alive(int(found["process"])):
+            shutil.rmtree(leftover)
+    filling = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    filling.mkdir(parents=True)
+    try:
+        yield filling
+        filling.rename(out)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
 
 
 def is_alive(process: int) -> bool:

@@ -43,6 +43,7 @@ WRITERS = (
     "evaluate circuits",
     "evaluate connections",
     "toy",
+    "hub",
 )
 
 

@@ -17,6 +17,7 @@ from ndm_fast.files import (
     check_writable,
     digest,
     is_leftover,
+    new_folder,
     read_json,
     remove_folder,
     sealed,
@@ -166,3 +167,22 @@ def test_a_folder_that_is_removed_is_gone_at_once(tmp_path, monkeypatch):
     assert not folder.exists()
     remove_folder(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
+    def half(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), new_folder(out) as filling:
+        half(filling)
+    assert list(tmp_path.iterdir()) == []
+    killed, at_work = (tmp_path / f".out.{process}.tmp" for process in (ended_process(), os.getppid()))
+    for folder in (killed, at_work, out):
+        folder.mkdir()
+    with new_folder(out) as filling:
+        (filling / "a").write_text("whole")
+        assert list(out.iterdir()) == []
+    assert (out / "a").read_text() == "whole"
+    assert sorted(tmp_path.iterdir()) == sorted([at_work, out])

@@ -199,6 +199,8 @@ class Scene:
             yield Writer("evaluate connections", command, command)
             command = ["toy", "--groups", "3,3", "--dim", "2", "--out", out]
             yield Writer("toy", command, command)
+            command = ["hub", str(run), str(upper), "--out", out]
+            yield Writer("hub", command, command)
 
     def _of_rows(self, cached: list[str]) -> Writer:
         rows = self.folder / "rows.npy"

@@ -15,7 +15,7 @@ from ndm_fast.activations.packaged import EMBEDDED_MODEL, GGUF_PACKAGES
 from ndm_fast.config import RunConfig
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.purity.reading import describe
-from ndm_fast.files import parse_json, unwritable, write_atomic
+from ndm_fast.files import new_folder, parse_json, unwritable, write_atomic
 from ndm_fast.partition import HUB_ABOUT, SubspacePartition
 from ndm_fast.report.figures import draw_run, purity_tables
 from ndm_fast.run.folder import RunFolder
@@ -69,11 +69,12 @@ def write_hub(folders: Sequence[RunFolder], out: Path, repository: str = "USER/N
     if len(models) != 1:
         raise InputError(f"runs of {' and '.join(sorted(models))}: one repository holds those of one model")
     try:
-        told = [_write_hook(hook, folder, out / hook) for hook, folder in sorted(hooks.items(), key=_order)]
+        with new_folder(out) as filling:
+            told = [_write_hook(hook, one, filling / hook) for hook, one in sorted(hooks.items(), key=_order)]
+            card = _card(models.pop(), told, repository, _base_model(folders[0].partition()))
+            write_atomic(filling / "README.md", card.encode())
     except OSError as error:
         raise unwritable(out, error) from None
-    card = _card(models.pop(), told, repository, _base_model(folders[0].partition()))
-    write_atomic(out / "README.md", card.encode())
     return out / "README.md"
 
 
