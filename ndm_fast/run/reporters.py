@@ -1,4 +1,4 @@
-"""Where the curves of a run are shown while it goes on: one protocol, and what keeps a run from its failures."""
+"""Where the curves of a run are shown while it goes on, and what keeps the run from failures there."""
 
 from __future__ import annotations
 
@@ -73,10 +73,11 @@ def _checked(one: Any) -> Reporter:
 class Reports:
     """Tells reporters of one run; one that fails is told no more."""
 
-    def __init__(
-        self, to: Sequence[Reporter], folder: str, hyperparameters: Mapping[str, Any], step: int
-    ) -> None:
+    def __init__(self, to: Sequence[Reporter]) -> None:
         self._to = list(to)
+
+    def begin(self, folder: str, hyperparameters: Mapping[str, Any], step: int) -> None:
+        """See :meth:`Reporter.begin`."""
         self._each("begin", folder, hyperparameters, step)
 
     def event(self, record: Mapping[str, Any]) -> None:
