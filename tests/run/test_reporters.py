@@ -292,7 +292,7 @@ reports.close()
 
 
 def steps_of(file: Path) -> list[int]:
-    """Steps in an offline file of W&B, of one block: 7 bytes, then records under a head of sum, size and kind."""
+    """Steps in an offline file of W&B, of one block: 7 bytes, then records after sum, size, kind."""
     from wandb.proto import wandb_internal_pb2
 
     content, at, steps = file.read_bytes(), 7, []
