@@ -17,12 +17,18 @@ demo-lm: $(STAMP) models
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
 
-# ndm_fast.adapters beside the real tools: a minute. They are installed beside what $(VENV) has, which stays as it
-# is; SAELens, which cannot live with TransformerLens 4, in a second environment.
+# ndm_fast.adapters and --report-to beside the real tools: two minutes. They are installed beside what $(VENV) has, which
+# stays as it is; SAELens, which cannot live with TransformerLens 4, in a second environment, and trackio, which wants
+# an older pillow, in a third.
 test-adapters: $(STAMP)
 	$(call adapters,.venv-adapters,transformer_lens nnsight pyvene,'ndm-fast[transformer-lens]' 'ndm-fast[nnsight]' 'ndm-fast[pyvene]' transformer-lens==4.3.0,,tests/adapters)
 	$(call adapters,.venv-sae-lens,sae_lens,'ndm-fast[sae-lens]' transformer-lens==3.9.0,.venv-adapters,\
 		tests/adapters/test_sae_lens.py tests/adapters/test_environment.py)
+	test -x .venv-trackers/bin/python || $(BIN)/python -m venv --without-pip .venv-trackers
+	$(BIN)/python tests/adapters/see_others.py .venv-trackers $(VENV)
+	grep -v '^pillow=' constraints.txt | $(BIN)/pip --python .venv-trackers install --quiet --constraint /dev/stdin \
+		tensorboard==2.21.0 trackio==0.43.0 wandb
+	NDM_FAST_ADAPTERS="tensorboard trackio wandb" .venv-trackers/bin/python -m pytest --quiet tests/run/test_reporters.py
 
 # Folder, packages that must be there, what installs them, environments that it sees beside $(VENV), tests.
 define adapters
@@ -97,4 +103,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/cpu/* csrc/cud
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-adapters .venv-sae-lens .venv-wheel .venv-kernels build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so
+	rm -rf $(VENV) .venv-adapters .venv-sae-lens .venv-trackers .venv-wheel .venv-kernels build dist *.egg-info ndm_fast/_C*.so ndm_fast/_cuda*.so

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ndm_fast.ops.nearest import nearest_index, nearest_neighbors
     from ndm_fast.partition import SubspacePartition
     from ndm_fast.run.folder import RunFolder
+    from ndm_fast.run.reporters import Reporter
     from ndm_fast.run.train import train_run
     from ndm_fast.train.merge.mutual_information import mutual_information
     from ndm_fast.train.trainer import Observer, Trainer
@@ -43,6 +44,7 @@ _HOMES = {
     "Neighbors": "geometry.reference",
     "Observer": "train.trainer",
     "PoolConfig": "activations.pool",
+    "Reporter": "run.reporters",
     "RunConfig": "config",
     "RunFolder": "run.folder",
     "RunSettings": "config",
@@ -76,6 +78,7 @@ __all__ = [
     "Neighbors",
     "Observer",
     "PoolConfig",
+    "Reporter",
     "RunConfig",
     "RunFolder",
     "RunSettings",

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ndm_fast.train.trainer import Observer, Trainer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NANO = EXAMPLES / "nano_ndm.py"
+NOTEBOOK = EXAMPLES / "any_array.ipynb"
 
 
 def loaded(path):
@@ -236,3 +238,29 @@ def test_runs_on_rows_from_a_file(name, tmp_path, monkeypatch, capsys, one_threa
     else:
         assert len(re.findall(r"column [0-4]: ", out)) == 2
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 120
+
+
+def test_the_notebook_runs_and_finds_what_was_planted(monkeypatch):
+    """In a kernel of its own, as a reader would run it from the first cell to the last."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 3
+    text = "".join(
+        output.text for output in shown if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert re.search(r"before merging 0\.0\d\d; widths 8 4\n", text), text
+    for width, own in ((8, 0), (4, 1)):
+        shares = re.search(rf"variable in {width} dimensions: ([\d.]+)% ([\d.]+)%", text)
+        assert float(shares[1 + own]) > 99, text
+
+
+def test_the_notebook_holds_no_outputs():
+    notebook = json.loads(NOTEBOOK.read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in code)
+    assert "pip install --quiet 'ndm-fast[figures]'" in "".join(code[0]["source"])
+    assert set(notebook["metadata"]) == {"kernelspec", "language_info"}

@@ -33,6 +33,7 @@ WRITERS = (
     "index again",
     "report",
     "report again",
+    "report --share",
     "report --figures-only",
     "explore",
     "evaluate purity",

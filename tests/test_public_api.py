@@ -21,6 +21,7 @@ NAMES = [
     "Neighbors",
     "Observer",
     "PoolConfig",
+    "Reporter",
     "RunConfig",
     "RunFolder",
     "RunSettings",

@@ -224,6 +224,7 @@ class Scene:
         shutil.copytree(indexed, reported)
         self._made("reported", ["report", str(reported)])
         yield over("report again", ["report", out], reported)
+        yield over("report --share", ["report", out, "--share", *rows], run)
         yield over("report --figures-only", ["report", out, "--figures-only"], run)
         yield over("explore", ["explore", out, "--port", "0", *rows], run, serves=True)
         yield over("evaluate purity", ["evaluate", "purity", out], indexed)

@@ -19,11 +19,15 @@ def add_report(commands: Any) -> None:
 def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="write the report of a run: a static site, and its figures")
     report.add_argument("folder", metavar="RUN", help="folder of a run")
-    report.add_argument("-o", "--out", default=None, help="folder for the site; default: RUN/report")
+    report.add_argument("-o", "--out", default=None, help="for the site; default: RUN/report, RUN/report.zip")
+    what = report.add_mutually_exclusive_group()
+    what.add_argument(
+        "--share", action="store_true", help="write one zip instead, to send: it opens anywhere, offline"
+    )
     report.add_argument(
         "--rows", type=int, default=20_000, help="activations to index where there is no index"
     )
-    report.add_argument(
+    what.add_argument(
         "--figures-only", action="store_true", help="draw the figures into RUN/figures, no site"
     )
     report.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... for building the index")
@@ -32,6 +36,7 @@ def _add_report(commands: Any) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from ndm_fast.report.figures import draw_run
+    from ndm_fast.report.share import write_share
     from ndm_fast.report.site import write_report
     from ndm_fast.run.folder import RunFolder
 
@@ -42,8 +47,10 @@ def _report(options: argparse.Namespace) -> None:
         return
     check_device(options.device)
     _check_rows(options.rows)
-    out = Path(options.out) if options.out else folder.report_folder
-    print(f"report: {write_report(folder, out, rows=options.rows, device=options.device)}")
+    write = write_share if options.share else write_report
+    usual = folder.report_folder.with_suffix(".zip") if options.share else folder.report_folder
+    out = Path(options.out) if options.out else usual
+    print(f"report: {write(folder, out, rows=options.rows, device=options.device)}")
     if folder.config().run.rows:
         print("left out, as plain rows belong to no tokens: readings, galleries, positions")
 

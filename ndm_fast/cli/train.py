@@ -27,6 +27,9 @@ def add_train(commands: Any) -> None:
     train.add_argument(
         "--keep-activations", action="store_true", help="several sites: leave OUT/activations for later runs"
     )
+    train.add_argument(
+        "--report-to", nargs="+", default=None, metavar="TOOL", help="curves in tensorboard, trackio, wandb"
+    )
     add_settings(train)
     train.set_defaults(run=_train)
 
@@ -46,6 +49,7 @@ def _train(options: argparse.Namespace) -> None:
         device=device,
         show_progress=not options.quiet,
         keep_activations=options.keep_activations,
+        report_to=options.report_to or (),
     ):
         result = folder.result()
         columns = zip(result["widths"], result["variance_share"], result["heldout_distance"], strict=True)

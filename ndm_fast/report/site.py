@@ -60,8 +60,20 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
     Raises:
         InputError: the run is not finished, its index is damaged, or ``out`` cannot be written to.
     """
+    return _write(report_pages(folder, rows=rows, device=device), out)
+
+
+def report_pages(folder: RunFolder, *, rows: int, device: str = "cpu") -> dict[str, str]:
+    """The pages of the site by file name, ``index.html`` first; the figures go into the run folder.
+
+    Args:
+        rows: see :func:`write_report`.
+
+    Raises:
+        InputError: the run is not finished, or its index is damaged.
+    """
     if folder.config().run.rows:
-        return _write({"index.html": _rows_page(folder)}, out)
+        return {"index.html": _rows_page(folder)}
     metric = folder.config().train.metric
     index = run_index(folder, rows=rows, dtype="float32", device=device)
     figures = draw_run(folder, vector=True)
@@ -74,7 +86,7 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
     )
     result = folder.result()
     circuits = circuit_columns(folder.circuits_file, index.rows.widths)
-    pages = {
+    return {
         "index.html": _page(
             "overview.html",
             facts=_facts(folder, index),
@@ -87,7 +99,6 @@ def write_report(folder: RunFolder, out: Path, *, rows: int, device: str = "cpu"
         ),
         **{_name(s): _subspace_page(s, folder, index, metric, circuits) for s in surveys},
     }
-    return _write(pages, out)
 
 
 def _write(pages: dict[str, str], out: Path) -> Path:

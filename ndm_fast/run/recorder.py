@@ -11,6 +11,7 @@ from ndm_fast.files import unwritable
 from ndm_fast.run.checkpoint import Checkpoint, save_checkpoint
 from ndm_fast.run.folder import RunFolder, log_line
 from ndm_fast.run.progress import Progress
+from ndm_fast.run.reporters import Reports
 from ndm_fast.train.trainer import Observer, Trainer
 
 
@@ -28,11 +29,13 @@ class Stoppable(Observer):
 
 
 class Recorder(Stoppable):
-    """Writes log and checkpoints of a run."""
+    """Writes log and checkpoints of a run, and tells its reporters."""
 
-    def __init__(self, folder: RunFolder, log_bytes: int, progress: Progress, stop: threading.Event) -> None:
+    def __init__(
+        self, folder: RunFolder, log_bytes: int, progress: Progress, stop: threading.Event, reports: Reports
+    ) -> None:
         super().__init__(stop)
-        self._folder, self._progress = folder, progress
+        self._folder, self._progress, self._reports = folder, progress, reports
         try:
             self._log = folder.log_file.open("ab")
             self._log.truncate(min(log_bytes, self._log.tell()))
@@ -45,6 +48,7 @@ class Recorder(Stoppable):
             self._log.write(log_line({**record, "time": round(time.time(), 3)}))
         except OSError as error:
             raise unwritable(self._folder.log_file, error) from None
+        self._reports.event(record)
 
     def progress(self, trainer: Trainer) -> None:
         self._progress.update(trainer)
@@ -59,6 +63,7 @@ class Recorder(Stoppable):
         save_checkpoint(self._folder.checkpoint_file, saved)
 
     def close(self) -> None:
+        self._reports.close()
         try:
             self._log.close()
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from ndm_fast.run.checkpoint import Checkpoint
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Counted, Progress
 from ndm_fast.run.recorder import Recorder, Stoppable
+from ndm_fast.run.reporters import Reporter, Reports
 from ndm_fast.run.row_stream import RowStream
 from ndm_fast.signals import stop_on_signal
 from ndm_fast.train.trainer import Trainer
@@ -37,6 +39,7 @@ class SiteRun:
     """Settings of this site's run alone."""
     folder: RunFolder
     stream: SiteStream
+    report_to: Sequence[Reporter] = ()
 
 
 def standing(folder: RunFolder) -> tuple[bool, Checkpoint | None]:
@@ -59,7 +62,7 @@ def train_one(
     trainer = _ready(run, saved, progress, device, group)
     try:
         progress.begin(number, run.stream.site, trainer.step)
-        partition = _recorded(trainer, run.folder, saved.log_bytes if saved else 0, progress)
+        partition = _recorded(trainer, run, saved.log_bytes if saved else 0, progress)
     finally:
         trainer.pool.close()
     if not trainer.finished:
@@ -106,12 +109,14 @@ def _source(config: RunConfig, stream: SiteStream) -> dict[str, Any]:
     }
 
 
-def _recorded(trainer: Trainer, folder: RunFolder, log_bytes: int, progress: Progress) -> SubspacePartition:
-    """Run a trainer, on rank 0 with log and checkpoints, to its end or to a stop."""
+def _recorded(trainer: Trainer, run: SiteRun, log_bytes: int, progress: Progress) -> SubspacePartition:
+    """Run a trainer, on rank 0 with log, reports and checkpoints, to its end or to a stop."""
     with stop_on_signal(alone=launched().size == 1) as stop:
         recorder = Stoppable(stop)
         if trainer.group.all.rank == 0:
-            recorder = Recorder(folder, log_bytes, progress, stop)
+            reports = Reports(run.report_to)
+            recorder = Recorder(run.folder, log_bytes, progress, stop, reports)
+            reports.begin(str(run.folder.path), run.config.flat(), trainer.step)
         try:
             return trainer.run(recorder)
         finally:

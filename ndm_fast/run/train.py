@@ -19,6 +19,7 @@ from ndm_fast.files import remove_folder, unwritable
 from ndm_fast.ranks import Group, Launch, launched
 from ndm_fast.run.folder import RunFolder
 from ndm_fast.run.progress import Progress
+from ndm_fast.run.reporters import Reporter, reporters
 from ndm_fast.run.row_stream import RowStream, note_rows, row_stream
 from ndm_fast.run.site import ACTIVATIONS, SiteRun, standing, train_one
 from ndm_fast.run.source import documents, share_harvest, with_cache
@@ -35,6 +36,7 @@ def train_run(
     device: str = "cpu",
     show_progress: bool = True,
     keep_activations: bool = False,
+    report_to: Sequence[str | Reporter] = (),
 ) -> list[RunFolder]:
     """Train every site of ``config`` and save the results; under torchrun, together with the other ranks.
 
@@ -44,6 +46,8 @@ def train_run(
         out: the run's folder; with several sites, the folder of one run folder per site.
         resume: go on with what is there; start where there is nothing.
         keep_activations: leave ``out/activations``, to train from it again.
+        report_to: who is told of losses and settings: ``tensorboard``, ``trackio``, ``wandb``, or objects of
+            the protocol ``Reporter``. With several sites each is a run of its own.
 
     Returns:
         The folders that this process wrote.
@@ -53,15 +57,15 @@ def train_run(
         StoppedError: Ctrl-C or SIGTERM; the state is saved.
         RanksError: another rank is gone.
     """
-    launch = launched()
+    launch, told = launched(), reporters(report_to)
     if config.run.rows:
         rows = row_stream(config, show_progress=show_progress and launch.rank == 0)
-        return _train_streams(config, [rows], out, launch, resume, device, show_progress)
+        return _train_streams(config, [rows], out, launch, resume, device, show_progress, told)
     if config.run.acts:
         cache = ActivationCache(config.run.acts, partial=config.run.partial)
         config = with_cache(config, cache)
         cached = [cache.stream(site, repeat=config.harvest.repeat_data) for site in config.harvest.site]
-        return _train_streams(config, cached, out, launch, resume, device, show_progress)
+        return _train_streams(config, cached, out, launch, resume, device, show_progress, told)
     if not config.harvest.site:
         raise InputError("no site given: pass --site, for instance blocks.3.hook_resid_post")
     harvest, text = config.harvest, documents(config)
@@ -71,8 +75,8 @@ def train_run(
         ActivationStream(model, tokenizer, site, text, harvest) for site in harvest.site
     ]
     if launch.size > 1:  # each rank runs the model: to run it once, harvest first, and train --acts
-        return _train_streams(config, streams, out, launch, resume, device, show_progress)
-    runs = site_runs(config, streams, out, resume=resume)
+        return _train_streams(config, streams, out, launch, resume, device, show_progress, told)
+    runs = site_runs(config, streams, out, resume=resume, report_to=told)
     try:
         return _train_together(
             config, runs, model, tokenizer, Path(out), device, show_progress, keep_activations
@@ -133,12 +137,13 @@ def _train_streams(
     resume: bool,
     device: str,
     show_progress: bool,
+    report_to: Sequence[Reporter],
 ) -> list[RunFolder]:
     """Train this process's share of the sites, alone or with the other ranks."""
     shared = launch.shared(config.run.parallel, len(streams))
     share = slice(launch.rank, None, launch.size) if shared == "sites" else slice(None)
     with _group(shared, launch, device) as group:
-        runs = site_runs(config, streams, out, resume=resume, share=share, group=group)
+        runs = site_runs(config, streams, out, resume=resume, share=share, group=group, report_to=report_to)
         try:
             shown = show_progress and launch.rank == 0
             return train_sites(runs, device=device, show_progress=shown, group=group)
@@ -163,6 +168,7 @@ def site_runs(
     resume: bool = False,
     share: slice = slice(None),
     group: Group | None = None,
+    report_to: Sequence[Reporter] = (),
 ) -> list[SiteRun]:
     """A run per stream; their folders are claimed, or taken up, until :func:`end_runs`.
 
@@ -171,6 +177,7 @@ def site_runs(
         out, resume: see :func:`train_run`.
         share: which of the streams are this process's.
         group: the ranks that train each of them together.
+        report_to: who is told of each run.
 
     Raises:
         InputError: the settings do not fit an activation's width, or a folder holds something else.
@@ -183,7 +190,7 @@ def site_runs(
     for asked, stream in list(zip(sites, streams, strict=True))[share]:
         one = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, site=asked))
         folder = RunFolder(out if len(streams) == 1 else Path(out) / stream.site)
-        runs.append(SiteRun(one, folder, stream))
+        runs.append(SiteRun(one, folder, stream, report_to))
         try:
             ranks.first(partial(folder.begin, one, resume=resume))
             if isinstance(stream, RowStream):
