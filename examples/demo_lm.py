@@ -33,7 +33,7 @@ def demo(folder: str = "runs/demo-lm", seed: str = "0") -> int:
     run, acts = str(out / "run"), str(out / "activations")
     harvest = ["harvest", "--model", MODEL, "--site", site, "--data", "docstrings", *ROWS, "--out", acts]
     training = ["train", "--preset", "language-model", "--acts", acts, "--repeat-data", "--seed", seed]
-    circuits = ["evaluate", "circuits", run, "--model", MODEL, "--tests", TEST, "--prompts", "128"]
+    circuits = ["evaluate", "circuits", run, "--model", MODEL, "--tests", TEST, "--prompts", "64"]
     for command in (
         [*harvest, "--resume"],
         [*training, "--out", run, "--resume"],

@@ -9,6 +9,7 @@ import torch
 from tiny import gpt2_like, tokenizer_of
 
 from ndm_fast.errors import InputError
+from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.evaluate.circuits import circuits, word_lists, yardsticks
 from ndm_fast.evaluate.circuits.bootstrap import gini_intervals, resampled_means
 from ndm_fast.evaluate.circuits.circuits import CircuitOptions, circuit_effects, run_circuits
@@ -180,6 +181,30 @@ def test_the_complement_is_all_but_one(model_folder, partition):
     method = run(model_folder, halves, tests=["2"])["mine"]["2"].methods["ndm"]
     assert method.complement == pytest.approx(method.effect[::-1], rel=1e-4)
     assert run(model_folder, halves, {"complement": False})["mine"]["3"].methods["ndm"].complement is None
+
+
+def test_components_of_mirrored_widths_are_patched_once(model_folder, partition, monkeypatch):
+    """Ascending and descending ones are the same subspaces then; else both are measured."""
+    measured = []
+    effects_of = circuits.circuit_effects
+
+    def noting(*arguments, **options):
+        measured.append((arguments, options, effects_of(*arguments, **options)))
+        return measured[-1][-1]
+
+    monkeypatch.setattr(circuits, "circuit_effects", noting)
+    for widths, count in (([12, 8, 12], 5), ([8, 12, 12], 6)):
+        measured.clear()
+        mine = SubspacePartition(partition.rotation, widths, partition.source)
+        methods = run(model_folder, mine, tests=["3"])["mine"]["3"].methods
+        assert len(measured) == count  # two of them random
+        arguments, options, _ = measured[0]
+        descending = baseline_partition("pca_descending", widths, arguments[4])
+        expected = effects_of(*arguments[:2], descending, *arguments[3:], **options)
+        for name in ("widths", "variance", "effect", "share_of_whole", "complement"):
+            found = getattr(methods["pca_descending"], name)
+            assert found == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-5)
+        assert methods["pca_descending"].gini == pytest.approx(expected.gini, rel=1e-3)
 
 
 def test_labelled_subspaces_are_beside_the_rest(model_folder, partition):

@@ -192,7 +192,10 @@ def _run_test(bench: _Bench, test: CircuitTest, partition: SubspacePartition) ->
     made = test.build(bench.tokenizer, options.prompts, options.seed, options.templates)
     check_lengths(bench.model, made.prompts)
     methods = {"ndm": [partition]}
+    mirrored = partition.widths == partition.widths[::-1]
     for kind in STANDARD_BASELINES:
+        if kind == "pca_descending" and mirrored:
+            continue  # the same subspaces as ascending, in the opposite order
         seeds = range(options.random_seeds if kind == "random" else 1)
         methods[kind] = [baseline_partition(kind, partition.widths, bench.activations, s) for s in seeds]
     found = {}
@@ -204,6 +207,8 @@ def _run_test(bench: _Bench, test: CircuitTest, partition: SubspacePartition) ->
                 results.append(_measured(bench, one, made))
                 bar.update()
             found[kind] = results[0] if len(results) == 1 else mean_of_seeds(results)
+    if mirrored:
+        found["pca_descending"] = found["pca_ascending"].reversed()
     return TestResult(
         what=f"{test.what}{f' ({made.form})' if made.form else ''}",
         site=bench.site,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,14 @@ class MethodResult:
     def best(self) -> int:
         """The subspace of the largest effect."""
         return max(range(len(self.effect)), key=lambda s: abs(self.effect[s]))
+
+    def reversed(self) -> MethodResult:
+        """Of the same subspaces, the last one first."""
+        backwards = {
+            name: getattr(self, name)[::-1] for name in ("widths", "variance", "effect", "share_of_whole")
+        }
+        complement = None if self.complement is None else self.complement[::-1]
+        return replace(self, **backwards, complement=complement)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
