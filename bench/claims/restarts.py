@@ -30,7 +30,7 @@ BATCH = 1024
 
 def harvest(train: TrainConfig) -> TensorStream:
     """Activations of the demo's model and text, enough for these settings."""
-    config = from_flat(preset("demo"))
+    config = from_flat(preset("minilm"))
     model, tokenizer = load_model(config.harvest.model)
     documents = open_documents(config.harvest.data)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)

@@ -36,7 +36,7 @@ from ndm_fast.train.over_ranks import nearest_neighbors
 RANKS = 2
 ALLOWED = 0.005
 QUERIES, KEYS = 2048, 32_768
-_FULL_STEPS = preset("demo")["max_steps"]
+_FULL_STEPS = preset("minilm")["max_steps"]
 
 
 def settings(steps: int, heldout_keys: int) -> dict[str, int]:
@@ -45,14 +45,14 @@ def settings(steps: int, heldout_keys: int) -> dict[str, int]:
     return {
         "max_steps": steps,
         "heldout_keys": heldout_keys,
-        **{name: preset("demo")[name] * steps // _FULL_STEPS for name in names},
+        **{name: preset("minilm")[name] * steps // _FULL_STEPS for name in names},
     }
 
 
 def train(ranks: int, parallel: str, changes: dict[str, int], out: Path) -> dict[str, Any]:
     """What a run of the command gives."""
     launcher = ["torch.distributed.run", "--nproc-per-node", str(ranks), "-m"] if ranks > 1 else []
-    command = [sys.executable, "-m", *launcher, "ndm_fast", "train", "--preset", "demo", "--quiet"]
+    command = [sys.executable, "-m", *launcher, "ndm_fast", "train", "--preset", "minilm", "--quiet"]
     command += ["--out", str(out), "--parallel", parallel]
     for name, value in changes.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -70,7 +70,7 @@ def train(ranks: int, parallel: str, changes: dict[str, int], out: Path) -> dict
 
 def activations() -> Tensor:
     """[QUERIES + KEYS, d] of the demo's model and text, which holds many equal rows."""
-    config = from_flat(preset("demo"))
+    config = from_flat(preset("minilm"))
     model, tokenizer = load_model(config.harvest.model)
     documents = open_documents(config.harvest.data, seed=config.train.seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)
@@ -125,7 +125,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=_FULL_STEPS)
-    parser.add_argument("--heldout-keys", type=int, default=preset("demo")["heldout_keys"])
+    parser.add_argument("--heldout-keys", type=int, default=preset("minilm")["heldout_keys"])
     parser.add_argument("--out", type=Path, default=Path("bench/results/distributed.json"))
     options = parser.parse_args()
     changes = settings(options.steps, options.heldout_keys)
@@ -138,7 +138,7 @@ def main() -> None:
     for run in runs:
         for name in ("before_merging", "at_the_end"):
             run[f"{name}_relative"] = run[name] / runs[0][name] - 1
-    result = {"preset": "demo", **changes, "runs": runs, "neighbors": compared, "made_with": provenance()}
+    result = {"preset": "minilm", **changes, "runs": runs, "neighbors": compared, "made_with": provenance()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(text_table(runs), text_table(compared), sep="\n")

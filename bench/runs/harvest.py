@@ -93,7 +93,7 @@ def harvest_rows(repeats: int, batches: int) -> list[dict[str, object]]:
 def train_rows(steps: int) -> list[dict[str, object]]:
     """The demo with few steps and held-out keys: from the model, and from a cache harvested before."""
     changed = {"max_steps": steps, "merge_start": None, "heldout_keys": 16_384}
-    config = from_flat({**preset("demo"), **changed})
+    config = from_flat({**preset("minilm"), **changed})
     train = config.train
     needed = train.heldout_queries + train.heldout_keys + steps * train.queries + train.keys + 2000
     with tempfile.TemporaryDirectory() as scratch:

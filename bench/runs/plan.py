@@ -33,7 +33,7 @@ from ndm_fast.run.presets import preset
 from ndm_fast.table import text_table
 
 WITHIN = 0.25
-BASE: dict[str, Any] = {**preset("demo"), "heldout_keys": 16384, "pool_rows": 65536, "eval_every": 100}
+BASE: dict[str, Any] = {**preset("minilm"), "heldout_keys": 16384, "pool_rows": 65536, "eval_every": 100}
 RUNS: dict[str, dict[str, Any]] = {
     "demo, 200 steps, one merge check": {"max_steps": 200, "merge_start": 150},
     "lazy, 4,096 keys, layer 1": {

@@ -36,7 +36,7 @@ BATCH = 1024
 
 def harvest(steps: int) -> TensorStream:
     """Enough activations of the demo's model and text for this many steps."""
-    config = from_flat(preset("demo"))
+    config = from_flat(preset("minilm"))
     model, tokenizer = load_model(config.harvest.model)
     documents = open_documents(config.harvest.data, seed=config.train.seed)
     stream = ActivationStream(model, tokenizer, config.harvest.site[0], documents, config.harvest)

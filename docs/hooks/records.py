@@ -29,7 +29,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "partitions.pca.data.K": "rank by patching, PCA",
         "partitions.pca.area": "area, PCA",
     },
-    "demo": {
+    "demo-minilm": {
         "seed": "seed",
         "widths": "widths",
         "position_within_3": "position within 3, in its subspace",

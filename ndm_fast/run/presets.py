@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eval_every": 500,
         "checkpoint_every": 500,
     },
-    "demo": {
+    "minilm": {
         "model": "minilm",
         "site": ["blocks.3.hook_resid_post"],
         "data": "docstrings",

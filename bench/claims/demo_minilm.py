@@ -1,7 +1,7 @@
 """Does the demo find position, whatever the seed? Collects finished runs of it into one record.
 
-    for s in 0 1 2 3 4; do python examples/demo.py runs/demo-$s $s; done
-    python bench/claims/demo.py runs/demo-0 runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4
+    for s in 0 1 2 3 4; do python examples/demo_minilm.py runs/demo-$s $s; done
+    python bench/claims/demo_minilm.py runs/demo-0 runs/demo-1 runs/demo-2 runs/demo-3 runs/demo-4
 
 Asked for: exactly one subspace with position_within_3 >= 0.98 and same_position >= 0.80, every other one with
 position_within_3 <= 0.35.
@@ -57,7 +57,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "demo.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo-minilm.json")
     options = parser.parse_args()
     folders = [RunFolder(path) for path in options.runs]
     runs = [record(folder) for folder in folders]
