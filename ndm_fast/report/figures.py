@@ -55,11 +55,12 @@ _WHY_IT_JUMPS = (
 )
 
 
-def draw_run(folder: RunFolder, vector: bool = False) -> list[Path]:
-    """Draw what the files of a run allow, into its ``figures`` folder.
+def draw_run(folder: RunFolder, vector: bool = False, into: Path | None = None) -> list[Path]:
+    """Draw what the files of a run allow.
 
     Args:
         vector: also write each figure as .svg.
+        into: where to; default the run's ``figures`` folder.
 
     Returns:
         The files written, of ``loss.png``, ``mutual_information.png``, ``merge_tree.png``, ``purity.png``.
@@ -71,7 +72,7 @@ def draw_run(folder: RunFolder, vector: bool = False) -> list[Path]:
     with style():
         for name, figure in _figures(folder):
             for suffix in ("png", "svg") if vector else ("png",):
-                paths.append(folder.figures_folder / f"{name}.{suffix}")
+                paths.append((into or folder.figures_folder) / f"{name}.{suffix}")
                 save_figure(figure, paths[-1])
     if not paths:
         raise InputError(f"{folder.log_file} holds nothing to draw yet: let the run go on for some steps")

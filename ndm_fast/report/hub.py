@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,13 +116,10 @@ def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
 def _write_hook(hook: str, folder: RunFolder, place: Path) -> dict[str, Any]:
     """Write one hook's folder; what the card tells of it."""
     result, partition = folder.result(), folder.partition()
-    figures = draw_run(folder)
     public = SubspacePartition(partition.rotation, partition.widths, _without_paths(partition.source))
     public.save_pretrained(place)
     (place / "README.md").unlink()  # the hub reads the card at the root alone
-    (place / "figures").mkdir()
-    for figure in figures:
-        shutil.copy(figure, place / "figures" / figure.name)
+    figures = draw_run(folder, into=place / "figures")
     columns = zip(result["widths"], result["variance_share"], result["heldout_distance"], strict=True)
     settings = folder.config()
     return {

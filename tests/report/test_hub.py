@@ -147,8 +147,10 @@ def test_a_hook_of_a_repository_is_a_partition_for_every_command(monkeypatch: py
 
 def test_the_command(runs: list[Path], tmp_path: Path, ndm: Callable[..., Any]) -> None:
     out = tmp_path / "hub"
+    before = [sorted(run.rglob("*")) for run in runs]
     outcome = ndm("hub", *runs, "--out", out, "--name", "me/mine")
     assert outcome.code == 0
+    assert [sorted(run.rglob("*")) for run in runs] == before
     assert outcome.out.splitlines() == [
         f"hub: {out / 'README.md'}",
         f"read it, and upload with: hf upload me/mine {out}",
