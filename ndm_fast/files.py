@@ -95,9 +95,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     What an earlier process left, when it was killed in the middle, is swept away.
 
     Args:
-        out: is not there yet, or an empty folder.
+        out: is not there yet, is empty, or holds the very same files, which then stay.
 
     Raises:
+        InputError: ``out`` holds something else, which stays.
         OSError: the disk is full, or the folder cannot be written to.
     """
     out = out.resolve()
@@ -109,9 +110,19 @@ def new_folder(out: Path) -> Iterator[Path]:
     filling.mkdir(parents=True)
     try:
         yield filling
-        filling.rename(out)
+        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+            filling.rename(out)
+        elif not out.is_dir() or _content(out) != _content(filling):
+            raise InputError(f"{out} holds something else: choose another folder, or delete it")
     finally:
         shutil.rmtree(filling, ignore_errors=True)
+
+
+def _content(folder: Path) -> dict[Path, bytes | None]:
+    """Every file by its place, and folders."""
+    return {
+        path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")
+    }
 
 
 def is_alive(process: int) -> bool:

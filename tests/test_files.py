@@ -185,4 +185,9 @@ def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path):
         (filling / "a").write_text("whole")
         assert list(out.iterdir()) == []
     assert (out / "a").read_text() == "whole"
+    with new_folder(out) as filling:
+        (filling / "a").write_text("whole")
+    with pytest.raises(InputError, match="holds something else"), new_folder(out) as filling:
+        (filling / "a").write_text("other")
+    assert (out / "a").read_text() == "whole"
     assert sorted(tmp_path.iterdir()) == sorted([at_work, out])

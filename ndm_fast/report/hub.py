@@ -44,7 +44,7 @@ def write_hub(folders: Sequence[RunFolder], out: Path, repository: str = "USER/N
     model, text or file that lies here, only the name is told.
 
     Args:
-        out: a folder that is not there yet, or empty.
+        out: a folder that is not there yet, is empty, or holds the very same.
         repository: its name on the hub, for the card's snippet.
 
     Returns:
@@ -52,12 +52,10 @@ def write_hub(folders: Sequence[RunFolder], out: Path, repository: str = "USER/N
 
     Raises:
         InputError: a run is not finished, two have the same hook or another model, matplotlib is missing, or
-            ``out`` holds something or cannot be written to.
+            ``out`` holds something else or cannot be written to.
     """
     if not _REPOSITORY.fullmatch(repository):
         raise InputError(f"{repository!r} is no name of a repository: give USER/NAME")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} holds something already: choose another --out")
     hooks: dict[str, RunFolder] = {}
     for folder in folders:
         hook = _hook(folder)

@@ -151,6 +151,8 @@ def test_the_command(runs: list[Path], tmp_path: Path, ndm: Callable[..., Any]) 
     outcome = ndm("hub", *runs, "--out", out, "--name", "me/mine")
     assert outcome.code == 0
     assert [sorted(run.rglob("*")) for run in runs] == before
+    assert ndm("hub", *runs, "--out", out, "--name", "me/mine").code == 0  # the very same
+    assert "holds something else" in ndm("hub", *runs, "--out", out, "--name", "you/yours").err
     assert outcome.out.splitlines() == [
         f"hub: {out / 'README.md'}",
         f"read it, and upload with: hf upload me/mine {out}",
@@ -185,6 +187,7 @@ def test_what_is_refused(runs: list[Path], tmp_path: Path, ndm: Callable[..., An
     assert "give USER/NAME" in says(runs[0], "--out", out, "--name", "a/b/c")
     assert not out.exists()
     (tmp_path / "mine.txt").touch()
-    assert "holds something already" in says(runs[0], "--out", tmp_path)
+    assert "holds something else" in says(runs[0], "--out", tmp_path)
+    assert "holds something else" in says(runs[0], "--out", tmp_path / "mine.txt")
     other = _of_another_model(runs[1], tmp_path / "other", "another").path
     assert "one repository holds those of one model" in says(runs[0], other, "--out", out)
