@@ -29,8 +29,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 
 from measuring import RESULTS
 
-from ndm_fast.evaluate.connections.connections import ConnectionOptions, run_connections
+from ndm_fast.evaluate.connections.connections import run_connections
 from ndm_fast.evaluate.connections.heads import SIDES
+from ndm_fast.evaluate.connections.measured import ConnectionOptions
 from ndm_fast.evaluate.connections.results import Connections, Pair, connection_rows, strongest
 from ndm_fast.evaluate.truth.induction import run_induction
 from ndm_fast.provenance import provenance

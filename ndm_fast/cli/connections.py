@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ndm_fast.cli.options import add_hub_flags, add_kind, hub_choice, print_json, save_json
+
+if TYPE_CHECKING:
+    from ndm_fast.evaluate.connections.results import Tested
 
 
 def add_connections(kinds: Any) -> None:
@@ -45,7 +49,8 @@ def add_connections(kinds: Any) -> None:
 
 
 def _connections(options: argparse.Namespace) -> None:
-    from ndm_fast.evaluate.connections.connections import ConnectionOptions, run_connections
+    from ndm_fast.evaluate.connections.connections import run_connections
+    from ndm_fast.evaluate.connections.measured import ConnectionOptions
     from ndm_fast.evaluate.connections.results import NAME, connection_rows
     from ndm_fast.report.connections import write_picture
     from ndm_fast.run.load import load_partition
@@ -69,13 +74,25 @@ def _connections(options: argparse.Namespace) -> None:
     print(text_table(connection_rows(found, options.top)))
     for pair in found.pairs:
         if pair.tested:
-            names = f"{found.sites[pair.below].site} to {found.sites[pair.above].site}"
-            same = pair.tested.agreement
-            print(
-                f"{names}, test {pair.tested.test}: of {len(pair.edges)} edges {same.found} have a tenth of "
-                f"the largest effect; area under the curve by weights {same.weights:.3f}, by gradient times "
-                f"difference {same.attribution:.3f}"
-            )
+            print("\n".join(_said(pair.tested, found.sites[pair.below].site, found.sites[pair.above].site)))
     for what in found.left_out:
         print(f"weights leave out {what}")
     print(f"{out}, {out.with_suffix('.svg')}")
+
+
+def _said(tested: Tested, below: str, above: str) -> Iterator[str]:
+    """How far weights and first order agree with patches, and what the skip connection carries."""
+    where = f"{below} to {above}, test {tested.test}"
+    for what, same in (("heads", tested.agreement), ("MLPs", tested.mlp_agreement)):
+        if same:
+            weights, gradient = (
+                "not known" if area is None else f"{area:.3f}" for area in (same.weights, same.attribution)
+            )
+            yield (
+                f"{where}: of {same.edges} edges into {what} {same.found} have a tenth of the largest "
+                f"effect; area under the curve by weights {weights}, by gradient times difference {gradient}"
+            )
+    yield (
+        f"{where}: straight through the skip connection goes {tested.skip.whole:.3f} of the effect "
+        f"{tested.whole:.3f} of the whole activation"
+    )

@@ -13,6 +13,7 @@ from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_corre
 from ndm_fast.evaluate.connections.composition import kept, scored_reads, scored_through, through
 from ndm_fast.evaluate.connections.finding import entrance, find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
+from ndm_fast.evaluate.connections.mlp_patching import MlpPatcher, between
 from ndm_fast.evaluate.connections.mlps import find_mlps
 from ndm_fast.evaluate.connections.path_patching import PathPatcher
 from ndm_fast.evaluate.connections.weights import Factors, head_weights, mlp_shares, read_shares, write_shares
@@ -215,11 +216,79 @@ def test_first_order_is_the_limit_of_small_differences(family):
     prompts, others = pad_prompts(draw([8, 8])), pad_prompts(draw([8, 8], seed=1))
     columns = torch.tensor([[3, 5], [4, 6]])
     used, reading, which = torch.ones_like(columns).bool(), torch.tensor([[7], [7]]), torch.arange(2)
-    batch = patcher._prepared(prompts, others, which, columns, used, reading)
+    batch = patcher._passes.prepared(prompts, others, which, columns, used, reading)
     small = batch._replace(difference=batch.difference * 2e-2)
     _, patched, attributed, arriving, _ = patcher._measured(small, logit_of([3, 5]))
     assert float(torch.corrcoef(torch.stack([patched.flatten(), attributed.flatten()]))[0, 1]) > 0.99
     assert arriving.shape == (3, 1, 4, 3, 3)
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_mlp_edges_are_those_of_a_llama_run_by_hand(block):
+    """Each subspace alone, each prompt alone; nothing but the one MLP sees it."""
+    model = build("llama")
+    prompts, others, at = draw([7, 9]), draw([7, 9], seed=1), [[2, 4], [3, 5]]
+    patcher = MlpPatcher(
+        model, "x0.post", "x2.post", (PARTITION, OTHER), find_mlps(model, [1, 2]), rows=1, together=2
+    )
+    found = patcher.measure(pad_prompts(prompts), pad_prompts(others), logit_of([3, 5]), positions=at)
+    assert found.patched.shape == found.attributed.shape == (3, 2, 2)
+    mid, out = f"blocks.{block}.hook_resid_mid", f"blocks.{block}.hook_mlp_out"
+    layer = model.model.layers[block]
+    for row, answer in enumerate((3, 5)):
+        with collect_activations(model, ["x0.post", mid, "x2.post"]) as here:
+            model(torch.tensor([prompts[row]]))
+        clean = model(torch.tensor([prompts[row]])).logits[0, -1, answer]
+        with collect_activations(model, ["x0.post"]) as there:
+            model(torch.tensor([others[row]]))
+        difference = torch.zeros_like(here["x0.post"][0])
+        difference[at[row]] = (there["x0.post"] - here["x0.post"])[0, at[row]]
+        for s in range(3):
+            part = difference @ PARTITION.basis(s) @ PARTITION.basis(s).T
+            written = layer.mlp(layer.post_attention_layernorm(here[mid] + part))
+            with replace_activations(model, {out: lambda _, written=written: written}):
+                logit = model(torch.tensor([prompts[row]])).logits[0, -1, answer]
+            assert float(found.patched[s, block - 1, row]) == pytest.approx(float(clean - logit), abs=2e-5)
+            moved = here["x2.post"] + part
+            with replace_activations(model, {"x2.post": lambda _, moved=moved: moved}):
+                logit = model(torch.tensor([prompts[row]])).logits[0, -1, answer]
+            assert float(found.straight[s, row]) == pytest.approx(float(clean - logit), abs=2e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
+def test_first_order_of_mlps_and_skip_is_the_limit_of_small_differences(family):
+    model = build(family)
+    mlps = find_mlps(model, [1])
+    patcher = MlpPatcher(model, "x0.post", "x1.post", (PARTITION, OTHER), mlps, together=2)
+    prompts, others = pad_prompts(draw([8, 8])), pad_prompts(draw([8, 8], seed=1))
+    columns = torch.tensor([[3, 7], [4, 7]])
+    used, reading, which = torch.ones_like(columns).bool(), torch.tensor([[7], [7]]), torch.arange(2)
+    batch = patcher._passes.prepared(prompts, others, which, columns, used, reading)
+    small = batch._replace(difference=batch.difference * 2e-2)
+    _, patched, attributed, arriving, straight, into = patcher._measured(small, logit_of([3, 5]))
+    summed = (straight.sum(1), into.sum(1)), (patched.sum(2), arriving.sum(2))
+    for exact, limit in ((patched, attributed), *summed):
+        assert float(torch.corrcoef(torch.stack([exact.flatten(), limit.flatten()]))[0, 1]) > 0.99
+        assert float(exact.norm() / limit.norm()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(("rows", "together"), [(1, 1), (2, 3), (8, 2)])
+def test_mlp_edges_do_not_depend_on_batches_or_on_padding(rows, together):
+    model = build("gemma3_text")
+    sites = model, "x0.post", "x2.post", (PARTITION, OTHER)
+    patcher = MlpPatcher(*sites, find_mlps(model, [1, 2]), rows=rows, together=together)
+    long, other = draw([9, 6, 7]), draw([9, 6, 7], seed=1)
+    found = patcher.measure(pad_prompts(long), pad_prompts(other), logit_of([3, 5, 2]), positions=[[-2]] * 3)
+    alone = patcher.measure(pad_prompts(long[1:2]), pad_prompts(other[1:2]), logit_of([5]), positions=[[-2]])
+    for name in ("patched", "attributed", "straight"):
+        every, one = getattr(found, name), getattr(alone, name)
+        torch.testing.assert_close(every[..., 1], one[..., 0], atol=2e-5, rtol=1e-3)
+
+
+def test_mlps_between_sites_are_those_that_read_one_and_reach_the_other():
+    assert between("blocks.0.hook_resid_post", "blocks.2.hook_resid_post") == range(1, 3)
+    assert between("blocks.0.hook_resid_mid", "blocks.2.hook_resid_mid") == range(2)
+    assert between("blocks.1.hook_resid_pre", "blocks.2.hook_resid_post") == range(1, 3)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])

@@ -10,7 +10,8 @@ import torch
 from tiny import gpt2_like
 
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.connections.connections import ConnectionOptions, run_connections
+from ndm_fast.evaluate.connections.connections import run_connections
+from ndm_fast.evaluate.connections.measured import ConnectionOptions
 from ndm_fast.evaluate.connections.results import connection_rows, read_connections
 from ndm_fast.geometry.orthogonal import random_rotation
 from ndm_fast.partition import SubspacePartition
@@ -63,8 +64,13 @@ def test_sites_are_ordered_and_every_edge_is_there(found):
                    for one in {(e.block, e.head, e.side) for e in pair.edges})  # fmt: skip
         assert {len(e.by_prompt) for e in pair.edges if e.by_prompt} == {3}
         assert [len(node.effects) for node in pair.heads] == [3] * len(pair.heads)
-        assert all(len(mlp.read) == len(mlp.write) == 3 for mlp in pair.mlps)
+        assert all(len(mlp.read) == len(mlp.write) == len(mlp.effects) == 3 for mlp in pair.mlps)
+        assert all(len(mlp.arriving) == len(mlp.arriving[0]) == 3 for mlp in pair.mlps)
+        assert len(pair.tested.skip.effects) == 3
+    assert [[mlp.block for mlp in pair.mlps] for pair in found.pairs] == [[], [1, 2, 3]]
+    assert (found.pairs[0].tested.mlp_agreement, found.pairs[1].tested.mlp_agreement.edges) == (None, 9)
     assert len(connection_rows(found, 5)) == 10
+    assert {row["into"] for row in connection_rows(found, 99)} >= {"MLP 1", "MLP 3", "1.0", "3.3"}
     assert any("biases" in what for what in found.left_out)
 
 
@@ -77,6 +83,8 @@ def test_what_does_not_fit_is_refused(model_folder):
         run("x1.post")
     with pytest.raises(InputError, match=r"both of blocks\.1\.hook_resid_post"):
         run("x1.post", "x1.post")
+    with pytest.raises(InputError, match="no attention lies between"):
+        run("x1.mid", "x1.post")
     with pytest.raises(InputError, match="not in the residual stream"):
         run("x1.post", "m2")
     with pytest.raises(InputError, match="3 tests for 1 pairs"):

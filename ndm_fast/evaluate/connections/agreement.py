@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 import torch
 from torch import Tensor
 
 from ndm_fast.errors import InputError
 from ndm_fast.evaluate.connections.composition import Scored
-from ndm_fast.evaluate.connections.path_patching import EdgeEffects
 from ndm_fast.evaluate.connections.results import Agreement
 
 STRONG = 0.1
@@ -55,16 +56,25 @@ def rank_of(scores: Tensor, edge: tuple[int, ...]) -> int:
     return int((scores >= scores[edge]).sum())
 
 
-def agreement(reads: Scored, effects: EdgeEffects) -> Agreement:
-    """How far weights and attribution agree with path patching, over all edges of a pair of sites."""
-    effect = effects.patched.double().mean(-1).flatten().cpu()
-    first_order = effects.attributed.double().mean(-1).flatten().cpu()
+def agreement(reads: Scored, patched: Tensor, attributed: Tensor) -> Agreement:
+    """How far weights and attribution agree with path patching, over all edges of a pair of sites.
+
+    Args:
+        reads: [...]. patched, attributed: [..., N] drops of N prompts.
+    """
+    effect = patched.double().mean(-1).flatten().cpu()
+    first_order = attributed.double().mean(-1).flatten().cpu()
     there = strong(effect)
     return Agreement(
-        weights=area_under_curve(reads.times.flatten(), there),
-        deviations=area_under_curve(reads.deviations.flatten(), there),
-        attribution=area_under_curve(first_order.abs(), there),
-        weights_ranks=rank_correlation(reads.times.flatten(), effect.abs()),
-        attribution_ranks=rank_correlation(first_order, effect),
+        weights=_known(area_under_curve(reads.times.flatten(), there)),
+        deviations=_known(area_under_curve(reads.deviations.flatten(), there)),
+        attribution=_known(area_under_curve(first_order.abs(), there)),
+        weights_ranks=_known(rank_correlation(reads.times.flatten(), effect.abs())),
+        attribution_ranks=_known(rank_correlation(first_order, effect)),
+        edges=len(there),
         found=int(there.sum()),
     )
+
+
+def _known(value: float) -> float | None:
+    return None if isnan(value) else value

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ndm_fast.errors import InputError
-from ndm_fast.evaluate.connections.weights import MlpShares
 from ndm_fast.files import read_json
 
 NAME = "connections"
@@ -45,12 +44,14 @@ class HeadNode:
 
 @dataclass(frozen=True)
 class Edge:
-    """A subspace on its way into one side of one head."""
+    """A subspace on its way into one side of one head, or into an MLP."""
 
     subspace: int
     block: int
-    head: int
+    head: int | None
+    """None for the MLP."""
     side: str
+    """Q, K or V; "in" for the MLP."""
     share: float
     """Of what the side reads."""
     times: float
@@ -70,19 +71,58 @@ class Edge:
 
 
 @dataclass(frozen=True)
-class Agreement:
-    """How far ways of measuring the edges of one pair of sites agree."""
+class MlpNode:
+    """The MLP of a block: what it reads of each subspace below, and writes into each above."""
 
-    weights: float
+    block: int
+    read: list[float]
+    """[S] share."""
+    write: list[float]
+    """[S'] share."""
+    times: list[float]
+    """[S] ``read`` over chance."""
+    deviations: list[float]
+    """[S] ``read`` less chance, over the standard deviation among random rotations."""
+    whole: float | None = None
+    """Mean drop of the metric where the whole activation below is patched on its way into the MLP."""
+    effects: list[float] | None = None
+    """[S] mean drop where one subspace is."""
+    errors: list[float] | None = None
+    """[S] standard errors of these means."""
+    attributed: list[float] | None = None
+    """[S] the same to first order."""
+    arriving: list[list[float]] | None = None
+    """[S, S'] how much of it goes, to first order, straight into each subspace of the site above."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The skip connection from one site to the other, patched: blocks between see nothing of it."""
+
+    whole: float
+    """Mean drop of the metric where the whole activation goes straight to the site above."""
+    effects: list[float]
+    """[S] the same for one subspace."""
+    arriving: list[list[float]]
+    """[S, S'] how much of it goes, to first order, through each subspace there."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far ways of measuring edges agree; None where there is nothing to tell apart."""
+
+    weights: float | None
     """Area under the curve: share over chance, against the edges that path patching finds."""
-    deviations: float
+    deviations: float | None
     """The same for the deviations from chance."""
-    attribution: float
+    attribution: float | None
     """The same for the size of gradient times difference."""
-    weights_ranks: float
+    weights_ranks: float | None
     """Rank correlation of share over chance with the size of the effect."""
-    attribution_ranks: float
+    attribution_ranks: float | None
     """Rank correlation of gradient times difference with the effect."""
+    edges: int
+    """How many there are."""
     found: int
     """Edges whose effect is at least a tenth of the largest."""
 
@@ -101,8 +141,12 @@ class Tested:
     subspaces: list[float]
     """[S] the same for each of its subspaces."""
     agreement: Agreement
+    """Of edges into heads."""
+    mlp_agreement: Agreement | None
+    """Of edges into MLPs; None without any."""
+    skip: Skip
     run: float
-    """Share of the edges run through all layers above; the rest are taken to first order there."""
+    """Share of the edges into heads run through all layers above; the rest are taken to first order there."""
     cpu_seconds: float
 
 
@@ -115,7 +159,7 @@ class Pair:
     """Numbers of the sites."""
     heads: list[HeadNode]
     edges: list[Edge]
-    mlps: list[MlpShares]
+    mlps: list[MlpNode]
     kept: list[list[float]]
     """[S, S'] share of each subspace below that lies in each above, over chance."""
     through: list[list[float]]
@@ -136,10 +180,7 @@ class Connections:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        content = asdict(self)
-        for pair, own in zip(content["pairs"], self.pairs, strict=True):
-            pair["mlps"] = [mlp._asdict() for mlp in own.mlps]
-        return content
+        return asdict(self)
 
 
 def read_connections(path: Path) -> dict[str, Any]:
@@ -156,14 +197,33 @@ def read_connections(path: Path) -> dict[str, Any]:
     return content
 
 
+def mlp_edges(pair: Pair) -> list[Edge]:
+    """The edges into the MLPs of a pair of sites."""
+    edges = []
+    for node in pair.mlps:
+        reads = zip(node.read, node.times, node.deviations, strict=True)
+        for s, (share, times, deviations) in enumerate(reads):
+            edge = Edge(s, node.block, None, "in", share, times, deviations)
+            if node.effects and node.errors and node.attributed and node.arriving:
+                edge = replace(
+                    edge,
+                    effect=node.effects[s],
+                    error=node.errors[s],
+                    attributed=node.attributed[s],
+                    arriving=node.arriving[s],
+                )
+            edges.append(edge)
+    return edges
+
+
 def connection_rows(found: Connections, most: int = 12) -> list[dict[str, Any]]:
     """One table row per edge, the strongest of each pair of sites first."""
     rows = []
     for pair in found.pairs:
-        for edge in strongest(pair.edges, most):
+        for edge in strongest([*pair.edges, *mlp_edges(pair)], most):
             row = {
                 "from": f"{_short(found.sites[pair.below].site)} s{edge.subspace}",
-                "head": f"{edge.block}.{edge.head}",
+                "into": f"{edge.block}.{edge.head}" if edge.head is not None else f"MLP {edge.block}",
                 "side": edge.side,
                 "share": edge.share,
                 "times_chance": edge.times,

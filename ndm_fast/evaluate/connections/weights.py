@@ -112,9 +112,17 @@ class MlpShares(NamedTuple):
 @torch.no_grad()
 def mlp_shares(mlp: Mlp, below: SubspacePartition, above: SubspacePartition) -> MlpShares:
     """Shares of ``||R_s' N W_in||^2`` and ``||W_out G R_s||^2``; gates and inputs count alike."""
-    width = below.width
-    inputs = gain_of(mlp.norm, width).into(torch.cat([matrix(m).cpu() for m in mlp.inputs], 1))
-    output = gain_of(mlp.out_norm, width).out_of(matrix(mlp.out).cpu())
-    read = subspace_sums((below.rotation.T @ inputs).square().sum(1), below.widths)
+    output = gain_of(mlp.out_norm, above.width).out_of(matrix(mlp.out).cpu())
+    read = read_shares(mlp_reads(mlp), below)[0]
     write = subspace_sums((output @ above.rotation).square().sum(0), above.widths)
-    return MlpShares(mlp.block, (read / read.sum()).tolist(), (write / write.sum()).tolist())
+    return MlpShares(mlp.block, read.tolist(), (write / write.sum()).tolist())
+
+
+@torch.no_grad()
+def mlp_reads(mlp: Mlp) -> Factors:
+    """A matrix with the Gram matrix of all that an MLP reads by, ``N W_in``, and as few columns as rows."""
+    weight = torch.cat([matrix(m).cpu() for m in mlp.inputs], 1)
+    folded = gain_of(mlp.norm, len(weight)).into(weight)
+    values, vectors = torch.linalg.eigh(folded @ folded.T)
+    root = vectors * values.clamp_min(0).sqrt()
+    return Factors(root[None], torch.eye(len(root))[None])
