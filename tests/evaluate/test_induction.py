@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from ndm_fast.evaluate.truth.induction import (
-    KINDS,
     carriers,
     edge_ranks,
-    induction_pairs,
     labelled_partition,
     run_induction,
 )
@@ -20,6 +18,7 @@ from ndm_fast.evaluate.truth.induction_model import (
     labelled_activations,
     train_induction_model,
 )
+from ndm_fast.evaluate.truth.induction_pairs import KINDS, induction_pairs
 
 LANGUAGE = InductionLanguage()
 
@@ -81,8 +80,9 @@ def test_labels_make_subspaces_that_carry_them():
     assert carriers(partition, labelled) == {"previous": 0, "current": 1}
 
 
-def test_edges_of_a_model_of_few_steps_are_ranked():
-    model, loss = train_induction_model(LANGUAGE, steps=30, seed=0)
+@pytest.mark.parametrize("mlp", [False, True])
+def test_edges_of_a_model_of_few_steps_are_ranked(mlp):
+    model, loss = train_induction_model(LANGUAGE, steps=30, seed=0, mlp=mlp)
     assert loss < 4
     roles = head_roles(model, LANGUAGE, count=4)
     assert len(roles) == 2
@@ -92,6 +92,10 @@ def test_edges_of_a_model_of_few_steps_are_ranked():
     found = edge_ranks(model, LANGUAGE, partition, carriers(partition, labelled), [1], 4, 0)
     assert found.edges == 4 * 4 * 3
     assert all(1 <= rank <= 48 for rank in (*found.weights.values(), *found.data.values()))
+    assert (found.mlp is not None) == mlp
+    if mlp:
+        assert len(found.mlp.times) == len(found.mlp.effects["query"]) == 4
+        assert max(found.mlp.effects["previous"]) == 0  # the place that is read is not patched there
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from ndm_fast.errors import InputError
 from ndm_fast.evaluate.truth import planted
 from ndm_fast.evaluate.truth.planted import SITE, planted_scores, run_planted, variable_effects
 from ndm_fast.evaluate.truth.planted_model import PlantedLanguage, planted_activations, train_planted_model
+from ndm_fast.evaluate.truth.planted_routing import variable_subspaces
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import Draw, seeded
+from ndm_fast.seeds import seeded
 
 LANGUAGE = PlantedLanguage(variables=3, values=4, tail=6)
 
@@ -40,24 +41,7 @@ def test_the_model_learns_the_language(model):
 
 
 def truth(model):
-    """Directions of each variable's means, joined and made orthogonal: a partition that knows the answer."""
-    rows = planted_activations(model, LANGUAGE, SITE, 6000, seed=0)
-    generator = seeded(0, Draw.PLANTED_TEXT, 1)
-    drawn = []
-    for first in range(0, 6000, 2048):
-        drawn.append(LANGUAGE.draw(min(2048, 6000 - first), generator)[0])
-        torch.randint(4, LANGUAGE.length, (len(drawn[-1]),), generator=generator)
-    values = torch.cat(drawn)
-    centred = rows - rows.mean(0)
-    bases = []
-    for variable in range(3):
-        means = torch.stack([centred[values[:, variable] == v].mean(0) for v in range(4)])
-        bases.append(torch.linalg.svd(means)[2][:3].T)
-    known = torch.cat(bases, 1)
-    rest = torch.linalg.svd(known)[0][:, 9:]
-    # Nearest orthogonal matrix, so that no variable comes first.
-    u, _, v = torch.linalg.svd(torch.cat([known, rest], 1))
-    return SubspacePartition(u @ v, [3, 3, 3, 23])
+    return variable_subspaces(planted_activations(model, LANGUAGE, SITE, 6000, seed=0))
 
 
 def test_patching_tells_a_good_partition_from_a_bad_one(model):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_corre
 from ndm_fast.evaluate.connections.composition import Scored, scored_reads
 from ndm_fast.evaluate.connections.finding import find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
+from ndm_fast.evaluate.connections.matrices import matrix
+from ndm_fast.evaluate.connections.mlp_patching import MlpPatcher
+from ndm_fast.evaluate.connections.mlps import Mlp, find_mlps
 from ndm_fast.evaluate.connections.path_patching import PathPatcher
-from ndm_fast.evaluate.connections.weights import head_weights, subspace_sums
-from ndm_fast.evaluate.patching.prompts import Prompts
+from ndm_fast.evaluate.connections.weights import head_weights, mlp_reads, subspace_sums
 from ndm_fast.evaluate.truth.induction_model import (
     SITE,
     InductionLanguage,
@@ -35,10 +37,10 @@ from ndm_fast.evaluate.truth.induction_model import (
     labelled_activations,
     train_induction_model,
 )
+from ndm_fast.evaluate.truth.induction_pairs import KINDS, KNOWN, induction_pairs
 from ndm_fast.evaluate.truth.one_thread import one_thread
 from ndm_fast.geometry.orthogonal import principal_components
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.restarts import train_on
 
 ABOVE = "blocks.1.hook_resid_post"
@@ -48,56 +50,6 @@ _WIDTH = 16
 _ROWS = 32768
 INDUCTION = 0.5
 """Mean attention to what followed the same token before, from which on a head is an induction head."""
-
-_AT = 4
-"""Place in the ring of the token that is asked about."""
-
-
-class Pairs(NamedTuple):
-    """N prompts with counterfactuals that differ in one thing alone at the positions that are patched."""
-
-    prompts: Prompts
-    counterfactuals: Prompts
-    positions: Tensor
-    """[N, P]"""
-    right: Tensor
-    wrong: Tensor
-
-
-def induction_pairs(language: InductionLanguage, kind: str, count: int, seed: int) -> Pairs:
-    """Prompts that say a ring once, and again as far as the token that is asked about.
-
-    Args:
-        kind: what the counterfactual changes: ``previous``, the token before the answer, by swapping the one
-            asked about with another; ``current``, the answer itself; ``query``, the token that asks.
-    """
-    generator = seeded(seed, Draw.INDUCTION_PROMPTS)
-    drawn = 1 + torch.rand(count, language.tokens, generator=generator).argsort(1)
-    ring, outside = drawn[:, : language.ring], drawn[:, language.ring]
-    other = torch.randint(_AT + 2, language.ring - 1, (count,), generator=generator)
-    every = torch.arange(count)
-    changed = ring.clone()
-    positions = torch.full((count, 1), language.ring + _AT + 1)
-    asked = ring[:, : _AT + 1].clone()
-    wrong = ring[every, other + 1]
-    here = torch.cat([torch.zeros(count, 1, dtype=torch.int64), ring, asked], 1)
-    if kind == "previous":
-        changed[every, _AT], changed[every, other] = ring[every, other], ring[every, _AT]
-        positions = torch.stack([torch.full((count,), _AT + 2), other + 2], 1)
-    elif kind == "current":
-        changed[:, _AT + 1] = wrong = outside
-        positions = torch.full((count, 1), _AT + 2)
-    else:
-        asked[:, -1] = ring[every, other]
-    there = torch.cat([torch.zeros(count, 1, dtype=torch.int64), changed, asked], 1)
-    mask = torch.ones_like(here)
-    return Pairs(Prompts(here, mask), Prompts(there, mask), positions, ring[:, _AT + 1], wrong)
-
-
-KINDS = ("previous", "current", "query")
-"""Of counterfactuals; each drives one of the three known edges, in the order K, V, Q."""
-
-KNOWN = {"previous": "K", "current": "V", "query": "Q"}
 
 
 def labelled_partition(labelled: Labelled) -> SubspacePartition:
@@ -176,6 +128,22 @@ class EdgeRanks:
     """[S, H, 3] share that each side reads, over chance."""
     effects: dict[str, list[list[list[float]]]]
     """Kind -> [S, H, 3] mean drop."""
+    mlp: MlpEdges | None = None
+    """Of the second block, where it has one."""
+
+
+@dataclass(frozen=True)
+class MlpEdges:
+    """The edges into one MLP."""
+
+    times: list[float]
+    """[S] share that it reads, over chance."""
+    effects: dict[str, list[float]]
+    """Kind -> [S] mean drop."""
+    first_order: dict[str, list[float]]
+    """Kind -> [S] the same to first order."""
+    straight: dict[str, list[float]]
+    """Kind -> [S] mean drop through the skip connection instead."""
 
 
 def run_induction(*, seed: int = 0, mlp: bool = False, prompts: int = 64) -> dict[str, Any]:
@@ -242,6 +210,7 @@ def edge_ranks(
         first_order.append(made.attributed[:, 0].mean(-1))
     sizes = {kind: effect.abs() for kind, effect in effects.items()}
     there = torch.stack([strong(size) for size in sizes.values()]).any(0)
+    mlps = [mlp for mlp in find_mlps(model, [1]) if mlp and bool(matrix(mlp.out).any())]
     return EdgeRanks(
         carriers=carried,
         edges=weights.numel(),
@@ -259,7 +228,23 @@ def edge_ranks(
         largest={kind: float(size.max()) for kind, size in sizes.items()},
         times=weights.tolist(),
         effects={kind: effect.tolist() for kind, effect in effects.items()},
+        mlp=_mlp_edges(model, language, partition, mlps[0], prompts, seed) if mlps else None,
     )
+
+
+def _mlp_edges(
+    model: Any, language: InductionLanguage, partition: SubspacePartition, mlp: Mlp, prompts: int, seed: int
+) -> MlpEdges:
+    patcher = MlpPatcher(model, SITE, ABOVE, (partition, partition), [mlp], rows=prompts)
+    effects, first_order, straight = {}, {}, {}
+    for kind in KINDS:
+        pairs = induction_pairs(language, kind, prompts, seed)
+        metric = logit_difference(pairs.right.tolist(), pairs.wrong.tolist())
+        made = patcher.measure(pairs.prompts, pairs.counterfactuals, metric, positions=pairs.positions)
+        effects[kind] = made.patched[:, 0].mean(-1).tolist()
+        first_order[kind] = made.attributed[:, 0].mean(-1).tolist()
+        straight[kind] = made.straight.mean(-1).tolist()
+    return MlpEdges(scored_reads(mlp_reads(mlp), partition).times[0].tolist(), effects, first_order, straight)
 
 
 def read_times(heads: Sequence[Any], partition: SubspacePartition) -> Scored:

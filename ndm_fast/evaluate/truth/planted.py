@@ -15,11 +15,10 @@ from ndm_fast.errors import InputError
 from ndm_fast.evaluate.baselines import STANDARD_BASELINES, baseline_partition
 from ndm_fast.evaluate.gini import gini, top_share
 from ndm_fast.evaluate.patching.patching import patch_effects
-from ndm_fast.evaluate.patching.prompts import Prompts
 from ndm_fast.evaluate.truth.one_thread import one_thread
 from ndm_fast.evaluate.truth.planted_model import PlantedLanguage, planted_activations, train_planted_model
+from ndm_fast.evaluate.truth.planted_pairs import planted_pairs
 from ndm_fast.partition import SubspacePartition
-from ndm_fast.seeds import Draw, seeded
 from ndm_fast.train.restarts import Trained, best, random_starts, train_on
 
 SITE = "blocks.1.hook_resid_post"
@@ -67,7 +66,12 @@ class PlantedSettings:
 
 _SETTINGS = PlantedSettings()
 
-_RARELY = RunSettings(eval_every=1000, checkpoint_every=1_000_000)
+RARELY = RunSettings(eval_every=1000, checkpoint_every=1_000_000)
+
+
+def settings() -> PlantedSettings:
+    """Those of ``evaluate planted``."""
+    return _SETTINGS
 
 
 class Scores(NamedTuple):
@@ -132,47 +136,26 @@ def variable_effects(
     prompts: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """[variables, S] mean effect of patching each subspace for each variable.
+    """[variables, S] mean effect of patching each subspace for each variable, at the position that is read.
 
-    The counterfactual differs in the value of one variable. Patched and read is a random position after the
-    cues whose own token tells of another variable, which is the same in both. Effect: drop of
-    logit(true value) - logit(counterfactual value).
+    Prompts and effect are those of :func:`planted_pairs`.
     """
     effects = []
     for variable in range(language.variables):
-        generator = seeded(seed, Draw.PLANTED_PROMPTS, variable)
-        values, places = language.draw(prompts, generator)
-        others = values.clone()
-        shift = torch.randint(1, language.values, (prompts,), generator=generator)
-        others[:, variable] = (values[:, variable] + shift) % language.values
-        position = torch.randint(1 + language.variables, language.length, (prompts,), generator=generator)
-        elsewhere = torch.randint(1, language.variables, (prompts,), generator=generator)
-        # `places` starts after BOS; the position's own token is one of the other variables.
-        places[torch.arange(prompts), position - 1] = (variable + elsewhere) % language.variables
-        first = 1 + variable * language.values
-        right, wrong = first + values[:, variable], first + others[:, variable]
-
-        def difference(logits: Tensor, rows: Tensor, right: Tensor = right, wrong: Tensor = wrong) -> Tensor:
-            at = logits[:, 0]
-            return (at.gather(1, right[rows, None]) - at.gather(1, wrong[rows, None]))[:, 0]
-
+        pairs = planted_pairs(language, variable, prompts, seed)
         found = patch_effects(
             model,
             site,
             partition,
-            _unpadded(language.tokens(values, places)),
-            _unpadded(language.tokens(others, places)),
-            difference,
-            positions=position[:, None],
-            read=position[:, None],
+            pairs.prompts,
+            pairs.counterfactuals,
+            pairs.metric,
+            positions=pairs.position,
+            read=pairs.position,
             rows=1024,
         )
         effects.append(found.means)
     return torch.stack(effects)
-
-
-def _unpadded(tokens: Tensor) -> Prompts:
-    return Prompts(tokens, torch.ones_like(tokens))
 
 
 def planted_scores(effects: Tensor) -> Scores:
@@ -205,13 +188,13 @@ def run_planted(
         model, loss = train_planted_model(
             language, width=_SETTINGS.width, steps=_SETTINGS.model_steps, seed=seed
         )
-        activations = planted_activations(model, language, SITE, _SETTINGS.rows, seed=seed)
+        activations = planted_activations(model, language, SITE, _SETTINGS.rows, seed=seed).activations
 
         def scored(partition: SubspacePartition, loss: float | None = None) -> Method:
             effects = variable_effects(model, language, SITE, partition, seed=seed)
             return Method(planted_scores(effects), list(partition.widths), loss)
 
-        tried = random_starts(activations, first_settings(seed), starts, _RARELY)
+        tried = random_starts(activations, first_settings(seed), starts, RARELY)
         ranked = sorted(tried, key=lambda one: one.loss)
         found = best([refine(one, activations, seed) for one in ranked[: _SETTINGS.kept]])
         methods = {"ndm": scored(found.partition, loss=found.loss)}
@@ -255,18 +238,18 @@ def refine(start: Trained, activations: Tensor, seed: int) -> Trained:
     settings = first_settings(seed + 1)  # other escapes than before
     steps = _SETTINGS.first_steps + _SETTINGS.more_tries * _SETTINGS.escape_steps
     more = dataclasses.replace(settings, escape_tries=_SETTINGS.more_tries, max_steps=steps)
-    better = train_on(start.partition, activations, more, settings=_RARELY)
+    better = train_on(start.partition, activations, more, settings=RARELY)
     last = dataclasses.replace(
         settings, escape_tries=0, max_steps=_SETTINGS.last_steps, lr=_SETTINGS.last_rate
     )
-    return train_on(better.partition, activations, last, settings=_RARELY)
+    return train_on(better.partition, activations, last, settings=RARELY)
 
 
 def merge_units(activations: Tensor, seed: int) -> Trained:
     """From 4-wide units, merged by the automatic threshold; then trained on at a low rate."""
     few = _SETTINGS.unit_keys
     settings = dataclasses.replace(first_settings(seed), unit_size=_SETTINGS.unit, keys=few, heldout_keys=few)
-    units = best(random_starts(activations, settings, _SETTINGS.unit_starts, _RARELY))
+    units = best(random_starts(activations, settings, _SETTINGS.unit_starts, RARELY))
     steps = len(units.partition) * _SETTINGS.merge_interval
     merging = dataclasses.replace(settings, escape_tries=0, max_steps=steps, lr=_SETTINGS.merge_rate)
     merge = MergeConfig(
@@ -276,7 +259,7 @@ def merge_units(activations: Tensor, seed: int) -> Trained:
         mi_queries=512,
         mi_keys=_SETTINGS.mi_keys,
     )
-    return train_on(units.partition, activations, merging, merge, _RARELY)
+    return train_on(units.partition, activations, merging, merge, RARELY)
 
 
 def planted_rows(result: PlantedResult) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ To predict what may come, every position after the cues must hold the values of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,21 +108,32 @@ def train_planted_model(
     return model.eval().requires_grad_(False), recent
 
 
+class PlantedRows(NamedTuple):
+    """Activations of N sequences, at one position each, and what is known of them."""
+
+    activations: Tensor
+    """[N, d]"""
+    values: Tensor
+    """[N, variables] int64."""
+
+
 @torch.no_grad()
 def planted_activations(
     model: Any, language: PlantedLanguage, site: str, rows: int, *, seed: int, batch: int = 2048
-) -> Tensor:
-    """[rows, d] activations at random positions after the cues, one of each sequence.
+) -> PlantedRows:
+    """Activations at random positions after the cues, one of each sequence.
 
     Two positions of one sequence share all variables: each would be the other's nearest neighbor in any
     rotation.
     """
     generator = seeded(seed, Draw.PLANTED_TEXT, 1)
-    parts = []
+    parts, known = [], []
     for first in range(0, rows, batch):
-        tokens = language.tokens(*language.draw(min(batch, rows - first), generator))
+        values, places = language.draw(min(batch, rows - first), generator)
+        tokens = language.tokens(values, places)
         place = torch.randint(1 + language.variables, language.length, (len(tokens),), generator=generator)
         with collect_activations(model, [site]) as captured:
             model(tokens)
         parts.append(captured[site][torch.arange(len(tokens)), place])
-    return torch.cat(parts)
+        known.append(values)
+    return PlantedRows(torch.cat(parts), torch.cat(known))
