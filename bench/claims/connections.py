@@ -1,17 +1,21 @@
 """Are the edges between subspaces those that are known, and do weights, gradients and patches agree?
 
     python bench/claims/connections.py --induction 0 1 2 3 4 --with-mlp 0 1
+    python bench/claims/connections.py --planted 0 1 2
     python bench/claims/connections.py --model smollm2 --tests 1 2 3 \\
-        --runs runs/seed0/blocks.{16,17,20,24}.hook_resid_post
+        --runs runs/seed0/blocks.{16,17,20,24}.hook_resid_post [--baseline pca] --activations ACTIVATIONS
     python bench/claims/connections.py --model smollm2 --exact --prompts 8 --tests 1 2 \\
         --runs runs/seed0/blocks.{16,17,20}.hook_resid_post
     python bench/claims/connections.py --model gemma3-270m --tests 1 2 3 \\
         --runs runs-gemma/seed0/blocks.{4,6,10,13}.hook_resid_post
 
 The first trains the two-block induction model of each seed, in which three edges are known, and ranks them
-among all edges: subspaces from labels, from NDM, and from principal components of the same width. The others
-take finished runs (see ``language_model.py``) and measure all edges between their sites on circuit tests.
-Prompts come from template set b. Each call replaces its own part of the record.
+among all edges: subspaces from labels, from NDM, and from principal components of the same width. The second
+trains the planted language model, in which every variable must lead to itself. The others take finished runs
+(see ``language_model.py``) and measure all edges between their sites on circuit tests; ``--baseline`` puts
+untrained subspaces of the same widths in their place, principal components of the harvest ``--activations``.
+With it weights are scored also with the variance in each subspace (``varied_shares``). Prompts come from
+template set b. Each call replaces its own part of the record.
 """
 
 from __future__ import annotations
@@ -20,6 +24,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +35,27 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `
 
 from measuring import RESULTS
 
+from ndm_fast.activations.cache import ActivationCache
+from ndm_fast.evaluate.baselines import baseline_partition
+from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_correlation, strong
 from ndm_fast.evaluate.connections.connections import run_connections
+from ndm_fast.evaluate.connections.finding import find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
 from ndm_fast.evaluate.connections.measured import ConnectionOptions
-from ndm_fast.evaluate.connections.results import Connections, Pair, connection_rows, strongest
+from ndm_fast.evaluate.connections.results import Connections, Pair, connection_rows, mlp_edges, strongest
+from ndm_fast.evaluate.connections.weights import head_weights
+from ndm_fast.evaluate.patching.language_model import load_language_model
 from ndm_fast.evaluate.truth.induction import run_induction
+from ndm_fast.evaluate.truth.planted_routing import run_routing
+from ndm_fast.partition import SubspacePartition
 from ndm_fast.provenance import provenance
 from ndm_fast.run.load import load_partition
 from ndm_fast.table import text_table
 
 RECORD = RESULTS / "connections.json"
 _EDGES = 10
+_ROWS = 65536
+"""Activations for principal components and variances."""
 
 
 def induction(seeds: list[int], mlp: bool) -> list[dict[str, Any]]:
@@ -59,18 +75,63 @@ def induction(seeds: list[int], mlp: bool) -> list[dict[str, Any]]:
     return found
 
 
-def language_model(
-    model: str, runs: list[Path], tests: list[str], prompts: int, exact: bool
-) -> dict[str, Any]:
+def planted(seed: int, starts: int) -> dict[str, Any]:
+    """One record of the planted model."""
+    found = run_routing(seed=seed, starts=starts)
+    rows = [
+        {"seed": seed, "subspaces": name, "distinct": one["distinct"], "way": way}
+        | {"area": one["weights_area"].get(way), "first_of_row": one["weights_first"].get(way)}
+        | {"first_by_data": sum(rank == 1 for rank in one["data"][way]), "share": one["data_share"][way]}
+        | {"own": one["data_own"][way], "drop": one["drops"][way]}
+        for name, one in found["partitions"].items()
+        for way in one["data"]
+    ]
+    print(text_table(rows))
+    return found
+
+
+def rows_of(cache: Path, site: str) -> torch.Tensor:
+    """[N, d] the first activations of a harvest."""
+    parts, count = [], 0
+    for batch in ActivationCache(cache).stream(site).batches():
+        parts.append(batch.float())
+        count += len(batch)
+        if count >= _ROWS:
+            break
+    return torch.cat(parts)[:_ROWS]
+
+
+def _baseline(kind: str, of: SubspacePartition, rows: torch.Tensor) -> SubspacePartition:
+    made = baseline_partition(kind, of.widths, rows)
+    return SubspacePartition(made.rotation, of.widths, {**of.source, **made.source})
+
+
+def language_model(options: argparse.Namespace) -> dict[str, Any]:
     """What the edges between the sites of some runs are, in short."""
     began = time.process_time()
+    model, tests, prompts, exact = options.model, options.tests, options.prompts, options.exact
+    partitions = {str(path): load_partition(path) for path in options.runs}
+    activations = {}
+    if options.activations:
+        sites = (partition.source["site"] for partition in partitions.values())
+        activations = {site: rows_of(options.activations, site) for site in sites}
+    if options.baseline:
+        partitions = {
+            name: _baseline(options.baseline, one, activations[one.source["site"]])
+            for name, one in partitions.items()
+        }
     found = run_connections(
-        {str(path): load_partition(path) for path in runs},
+        partitions,
         model,
         tests=tests,
         options=ConnectionOptions(prompts=prompts, templates="b", exact=exact),
     )
     print(text_table(connection_rows(found, _EDGES)))
+    pairs = [_short(found, pair) for pair in found.pairs]
+    if activations:
+        for short, pair in zip(pairs, found.pairs, strict=True):
+            below = partitions[found.sites[pair.below].partition]
+            short["agreement_varied"] = varied(model, pair, below, activations[below.source["site"]])
     return {
         "model": model,
         "prompts": prompts,
@@ -78,7 +139,8 @@ def language_model(
         "exact": exact,
         "threads": torch.get_num_threads(),
         "cpu_seconds": time.process_time() - began,
-        "pairs": [_short(found, pair) for pair in found.pairs],
+        "baseline": options.baseline,
+        "pairs": pairs,
         "left_out": found.left_out,
     }
 
@@ -126,9 +188,81 @@ def _short(found: Connections, pair: Pair) -> dict[str, Any]:
         "strongest_edge_arrives_in": max(range(len(arriving)), key=lambda s: abs(arriving[s]), default=None),
         "edges": len(pair.edges),
         "agreement": vars(tested.agreement),
+        "mlps": _mlps(pair),
+        "skip": {"whole": tested.skip.whole, "effects": tested.skip.effects},
         "run": tested.run,
         "cpu_seconds": tested.cpu_seconds,
     }
+
+
+def _mlps(pair: Pair) -> dict[str, Any]:
+    """The edges into MLPs, and how far weights and first order tell them."""
+    assert pair.tested is not None
+    edges = mlp_edges(pair)
+    return {
+        "whole": {str(node.block): node.whole for node in pair.mlps},
+        "strongest_edges": [
+            {
+                "edge": f"s{e.subspace} MLP {e.block}",
+                "effect": e.effect,
+                "error": e.error,
+                "first_order": e.attributed,
+                "times_chance": e.times,
+                "rank_by_weights": sum(o.times >= e.times for o in edges),
+            }
+            for e in strongest(edges, 5)
+        ],
+        "largest_over_heads": max(abs(e.effect or 0.0) for e in edges)
+        / max(abs(e.effect or 0.0) for e in pair.edges),
+        "agreement": vars(pair.tested.mlp_agreement) if pair.tested.mlp_agreement else None,
+    }
+
+
+@torch.no_grad()
+def varied(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tensor) -> dict[str, Any]:
+    """Areas under the curve of weights that count every direction by its variance, against path patching."""
+    model, _ = load_language_model(name, "cpu")
+    blocks = sorted({e.block for e in pair.edges})
+    rotated = rows @ below.rotation
+    covariance = torch.cov(rotated.T)
+    found, effects = [], []
+    for heads in find_heads(model, blocks):
+        weights = head_weights(heads)
+        for side in SIDES:
+            acts = weights.acts(side)
+            left = below.rotation.T @ acts.left
+            gram = left @ (acts.right @ acts.right.mT) @ left.mT  # [H, d, d]
+            start = 0
+            for s, width in enumerate(below.widths):
+                own = slice(start, start + width)
+                found.append((gram[:, own, own] * covariance[own, own]).sum((1, 2)) / _all(gram, covariance))
+                start += width
+                effects.append(_effects(pair, heads.block, side, s))
+    share, effect = torch.stack(found).flatten(), torch.tensor(effects).abs().flatten()
+    spread = [float(part.diagonal().sum()) for part in _blocks(covariance, below.widths)]
+    return {
+        "area": area_under_curve(share, strong(effect)),
+        "ranks": rank_correlation(share, effect),
+        "variance_shares": [one / sum(spread) for one in spread],
+    }
+
+
+def _all(gram: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    return (gram * covariance).sum((1, 2))
+
+
+def _blocks(covariance: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
+    ends = list(accumulate(widths))
+    return [covariance[e - w : e, e - w : e] for e, w in zip(ends, widths, strict=True)]
+
+
+def _effects(pair: Pair, block: int, side: str, subspace: int) -> list[float]:
+    """[H]"""
+    return [
+        e.effect or 0.0
+        for e in sorted(pair.edges, key=lambda e: e.head or 0)
+        if (e.block, e.side, e.subspace) == (block, side, subspace)
+    ]
 
 
 def main() -> None:
@@ -138,7 +272,11 @@ def main() -> None:
     )
     parser.add_argument("--induction", type=int, nargs="+", metavar="SEED")
     parser.add_argument("--with-mlp", type=int, nargs="*", default=[], metavar="SEED")
+    parser.add_argument("--planted", type=int, nargs="+", metavar="SEED")
+    parser.add_argument("--starts", type=int, default=4, help="of NDM on the planted model")
     parser.add_argument("--model")
+    parser.add_argument("--baseline", help="subspaces instead of those of the runs: pca, random ...")
+    parser.add_argument("--activations", type=Path, help="a harvest of the runs' sites")
     parser.add_argument("--runs", type=Path, nargs="+")
     parser.add_argument("--tests", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--prompts", type=int, default=16)
@@ -150,9 +288,14 @@ def main() -> None:
     if options.induction:
         found = induction(options.induction, mlp=False) + induction(options.with_mlp, mlp=True)
         record |= {"rows": found, "made_with": made_with}
+    for seed in options.planted or ():
+        record.setdefault("planted", {})[str(seed)] = {"made_with": made_with} | planted(seed, options.starts)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
     if options.model:
-        found = language_model(options.model, options.runs, options.tests, options.prompts, options.exact)
-        name = f"{options.model}{', exact' if options.exact else ''}"
+        found = language_model(options)
+        name = ", ".join(
+            [options.model, *(["exact"] if options.exact else []), *filter(None, [options.baseline])]
+        )
         record.setdefault("language_models", {})[name] = {"made_with": made_with, **found}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -125,6 +125,10 @@ def test_live_picture_has_both_ways_and_hides_the_weak(found):
     for path in edges:
         shown = path.get("data-way") == "data" and float(path.get("data-strength")) >= 0.1
         assert (path.get("hidden") is None) == shown
+    into_mlps = [path for path in edges if (path.get("data-edge") or "").endswith(".mlp.in")]
+    assert {path.get("data-pair") for path in into_mlps} == {"1"}
+    marks = [mark.get("data-head") for mark in drawn.iter(f"{SVG}g") if mark.get("class") == "cx-head"]
+    assert [name for name in marks if name.endswith("mlp")] == ["1.mlp", "2.mlp", "3.mlp"]
     blocks = [rect for rect in drawn.iter(f"{SVG}rect") if rect.get("class") == "cx-block"]
     assert len(blocks) == 9
     assert float(blocks[0].get("width")) == pytest.approx(2 * float(blocks[1].get("width")), rel=1e-3)

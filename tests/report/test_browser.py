@@ -156,7 +156,7 @@ def hostile_run(
 
 
 def connections() -> dict[str, Any]:
-    """Two sites of two subspaces, a block of one head between them, and prompts full of markup."""
+    """Two sites of two subspaces, a block of one head and an MLP between them, and prompts full of markup."""
     weak = {"share": 0.1, "times": 0.2, "effect": 0.05, "by_prompt": None}
     hot = {"share": 0.9, "times": 1.8, "effect": 1.0, "by_prompt": [0.1, 2.5, -1.0]}
     same = {"block": 1, "head": 0, "deviations": 3.0, "error": 0.1, "attributed": 0.7, "arriving": [0.5, 0.1]}
@@ -166,7 +166,14 @@ def connections() -> dict[str, Any]:
     tested = {"test": "1", "what": HOSTILE[0], "texts": HOSTILE[:3], "clean": 3.0, "whole": 2.0}
     tested["subspaces"] = [1.5, 0.1]
     head = {"block": 1, "head": 0, "writes": [1.5, 0.5], "effects": [1.0, 1.0, 1.0]}
-    pair = {"below": 0, "above": 1, "heads": [head], "edges": edges, "tested": tested}
+    mlp = {"block": 1, "read": [0.6, 0.4], "write": [0.5, 0.5], "times": [1, 1], "deviations": [0, 0]}
+    mlp |= {
+        "effects": [0.0, 0.06],
+        "errors": [0, 0.01],
+        "attributed": [0, 0.05],
+        "arriving": [[0, 0], [0.01, 0]],
+    }
+    pair = {"below": 0, "above": 1, "heads": [head], "edges": edges, "mlps": [mlp], "tested": tested}
     return {
         "model": HOSTILE[2],
         "sites": [{"site": f"blocks.{n}.hook_resid_post", "widths": [20, 12]} for n in (0, 1)],
@@ -393,7 +400,12 @@ def test_an_edge_tells_of_its_prompts(browser: Browser, site: str) -> None:
         " s.dispatchEvent(new Event('input')); return true; })()"
     )
     assert browser.run(move)
-    assert len(browser.run(SEEN)) == 6
+    assert len(browser.run(SEEN)) == 7
+    click = click.replace("0.1.0.K", "1.1.mlp.in")
+    assert browser.run(f"{click} && document.querySelector('#edge h3').textContent").endswith(
+        "MLP of block 1"
+    )
+    assert "0.060 ± 0.010" in browser.run("document.querySelector('#edge dl').textContent")
     by_weights = (
         "(() => { const s = document.querySelector('#way'); s.value = 'weights';"
         " s.dispatchEvent(new Event('change')); return true; })()"

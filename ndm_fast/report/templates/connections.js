@@ -44,18 +44,26 @@ function fact(name, value) {
 }
 
 function prompts(edge, tested) {
-  if (!edge.by_prompt) return [element("p", { class: "soft small" }, "Effects on single prompts are kept of the strongest edges only.")];
+  if (!edge.by_prompt) return [element("p", { class: "soft small" }, "Effects on single prompts are kept of the strongest edges into heads only.")];
   const order = edge.by_prompt.map((_, n) => n).sort((a, b) => Math.abs(edge.by_prompt[b]) - Math.abs(edge.by_prompt[a]));
   const rows = order.slice(0, MOST).map((n) =>
     element("li", {}, element("span", { class: "distance" }, edge.by_prompt[n].toFixed(3)), element("span", { class: "text" }, tested.texts[n])));
   return [element("p", { class: "soft small" }, "Prompts on which it carries most, with the drop of the metric:"), element("ol", {}, ...rows)];
 }
 
+function intoMlp(pair, s, block) {
+  const mlp = pair.mlps.find((one) => one.block === block);
+  const edge = { share: mlp.read[s], times: mlp.times[s], deviations: mlp.deviations[s] };
+  if (mlp.effects) Object.assign(edge, { effect: mlp.effects[s], error: mlp.errors[s], attributed: mlp.attributed[s] });
+  return edge;
+}
+
 function tell(line) {
   const pair = found.pairs[Number(line.dataset.pair)];
   const [subspace, block, head, side] = line.dataset.edge.split(".");
-  const edge = pair.edges.find((one) => one.subspace === Number(subspace) && one.block === Number(block)
-    && one.head === Number(head) && one.side === side);
+  const edge = head === "mlp" ? intoMlp(pair, Number(subspace), Number(block))
+    : pair.edges.find((one) => one.subspace === Number(subspace) && one.block === Number(block)
+      && one.head === Number(head) && one.side === side);
   const facts = [
     fact("share of what it reads", `${(100 * edge.share).toFixed(1)} %`),
     fact("over chance", edge.times.toFixed(2)),
@@ -66,7 +74,8 @@ function tell(line) {
     facts.push(fact("to first order", edge.attributed.toFixed(3)));
     facts.push(fact("whole activation", pair.tested.whole.toFixed(3)));
   }
-  const title = `${found.sites[pair.below].site} s${subspace} to head ${block}.${head}, ${side}`;
+  const into = head === "mlp" ? `the MLP of block ${block}` : `head ${block}.${head}, ${side}`;
+  const title = `${found.sites[pair.below].site} s${subspace} to ${into}`;
   at("edge").replaceChildren(element("h3", {}, title), element("dl", { class: "facts" }, ...facts),
     ...(pair.tested ? prompts(edge, pair.tested) : []));
 }
