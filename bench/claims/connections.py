@@ -14,7 +14,7 @@ among all edges: subspaces from labels, from NDM, and from principal components 
 trains the planted language model, in which every variable must lead to itself. The others take finished runs
 (see ``language_model.py``) and measure all edges between their sites on circuit tests; ``--baseline`` puts
 untrained subspaces of the same widths in their place, principal components of the harvest ``--activations``.
-With it weights are scored also with the variance in each subspace (``varied_shares``). Prompts come from
+With it weights are scored also with the variance in each subspace. Prompts come from
 template set b. Each call replaces its own part of the record.
 """
 
@@ -25,7 +25,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,17 @@ from ndm_fast.evaluate.connections.connections import run_connections
 from ndm_fast.evaluate.connections.finding import find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
 from ndm_fast.evaluate.connections.measured import ConnectionOptions
-from ndm_fast.evaluate.connections.results import Connections, Pair, connection_rows, mlp_edges, strongest
-from ndm_fast.evaluate.connections.weights import head_weights
+from ndm_fast.evaluate.connections.mlps import find_mlps
+from ndm_fast.evaluate.connections.results import (
+    Connections,
+    Edge,
+    Pair,
+    connection_rows,
+    mlp_edges,
+    strongest,
+)
+from ndm_fast.evaluate.connections.weights import Factors, head_weights, mlp_reads, subspace_sums
+from ndm_fast.evaluate.gini import top_share
 from ndm_fast.evaluate.patching.language_model import load_language_model
 from ndm_fast.evaluate.truth.induction import run_induction
 from ndm_fast.evaluate.truth.planted_routing import run_routing
@@ -163,7 +171,9 @@ def _short(found: Connections, pair: Pair) -> dict[str, Any]:
         one |= {
             "of_it_through_best_subspace": (edge.effect or 0.0) / one["effect"],
             "times_chance": edge.times,
+            "effects": [by_edge[one["head"], one["side"], s].effect for s in range(len(tested.subspaces))],
         }
+        one["top_share"] = top_share(torch.tensor(one["effects"]))
     arriving = strongest(pair.edges, 1)[0].arriving or []
     return {
         "below": found.sites[pair.below].site,
@@ -220,49 +230,57 @@ def _mlps(pair: Pair) -> dict[str, Any]:
 
 @torch.no_grad()
 def varied(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tensor) -> dict[str, Any]:
-    """Areas under the curve of weights that count every direction by its variance, against path patching."""
+    """What tells the edges if weights count every direction by its variance among activations.
+
+    With C_s the covariance inside of a subspace, the share of a side that acts by A is
+    ``tr(C_s R_s' A A' R_s)``, over the same of the whole activation.
+    """
     model, _ = load_language_model(name, "cpu")
-    blocks = sorted({e.block for e in pair.edges})
-    rotated = rows @ below.rotation
-    covariance = torch.cov(rotated.T)
-    found, effects = [], []
-    for heads in find_heads(model, blocks):
+    covariance = torch.cov((rows @ below.rotation).T)
+    shares, effects = [], []
+    for heads in find_heads(model, sorted({e.block for e in pair.edges})):
         weights = head_weights(heads)
         for side in SIDES:
-            acts = weights.acts(side)
-            left = below.rotation.T @ acts.left
-            gram = left @ (acts.right @ acts.right.mT) @ left.mT  # [H, d, d]
-            start = 0
-            for s, width in enumerate(below.widths):
-                own = slice(start, start + width)
-                found.append((gram[:, own, own] * covariance[own, own]).sum((1, 2)) / _all(gram, covariance))
-                start += width
-                effects.append(_effects(pair, heads.block, side, s))
-    share, effect = torch.stack(found).flatten(), torch.tensor(effects).abs().flatten()
-    spread = [float(part.diagonal().sum()) for part in _blocks(covariance, below.widths)]
+            shares.append(_varied_shares(weights.acts(side), below, covariance))
+            own = [e for e in pair.edges if (e.block, e.side) == (heads.block, side)]
+            effects.append(_table(own, [(e.head or 0, e.subspace) for e in own]))
+    blocks = [node.block for node in pair.mlps]
+    mlps = [mlp for mlp in find_mlps(model, blocks) if mlp is not None]
+    mlp_shares = torch.cat([_varied_shares(mlp_reads(mlp), below, covariance) for mlp in mlps])
+    own = mlp_edges(pair)
+    spread = subspace_sums(covariance.diag(), below.widths)
     return {
-        "area": area_under_curve(share, strong(effect)),
-        "ranks": rank_correlation(share, effect),
-        "variance_shares": [one / sum(spread) for one in spread],
+        "variance_shares": (spread / spread.sum()).tolist(),
+        "heads": _told(torch.cat(shares), torch.cat(effects)),
+        "mlps": _told(mlp_shares, _table(own, [(blocks.index(e.block), e.subspace) for e in own])),
     }
 
 
-def _all(gram: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    return (gram * covariance).sum((1, 2))
+def _varied_shares(acts: Factors, below: SubspacePartition, covariance: torch.Tensor) -> torch.Tensor:
+    """[n, S]"""
+    left = below.rotation.T @ acts.left
+    gram = left @ (acts.right @ acts.right.mT) @ left.mT
+    parts, end = [], 0
+    for width in below.widths:
+        own = slice(end, end + width)
+        parts.append((gram[:, own, own] * covariance[own, own]).sum((1, 2)))
+        end += width
+    return torch.stack(parts, 1) / (gram * covariance).sum((1, 2))[:, None]
 
 
-def _blocks(covariance: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
-    ends = list(accumulate(widths))
-    return [covariance[e - w : e, e - w : e] for e, w in zip(ends, widths, strict=True)]
+def _table(edges: Sequence[Edge], places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[n, S] sizes of effects."""
+    found = torch.zeros(*(max(axis) + 1 for axis in zip(*places, strict=True)))
+    for edge, place in zip(edges, places, strict=True):
+        found[place] = abs(edge.effect or 0.0)
+    return found
 
 
-def _effects(pair: Pair, block: int, side: str, subspace: int) -> list[float]:
-    """[H]"""
-    return [
-        e.effect or 0.0
-        for e in sorted(pair.edges, key=lambda e: e.head or 0)
-        if (e.block, e.side, e.subspace) == (block, side, subspace)
-    ]
+def _told(shares: torch.Tensor, sizes: torch.Tensor) -> dict[str, float]:
+    return {
+        "area": area_under_curve(shares.flatten(), strong(sizes).flatten()),
+        "ranks": rank_correlation(shares.flatten(), sizes.flatten()),
+    }
 
 
 def main() -> None:
