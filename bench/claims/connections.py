@@ -25,6 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,10 @@ def _table(edges: Sequence[Edge], places: Sequence[tuple[int, int]]) -> torch.Te
     return found
 
 
-def _told(shares: torch.Tensor, sizes: torch.Tensor) -> dict[str, float]:
+def _told(shares: torch.Tensor, sizes: torch.Tensor) -> dict[str, float | None]:
+    area = area_under_curve(shares.flatten(), strong(sizes).flatten())
     return {
-        "area": area_under_curve(shares.flatten(), strong(sizes).flatten()),
+        "area": None if isnan(area) else area,
         "ranks": rank_correlation(shares.flatten(), sizes.flatten()),
     }
 
