@@ -95,23 +95,18 @@ def ways(model: Any, language: PlantedLanguage, prompts: int, seed: int) -> Ways
     """Which ways the variables take from the site below to the one above."""
     width = model.config.n_embd
     undivided = SubspacePartition(torch.eye(width), [width])
-    whole, skip, mlp, heads = [], [], [], []
+    by_head, others = _patchers(model, (undivided, undivided))
+    drops, heads = [], []
     for variable in range(language.variables):
         pairs = planted_pairs(language, variable, prompts, seed)
         given = pairs.prompts, pairs.counterfactuals, pairs.metric
-        read = {"read": pairs.position}
-        whole.append(patch_effects(model, BELOW, undivided, *given, **read, rows=_ROWS).whole.mean())
-        by_head, others = _patchers(model, (undivided, undivided))
-        heads.append(by_head.measure(*given, **read).patched[0, 0].mean(-1))
-        found = others.measure(*given, **read)
-        mlp.append(found.patched.mean())
-        skip.append(found.straight.mean())
-    mean_heads = torch.stack(heads).mean(0)
-    return Ways(
-        *(float(torch.stack(one).mean()) for one in (whole, skip)),
-        {side: mean_heads[:, place].tolist() for place, side in enumerate(SIDES)},
-        float(torch.stack(mlp).mean()),
-    )
+        whole = patch_effects(model, BELOW, undivided, *given, read=pairs.position, rows=_ROWS).whole
+        heads.append(by_head.measure(*given, read=pairs.position).patched[0, 0].mean(-1))
+        rest = others.measure(*given, read=pairs.position)
+        drops.append(torch.stack([whole.mean(), rest.straight.mean(), rest.patched.mean()]))
+    whole, skip, mlp = torch.stack(drops).mean(0).tolist()
+    sides = torch.stack(heads).mean(0).T.tolist()
+    return Ways(whole, skip, dict(zip(SIDES, sides, strict=True)), mlp)
 
 
 def _patchers(
@@ -120,7 +115,7 @@ def _patchers(
     sites = model, BELOW, ABOVE, partitions
     return (
         PathPatcher(*sites, find_heads(model, [1]), rows=_ROWS, small=0),
-        MlpPatcher(*sites, find_mlps(model, [1]), rows=_ROWS),
+        MlpPatcher(*sites, [mlp for mlp in find_mlps(model, [1]) if mlp], rows=_ROWS),
     )
 
 
@@ -227,7 +222,7 @@ def routing(
         data_share={way: _mean(one[pair] / one.sum() for one, pair in zip(size, right, strict=True))
                     for way, size in sizes.items()},
         data_own={
-            way: _mean(size[k][pair] / size[(slice(None), *pair)].sum() for k, pair in enumerate(right))
+            way: _mean(size[k][pair] / size[:, pair[0], pair[1]].sum() for k, pair in enumerate(right))
             for way, size in sizes.items()
         },
         drops={way: _mean(one[pair] for one, pair in zip(drops, right, strict=True))
