@@ -14,7 +14,7 @@ among all edges: subspaces from labels, from NDM, and from principal components 
 trains the planted language model, in which every variable must lead to itself. The others take finished runs
 (see ``language_model.py``) and measure all edges between their sites on circuit tests; ``--baseline`` puts
 untrained subspaces of the same widths in their place, principal components of the harvest ``--activations``.
-With it weights are scored also with the variance in each subspace. Prompts come from
+With it the record also says what else than weights would tell the edges (``explained``). Prompts come from
 template set b. Each call replaces its own part of the record.
 """
 
@@ -37,23 +37,24 @@ from measuring import RESULTS
 
 from ndm_fast.activations.cache import ActivationCache
 from ndm_fast.evaluate.baselines import baseline_partition
+from ndm_fast.evaluate.circuits.prompts import chosen_tests
 from ndm_fast.evaluate.connections.agreement import area_under_curve, rank_correlation, strong
 from ndm_fast.evaluate.connections.connections import run_connections
 from ndm_fast.evaluate.connections.finding import find_heads
 from ndm_fast.evaluate.connections.heads import SIDES
 from ndm_fast.evaluate.connections.measured import ConnectionOptions
-from ndm_fast.evaluate.connections.mlps import find_mlps
 from ndm_fast.evaluate.connections.results import (
     Connections,
-    Edge,
     Pair,
     connection_rows,
     mlp_edges,
     strongest,
 )
-from ndm_fast.evaluate.connections.weights import Factors, head_weights, mlp_reads, subspace_sums
+from ndm_fast.evaluate.connections.weights import Factors, head_weights, subspace_sums
 from ndm_fast.evaluate.gini import top_share
 from ndm_fast.evaluate.patching.language_model import load_language_model
+from ndm_fast.evaluate.patching.layers_above import LayersAbove
+from ndm_fast.evaluate.patching.prompts import columns_of, pad_prompts
 from ndm_fast.evaluate.truth.induction import run_induction
 from ndm_fast.evaluate.truth.planted_routing import run_routing
 from ndm_fast.partition import SubspacePartition
@@ -140,7 +141,8 @@ def language_model(options: argparse.Namespace) -> dict[str, Any]:
     if activations:
         for short, pair in zip(pairs, found.pairs, strict=True):
             below = partitions[found.sites[pair.below].partition]
-            short["agreement_varied"] = varied(model, pair, below, activations[below.source["site"]])
+            rows = activations[below.source["site"]]
+            short["explained"] = explained(model, pair, below, rows)
     return {
         "model": model,
         "prompts": prompts,
@@ -230,31 +232,62 @@ def _mlps(pair: Pair) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def varied(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tensor) -> dict[str, Any]:
-    """What tells the edges if weights count every direction by its variance among activations.
+def explained(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tensor) -> dict[str, Any]:
+    """Why do weights tell the edges, or not? Scores by weights, and two that also know what varies.
 
-    With C_s the covariance inside of a subspace, the share of a side that acts by A is
-    ``tr(C_s R_s' A A' R_s)``, over the same of the whole activation.
+    With C_s the second moments inside of a subspace, the share of a side that acts by A is
+    ``tr(C_s R_s' A A' R_s)``, over the same of the whole activation. ``variance``: C of activations on text;
+    ``difference``: C of counterfactual less own activation on the test. ``across`` are all edges; ``within``
+    the mean over the sides of heads that the whole activation matters to, at least a tenth of the largest.
     """
-    model, _ = load_language_model(name, "cpu")
-    covariance = torch.cov((rows @ below.rotation).T)
-    shares, effects = [], []
-    for heads in find_heads(model, sorted({e.block for e in pair.edges})):
-        weights = head_weights(heads)
-        for side in SIDES:
-            shares.append(_varied_shares(weights.acts(side), below, covariance))
-            own = [e for e in pair.edges if (e.block, e.side) == (heads.block, side)]
-            effects.append(_table(own, [(e.head or 0, e.subspace) for e in own]))
-    blocks = [node.block for node in pair.mlps]
-    mlps = [mlp for mlp in find_mlps(model, blocks) if mlp is not None]
-    mlp_shares = torch.cat([_varied_shares(mlp_reads(mlp), below, covariance) for mlp in mlps])
-    own = mlp_edges(pair)
-    spread = subspace_sums(covariance.diag(), below.widths)
-    return {
-        "variance_shares": (spread / spread.sum()).tolist(),
-        "heads": _told(torch.cat(shares), torch.cat(effects)),
-        "mlps": _told(mlp_shares, _table(own, [(blocks.index(e.block), e.subspace) for e in own])),
+    model, tokenizer = load_language_model(name, "cpu")
+    assert pair.tested is not None
+    site, count = below.source["site"], len(pair.tested.texts)
+    moved = _differences(model, tokenizer, pair.tested.test, site, count) @ below.rotation
+    moments = {
+        "variance": torch.cov((rows @ below.rotation).T),
+        "difference": moved.T @ moved / len(moved),
     }
+    blocks = sorted({e.block for e in pair.edges})
+    sizes, whole, scores = [], [], {"weights": [], **{kind: [] for kind in moments}}
+    for heads in find_heads(model, blocks):
+        weights = head_weights(heads)
+        for place, side in enumerate(SIDES):
+            own = [e for e in pair.edges if (e.block, e.side) == (heads.block, side)]
+            places = [(e.head or 0, e.subspace) for e in own]
+            sizes.append(_table([e.effect for e in own], places))
+            scores["weights"].append(_table([e.times for e in own], places))
+            whole += [abs((n.effects or [])[place]) for n in pair.heads if n.block == heads.block]
+            for kind, moment in moments.items():
+                scores[kind].append(_varied_shares(weights.acts(side), below, moment))
+    size, mattering = torch.cat(sizes), strong(torch.tensor(whole))
+    spread = subspace_sums(moments["variance"].diag(), below.widths)
+    found: dict[str, Any] = {
+        "variance_shares": (spread / spread.sum()).tolist(),
+        "sides_that_matter": int(mattering.sum()),
+    }
+    for kind, parts in scores.items():
+        score = torch.cat(parts)
+        inside = [_told(one, other) for one, other in zip(score[mattering], size[mattering], strict=True)]
+        areas = [one["area"] for one in inside if one["area"] is not None]
+        found[kind] = {
+            "across": _told(score, size),
+            "within": {
+                "area": sum(areas) / len(areas) if areas else None,
+                "ranks": sum(one["ranks"] for one in inside) / len(inside),
+            },
+        }
+    return found
+
+
+def _differences(model: Any, tokenizer: Any, test: str, site: str, prompts: int) -> torch.Tensor:
+    """[N, d] counterfactual less own activation at the positions that a test patches."""
+    made = chosen_tests([test])[0].build(tokenizer, prompts, 0, "b")
+    here, there = (pad_prompts(p) for p in (made.prompts, made.counterfactuals))
+    columns, used = columns_of(here, made.positions)
+    row, place = used.nonzero(as_tuple=True)
+    cut = LayersAbove(model, site)
+    return (cut.below(there) - cut.below(here))[row, columns[row, place]].float()
 
 
 def _varied_shares(acts: Factors, below: SubspacePartition, covariance: torch.Tensor) -> torch.Tensor:
@@ -269,15 +302,15 @@ def _varied_shares(acts: Factors, below: SubspacePartition, covariance: torch.Te
     return torch.stack(parts, 1) / (gram * covariance).sum((1, 2))[:, None]
 
 
-def _table(edges: Sequence[Edge], places: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """[n, S] sizes of effects."""
+def _table(values: Sequence[float | None], places: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """[n, S] sizes."""
     found = torch.zeros(*(max(axis) + 1 for axis in zip(*places, strict=True)))
-    for edge, place in zip(edges, places, strict=True):
-        found[place] = abs(edge.effect or 0.0)
+    for value, place in zip(values, places, strict=True):
+        found[place] = abs(value or 0.0)
     return found
 
 
-def _told(shares: torch.Tensor, sizes: torch.Tensor) -> dict[str, float | None]:
+def _told(shares: torch.Tensor, sizes: torch.Tensor) -> dict[str, Any]:
     area = area_under_curve(shares.flatten(), strong(sizes).flatten())
     return {
         "area": None if isnan(area) else area,
