@@ -239,6 +239,8 @@ def explained(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tenso
     ``tr(C_s R_s' A A' R_s)``, over the same of the whole activation. ``variance``: C of activations on text;
     ``difference``: C of counterfactual less own activation on the test. ``across`` are all edges; ``within``
     the mean over the sides of heads that the whole activation matters to, at least a tenth of the largest.
+    ``times_against_variance`` is the rank correlation over subspaces of what sides read over chance, the mean
+    over heads, with the variance there.
     """
     model, tokenizer = load_language_model(name, "cpu")
     assert pair.tested is not None
@@ -265,6 +267,10 @@ def explained(name: str, pair: Pair, below: SubspacePartition, rows: torch.Tenso
     found: dict[str, Any] = {
         "variance_shares": (spread / spread.sum()).tolist(),
         "sides_that_matter": int(mattering.sum()),
+        "times_against_variance": {
+            side: rank_correlation(torch.cat(scores["weights"][place :: len(SIDES)]).mean(0), spread)
+            for place, side in enumerate(SIDES)
+        },
     }
     for kind, parts in scores.items():
         score = torch.cat(parts)
