@@ -335,6 +335,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=4, help="of NDM on the planted model")
     parser.add_argument("--model")
     parser.add_argument("--baseline", help="subspaces instead of those of the runs: pca, random ...")
+    parser.add_argument("--label", help="set apart in the record from other runs of the model: seed 1 ...")
     parser.add_argument("--activations", type=Path, help="a harvest of the runs' sites")
     parser.add_argument("--runs", type=Path, nargs="+")
     parser.add_argument("--tests", nargs="+", default=["1", "2", "3"])
@@ -352,9 +353,8 @@ def main() -> None:
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     if options.model:
         found = language_model(options)
-        name = ", ".join(
-            [options.model, *(["exact"] if options.exact else []), *filter(None, [options.baseline])]
-        )
+        parts = [options.model, "exact" if options.exact else None, options.baseline, options.label]
+        name = ", ".join(filter(None, parts))
         record.setdefault("language_models", {})[name] = {"made_with": made_with, **found}
     options.out.write_text(json.dumps(record, indent=1) + "\n")
 
