@@ -66,6 +66,7 @@ def test_sites_are_ordered_and_every_edge_is_there(found):
         assert [len(node.effects) for node in pair.heads] == [3] * len(pair.heads)
         assert all(len(mlp.read) == len(mlp.write) == len(mlp.effects) == 3 for mlp in pair.mlps)
         assert all(len(mlp.arriving) == len(mlp.arriving[0]) == 3 for mlp in pair.mlps)
+        assert all(len(by_prompt) == 3 for mlp in pair.mlps for by_prompt in mlp.by_prompt)
         assert len(pair.tested.skip.effects) == 3
     assert [[mlp.block for mlp in pair.mlps] for pair in found.pairs] == [[], [1, 2, 3]]
     assert (found.pairs[0].tested.mlp_agreement, found.pairs[1].tested.mlp_agreement.edges) == (None, 9)

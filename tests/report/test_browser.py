@@ -171,6 +171,7 @@ def connections() -> dict[str, Any]:
         "effects": [0.0, 0.06],
         "errors": [0, 0.01],
         "attributed": [0, 0.05],
+        "by_prompt": [[0, 0, 0], [0.01, 0.02, 0.15]],
         "arriving": [[0, 0], [0.01, 0]],
     }
     pair = {"below": 0, "above": 1, "heads": [head], "edges": edges, "mlps": [mlp], "tested": tested}
@@ -406,6 +407,7 @@ def test_an_edge_tells_of_its_prompts(browser: Browser, site: str) -> None:
         "MLP of block 1"
     )
     assert "0.060 ± 0.010" in browser.run("document.querySelector('#edge dl').textContent")
+    assert browser.run(prompts)[0].startswith("0.150")
     by_weights = (
         "(() => { const s = document.querySelector('#way'); s.value = 'weights';"
         " s.dispatchEvent(new Event('change')); return true; })()"

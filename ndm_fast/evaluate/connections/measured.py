@@ -182,6 +182,7 @@ def mlp_nodes(pair: Between, weighed: Weighed, effects: Effects | None) -> list[
                 errors=numbers["error"],
                 attributed=numbers["attributed"],
                 arriving=numbers["arriving"],
+                by_prompt=effects.mlps.patched[:, place].tolist(),
             )
         nodes.append(node)
     return nodes

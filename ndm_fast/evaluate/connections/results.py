@@ -93,6 +93,8 @@ class MlpNode:
     """[S] the same to first order."""
     arriving: list[list[float]] | None = None
     """[S, S'] how much of it goes, to first order, straight into each subspace of the site above."""
+    by_prompt: list[list[float]] | None = None
+    """[S, N] drop for each prompt."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ function fact(name, value) {
 }
 
 function prompts(edge, tested) {
-  if (!edge.by_prompt) return [element("p", { class: "soft small" }, "Effects on single prompts are kept of the strongest edges into heads only.")];
+  if (!edge.by_prompt) return [element("p", { class: "soft small" }, "Effects on single prompts are kept of the strongest edges only.")];
   const order = edge.by_prompt.map((_, n) => n).sort((a, b) => Math.abs(edge.by_prompt[b]) - Math.abs(edge.by_prompt[a]));
   const rows = order.slice(0, MOST).map((n) =>
     element("li", {}, element("span", { class: "distance" }, edge.by_prompt[n].toFixed(3)), element("span", { class: "text" }, tested.texts[n])));
@@ -54,7 +54,9 @@ function prompts(edge, tested) {
 function intoMlp(pair, s, block) {
   const mlp = pair.mlps.find((one) => one.block === block);
   const edge = { share: mlp.read[s], times: mlp.times[s], deviations: mlp.deviations[s] };
-  if (mlp.effects) Object.assign(edge, { effect: mlp.effects[s], error: mlp.errors[s], attributed: mlp.attributed[s] });
+  if (!mlp.effects) return edge;
+  Object.assign(edge, { effect: mlp.effects[s], error: mlp.errors[s], attributed: mlp.attributed[s] });
+  edge.by_prompt = mlp.by_prompt[s];
   return edge;
 }
 
