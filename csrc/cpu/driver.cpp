@@ -94,6 +94,7 @@ class SearchRun {
 void nearest_neighbors(Search a, const Kernels& kernels, int threads) {
   // Cosine scores take all rows for unit vectors, which rounded ones are not.
   a.bf16 = a.bf16 && !a.shadows && kernels.bf16.sweep && !a.cosine;
+  if (!a.swept_keys.data) a.swept_keys = a.rotated_keys;
   a.tile = tile_size(a.keys, a.width / a.subspaces);
   a.tiles = ceil_div(a.keys, a.tile);
   a.padded = ceil_div(a.queries, kernels.query_block) * kernels.query_block;

@@ -44,7 +44,7 @@ void check_sizes(int64_t queries, int64_t keys, const std::vector<int64_t>& offs
 
 void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int64_t keys,
                        const std::vector<int64_t>& offsets, bool cosine, bool bf16, bool shadows,
-                       const RowsTuple& rotated_keys,
+                       const RowsTuple& rotated_keys, const RowsTuple& swept_keys,
                        uintptr_t center, uintptr_t rotated_queries, uintptr_t exact_queries,
                        const RowsTuple& raw_queries, const RowsTuple& raw_keys, uintptr_t rotation,
                        uintptr_t query_error, uintptr_t key_error, uintptr_t distance, uintptr_t index) {
@@ -60,6 +60,7 @@ void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int
   a.bf16 = bf16;
   a.shadows = shadows;
   a.rotated_keys = rows(rotated_keys);
+  a.swept_keys = rows(swept_keys);
   a.center = at<const float>(center);
   a.rotated_queries = at<const float>(rotated_queries);
   a.exact_queries = at<const double>(exact_queries);
@@ -72,6 +73,8 @@ void nearest_neighbors(const std::string& isa, int threads, int64_t queries, int
   a.index = at<int64_t>(index);
   if (!exact_queries && !(rotation && query_error && key_error))
     throw std::invalid_argument("raw form needs rotation and error bounds");
+  if (a.swept_keys.data && !(exact_queries && rotated_queries && query_error && key_error && !center))
+    throw std::invalid_argument("turned form needs queries in both axes and error bounds, and no center");
   py::gil_scoped_release unlocked;
   if (queries) ndm::nearest_neighbors(a, kernels, threads);
 }

@@ -66,16 +66,16 @@ struct Pack {
 template <int Panel>
 void transpose_rows(const Search& a, const Pack& pack, int64_t first, float* panel, float* buffer) {
   const int64_t p = pack.p, step = pack.step();
-  const bool direct = a.rotated_keys.type == Type::float32 && first + 7 * step < a.keys;
+  const bool direct = a.swept_keys.type == Type::float32 && first + 7 * step < a.keys;
   const float* from = buffer;
   int64_t stride = p;
   if (direct) {
-    from = reinterpret_cast<const float*>(row_address(a.rotated_keys, first, pack.column));
-    stride = a.rotated_keys.stride * step;
+    from = reinterpret_cast<const float*>(row_address(a.swept_keys, first, pack.column));
+    stride = a.swept_keys.stride * step;
   } else {
     for (int i = 0; i < 8; ++i) {
       if (first + i * step < a.keys) {
-        read_row(a.rotated_keys, first + i * step, pack.column, p, buffer + i * p);
+        read_row(a.swept_keys, first + i * step, pack.column, p, buffer + i * p);
       } else {
         for (int64_t j = 0; j < p; ++j) buffer[i * p + j] = 0;
       }
@@ -244,9 +244,9 @@ struct NextRows {
   int64_t stride = 0, bytes = 0, left = 0;
 
   NextRows(const Search& a, int64_t first, int64_t count, int64_t s) {
-    const int64_t size = element_size(a.rotated_keys.type);
-    row = row_address(a.rotated_keys, first, a.offsets[s]);
-    stride = a.rotated_keys.stride * size;
+    const int64_t size = element_size(a.swept_keys.type);
+    row = row_address(a.swept_keys, first, a.offsets[s]);
+    stride = a.swept_keys.stride * size;
     bytes = (a.offsets[s + 1] - a.offsets[s]) * size;
     left = first + count < a.keys ? count : a.keys - first;
   }
@@ -288,7 +288,7 @@ void sweep_tile(const Search& a, int64_t tile, float* scratch) {
 
 // The value that the sweep uses: fp32, centred.
 inline float sweep_value(const Search& a, int64_t query, int64_t column) {
-  if (!a.exact_queries) return a.rotated_queries[query * a.width + column];
+  if (a.rotated_queries) return a.rotated_queries[query * a.width + column];
   const double shift = a.center ? a.center[column] : 0.0;
   return static_cast<float>(a.exact_queries[query * a.width + column] - shift);
 }

@@ -30,8 +30,10 @@ constexpr int kGradientRows = 256, kGradientQueries = 128, kGradientDepth = 128;
 // Rows and columns of a tile of the update.
 constexpr int kLieTile = 64;
 
-// One call of nearest_neighbors. Two forms of input:
+// One call of nearest_neighbors. Three forms of input:
 //   rotated: `rotated_keys` are the caller's, `exact_queries` are the rotated queries in fp64;
+//   turned:  the same, but the sweep reads `swept_keys` and `rotated_queries`, copies in other axes, off by the
+//            error bounds; the exact distance comes from the rows as given;
 //   raw:     `rotated_keys` are our fp32 copy, and the exact distance comes from raw rows and `rotation`.
 struct Search {
   int64_t queries = 0, keys = 0, width = 0, subspaces = 0;
@@ -42,13 +44,14 @@ struct Search {
   bool shadows = false;  // propose from a part of the columns first: see search_shadow.h
 
   Rows rotated_keys;
+  Rows swept_keys;                         // turned form: centred; else none, and rotated_keys are swept
   const float* center = nullptr;           // [d] subtracted from rotated_keys, or null
-  const float* rotated_queries = nullptr;  // [Q, d] raw form: centred like the keys
-  const double* exact_queries = nullptr;   // [Q, d] rotated form: nothing subtracted
+  const float* rotated_queries = nullptr;  // [Q, d] raw and turned form: centred like the keys that are swept
+  const double* exact_queries = nullptr;   // [Q, d] rotated and turned form: nothing subtracted
 
   Rows raw_queries, raw_keys;            // raw form only
   const float* rotation = nullptr;       // [d, d] raw form only
-  const float* query_error = nullptr;    // [Q] bound on |rounding error of a rotated row|, raw form only
+  const float* query_error = nullptr;    // [Q] bound on |rounding error of a rotated row|, raw and turned form
   const float* key_error = nullptr;      // [K]
 
   float* distance = nullptr;  // [S, Q]

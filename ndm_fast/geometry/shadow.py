@@ -1,12 +1,14 @@
 """Shadows of rows: a few columns and the length of the rest, which are no farther apart than the rows.
 
 Turning a subspace in itself moves no distance in it. So it is turned to about its principal axes, where the
-first columns say most, and a search compares by a part of them first (``csrc/cpu/search_shadow.h``).
+first columns say most, and a search compares by a part of them first (``csrc/cpu/search_shadow.h``), where
+they say enough.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,33 +26,60 @@ _NARROWEST, _NARROWEST_HALF = 32, 96
 """Mean width, weighted by width, from which shadows pay; below the second, products in half precision, where
 a CPU has them and they will do, save more."""
 
-_SAVED, _QR_COST = 0.25, 25.0
-"""Share of the search's products that shadows save, and products of p^3 that a QR takes as long as."""
+_QR_COST = 25.0
+"""Products of p^3 that a QR takes as long as."""
+
+_TURN_COST = 7.0
+"""Operations of the search that turning an element of a copy takes as long as, for every column: its products
+are thin, and the copy goes through memory."""
+
+_COPIED = 3 << 22
+"""Elements of a turned copy of keys at most: 48 MB."""
+
+_MOST_SAVED, _LEAST_SAVED = 0.5, -0.04
+"""Shares of the search's products that shadows save; the least is what trying them on noise costs."""
 
 
-def turned_to_axes(rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]) -> Tensor:
-    """[d, d] fp32 the rotation, each subspace turned to about the principal axes of its keys, largest first.
+class Axes(NamedTuple):
+    turned: Tensor
+    """[d, d] fp32 the rotation, each subspace turned to about its principal axes, the largest first."""
+    rest: list[float]
+    """S shares of a subspace's variance that the second half of its columns has."""
+
+
+def axes_of(rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]) -> Axes:
+    """About the principal axes of the keys in each subspace.
 
     Args:
         rotation: [d, d] fp32 orthogonal.
         keys: [K, d] raw; some of them are looked at.
-        origin: [d] fp32 subtracted from them; None for directions from 0.
+        origin: [d] fp32 subtracted from them; None for the directions from 0, which the cosine compares.
         widths: S widths that sum to d.
     """
     some = keys[:: max(1, len(keys) // _sample(widths))].float()
     if origin is not None:
         some = some - origin
     some = torch.where(some.isfinite().all(1, keepdim=True), some, 0)
-    turned = torch.empty_like(rotation)
+    turned, rest = torch.empty_like(rotation), []
     with full_fp32():
         some = some @ rotation
         for subspaces, columns in equal_width_runs(widths):
             width = widths[subspaces.start]
             parts = some[:, columns].unflatten(1, (-1, width)).transpose(0, 1)  # [s, n, p]
+            if origin is None:
+                parts = torch.nn.functional.normalize(parts, dim=2)
             basis = rotation[:, columns].unflatten(1, (-1, width)).transpose(0, 1)
-            moments = parts.transpose(1, 2) @ parts
-            turned[:, columns] = (basis @ _axes(moments.double()).float()).transpose(0, 1).flatten(1)
-    return turned
+            moments = (parts.transpose(1, 2) @ parts).double()
+            axes = _axes(moments)
+            turned[:, columns] = (basis @ axes.float()).transpose(0, 1).flatten(1)
+            variances = (moments @ axes * axes).sum(1)
+            rest += (variances[:, width // 2 :].sum(1) / variances.sum(1)).nan_to_num(1.0).tolist()
+    return Axes(turned, rest)
+
+
+def turned_to_axes(rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]) -> Tensor:
+    """[d, d] fp32 as of :func:`axes_of`."""
+    return axes_of(rotation, keys, origin, widths).turned
 
 
 def _axes(moments: Tensor) -> Tensor:
@@ -72,17 +101,44 @@ def shadow(rows: Tensor, columns: int) -> Tensor:
 
 
 def pays(queries: int, keys: int, widths: Sequence[int], half: bool) -> bool:
-    """Whether finding axes and turning to them is expected to cost less than a search then saves.
+    """Whether finding axes is expected to cost less than a search over good shadows then saves.
 
     Args:
         half: the search would propose in half precision otherwise.
     """
     d = sum(widths)
-    squares, cubes = sum(p**2 for p in widths), sum(p**3 for p in widths)
+    squares = sum(p**2 for p in widths)
     if squares / d < (_NARROWEST_HALF if half else _NARROWEST):
         return False
-    axes = 2.0 * _sample(widths) * (d**2 + squares) + 2.0 * d * squares + _TURNS * _QR_COST * cubes
-    return _SAVED * 2.0 * queries * keys * d > axes
+    return _MOST_SAVED / 2 * 2.0 * queries * keys * d > _axes_cost(widths)
+
+
+def saved(rest: Sequence[float], widths: Sequence[int]) -> float:
+    """Share of a search's products that shadows are expected to save; negative where they cost more.
+
+    Fitted to measured searches of two language models and of noise (docs/kernels-cpu.md): what counts is how
+    little of the variance the second half of the columns has. Comparisons weigh more in narrow subspaces.
+    """
+    shares = [max(_LEAST_SAVED, 0.58 - 2.5 * r - 8 / p) for r, p in zip(rest, widths, strict=True)]
+    return sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
+
+
+def turning_pays(queries: int, keys: int, width: int, half: bool, share: float = _MOST_SAVED) -> bool:
+    """As :func:`pays`, of one subspace whose keys come rotated: all of them are turned anew, into a copy.
+
+    Args:
+        share: of the search's products, expected to be saved; the most by default.
+    """
+    if width < (_NARROWEST_HALF if half else _NARROWEST) or keys * width > _COPIED:
+        return False
+    turning = _TURN_COST * (queries + keys) * width**2
+    return share * 2.0 * queries * keys * width > _axes_cost([width]) + turning
+
+
+def _axes_cost(widths: Sequence[int]) -> float:
+    d, squares = sum(widths), sum(p**2 for p in widths)
+    cubes = sum(p**3 for p in widths)
+    return 2.0 * _sample(widths) * (d**2 + squares) + 2.0 * d * squares + _TURNS * _QR_COST * cubes
 
 
 def _sample(widths: Sequence[int]) -> int:

@@ -87,7 +87,8 @@ def search_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Every backend that has the search: CUDA C++ too, built for this CPU where there is no GPU."""
     if request.param != "cuda":
         if request.param.endswith(_SHADOWS):
-            monkeypatch.setattr(shadow, "pays", lambda *sizes: True)
+            for decision in ("pays", "turning_pays", "saved"):
+                monkeypatch.setattr(shadow, decision, lambda *sizes: True)
         return _made_ready(request.param.removesuffix(_SHADOWS), monkeypatch)
     from ndm_fast.ops import cuda
 

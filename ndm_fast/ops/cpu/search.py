@@ -6,6 +6,7 @@ Shapes and names as in ``ndm_fast.geometry.reference``, which says what each op 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -66,19 +67,13 @@ def nearest_neighbors(
     call = _Search(extension(), offsets_of(widths), metric == "cosine", precision == "bf16", shadows=False)
     origin = None if call.cosine else sample_mean(keys)
     if keys_rotated:
-        blocks = [
-            _search_rotated(
-                call, rows.double() if queries_rotated else _rotate_exactly(rows, rotation), keys, origin
-            )
-            for rows in _query_blocks(queries)
-        ]
-    else:
-        turn = None
-        if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-            call = call._replace(shadows=True)
-            turn = shadow.turned_to_axes(rotation, keys, origin, widths)
-        prepared = _PreparedKeys(origin, turn, *_rotate_with_bound(keys, rotation, origin, turn))
-        blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
+        return _search_given(call, queries, keys, None if queries_rotated else rotation, origin)
+    turn = None
+    if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
+        turn = _worthwhile_turn(rotation, keys, origin, widths)
+        call = call._replace(shadows=turn is not None)
+    prepared = _PreparedKeys(origin, turn, *_rotate_with_bound(keys, rotation, origin, turn))
+    blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
     if len(blocks) == 1:
         return blocks[0]
     return Neighbors(torch.cat([b.distance for b in blocks], 1), torch.cat([b.index for b in blocks], 1))
@@ -93,8 +88,8 @@ def nearest_index(
     origin = sample_mean(keys)
     call = _Search(extension(), offsets_of(widths), False, precision == "bf16", shadows=False)
     if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-        call = call._replace(shadows=True)
-        rotation = shadow.turned_to_axes(rotation, keys, origin, widths)
+        turn = _worthwhile_turn(rotation, keys, origin, widths)
+        call, rotation = call._replace(shadows=turn is not None), rotation if turn is None else turn
     queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
     found = [
         _search_rotated(call, rows.double(), keys, sample_mean(keys)).index for rows in _query_blocks(queries)
@@ -136,9 +131,9 @@ def _query_blocks(queries: Tensor) -> Iterator[Tensor]:
 
 
 def _rotate_exactly(rows: Tensor, rotation: Tensor) -> Tensor:
-    """[N, d] float64 product, with only blocks of the rotation's columns in float64 at a time."""
+    """[N, c] float64 product, with only blocks of the rotation's columns in float64 at a time."""
     rows = rows.double()
-    exact = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    exact = rows.new_empty(len(rows), rotation.shape[1])
     width = max(64, _EXACT_ELEMENTS // rotation.shape[0])
     for start in range(0, rotation.shape[1], width):
         exact[:, start : start + width] = rows @ rotation[:, start : start + width].double()
@@ -171,9 +166,98 @@ def _search_raw(
     rotated, query_error = _rotate_with_bound(queries, rotation, prepared.origin, prepared.turn)
     call.extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(queries), len(keys), *call[1:]),
-        *(rows_of(prepared.rotated), 0, rotated.data_ptr(), 0),
+        *(rows_of(prepared.rotated), _NO_ROWS, 0, rotated.data_ptr(), 0),
         *(rows_of(queries), rows_of(keys), rotation.data_ptr()),
         *(query_error.data_ptr(), prepared.error.data_ptr()),
+        *(found.distance.data_ptr(), found.index.data_ptr()),
+    )
+    return found
+
+
+def _worthwhile_turn(
+    rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]
+) -> Tensor | None:
+    """[d, d] the rotation with each subspace turned to its axes, or None where shadows would save nothing."""
+    axes = shadow.axes_of(rotation, keys, origin, widths)
+    return axes.turned if shadow.saved(axes.rest, widths) > 0 else None
+
+
+def _search_given(
+    call: _Search, queries: Tensor, keys: Tensor, rotation: Tensor | None, origin: Tensor | None
+) -> Neighbors:
+    """Keys come rotated, and queries where there is no rotation; ``origin`` [d] is subtracted from the keys.
+
+    Subspaces where it pays are searched one by one, over shadows of a turned copy; others together.
+    """
+    offsets, found = call.offsets, _empty_neighbors(len(call.offsets) - 1, len(queries))
+    for first, last, axes in _parts(call, len(queries), keys, origin):
+        columns, begin = slice(offsets[first], offsets[last]), 0
+        part = call._replace(offsets=[each - columns.start for each in offsets[first : last + 1]])
+        some, centre = keys[:, columns], None if origin is None else origin[columns]
+        turned = None if axes is None else _turned_keys(some, axes, centre)
+        for rows in _query_blocks(queries):
+            if rotation is None:
+                exact = rows[:, columns].double().contiguous()
+            else:
+                exact = _rotate_exactly(rows, rotation[:, columns])
+            if turned is None:
+                near = _search_rotated(part, exact, some, centre)
+            else:
+                near = _search_turned(part, exact, some, turned)
+            for whole, piece in zip(found, near, strict=True):
+                whole[first:last, begin : begin + len(rows)] = piece
+            begin += len(rows)
+    return found
+
+
+def _parts(
+    call: _Search, queries: int, keys: Tensor, origin: Tensor | None
+) -> Iterator[tuple[int, int, Tensor | None]]:
+    """Runs of subspaces, from the first to before the last: with axes those to turn, one by one."""
+    offsets, half, begin = call.offsets, _in_half(call), 0
+    for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
+        width, sizes = stop - start, (queries, len(keys), stop - start, half)
+        if not shadow.turning_pays(*sizes):
+            continue
+        columns = slice(start, stop)
+        axes = shadow.axes_of(
+            torch.eye(width), keys[:, columns], None if origin is None else origin[columns], [width]
+        )
+        if shadow.turning_pays(*sizes, shadow.saved(axes.rest, [width])):
+            if begin < s:
+                yield begin, s, None
+            yield s, s + 1, axes.turned
+            begin = s + 1
+    if begin < len(offsets) - 1:
+        yield begin, len(offsets) - 1, None
+
+
+def _turned_keys(keys: Tensor, axes: Tensor, origin: Tensor | None) -> _PreparedKeys:
+    error = torch.empty(len(keys))
+    turned = rotate_centred(keys, axes, origin, norms=error)
+    return _PreparedKeys(origin, axes, turned, error.mul_(_turning_error(len(axes))))
+
+
+def _turning_error(width: int) -> float:
+    """Share of a row's length that turning it gets wrong at most, for every input.
+
+    Width additions, a subtraction and a rounding, each by 2^-24 of at most the row, and sqrt(width) of it for
+    the products and again for the axes, which are rounded too.
+    """
+    return (width + 2 * math.sqrt(width) + 4) * _UNIT
+
+
+def _search_turned(call: _Search, exact_queries: Tensor, keys: Tensor, turned: _PreparedKeys) -> Neighbors:
+    """As :func:`_search_rotated`, of one subspace: neighbors are proposed from a copy, turned to its axes."""
+    assert turned.turn is not None
+    centred = exact_queries if turned.origin is None else exact_queries - turned.origin
+    queries = (centred @ turned.turn.double()).float()
+    error = torch.linalg.vector_norm(centred, dim=1).float().mul_(_turning_error(len(turned.turn)))
+    found = _empty_neighbors(1, len(queries))
+    call.extension.nearest_neighbors(
+        *(isa(), torch.get_num_threads(), len(queries), len(keys), *call._replace(shadows=True)[1:]),
+        *(rows_of(keys), rows_of(turned.rotated), 0, queries.data_ptr(), exact_queries.data_ptr()),
+        *(_NO_ROWS, _NO_ROWS, 0, error.data_ptr(), turned.error.data_ptr()),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
     return found
@@ -185,7 +269,7 @@ def _search_rotated(call: _Search, exact_queries: Tensor, keys: Tensor, origin: 
     found = _empty_neighbors(len(call.offsets) - 1, len(exact_queries))
     call.extension.nearest_neighbors(
         *(isa(), torch.get_num_threads(), len(exact_queries), len(keys), *call[1:]),
-        *(rows_of(keys), 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
+        *(rows_of(keys), _NO_ROWS, 0 if origin is None else origin.data_ptr(), 0, exact_queries.data_ptr()),
         *(_NO_ROWS, _NO_ROWS, 0, 0, 0),
         *(found.distance.data_ptr(), found.index.data_ptr()),
     )
