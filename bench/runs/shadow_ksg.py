@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python bench/runs/shadow_ksg.py [--acts FOLDER SITE [PARTITION]] ... [--out FILE]
 
-Sources and partitions as in shadow_counts.py. A pass needs the distance of a key in a subspace only where it is
-within reach: the largest radius of the subspace's pairs. "Known" is the reach when all keys have been met, which
-the counts' own pass has, and bounds what any order of keys could save; "in order" is that of the tiles before, as
-when radius and counts come from one look. A group of 16 or 32 keys is left where the shadow of one is in reach.
+Sources and partitions as in shadow_counts.py. A pass needs the distance of a key in a subspace only where it
+is within reach: the largest radius of the subspace's pairs. "Known" is the reach when all keys have been met,
+which the counts' own pass has: a bound of what any order of keys could save. "In order" is that of the tiles
+before, as when radius and counts come from one look. A group of 16 or 32 keys is left where the shadow of one
+is in reach.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def partitions(
 
 @torch.no_grad()
 def count_partition(data: Tensor, partition: SubspacePartition) -> Iterator[dict[str, Any]]:
-    """One row for each group size: products of all distances over those left, with the best h of each subspace."""
+    """One row for each size of groups: all products over those left, with the best h of each subspace."""
     widths, d = list(partition.widths), sum(partition.widths)
     left, right = data[:QUERIES, :d].contiguous(), data[QUERIES : QUERIES + KEYS, :d].contiguous()
     origin = sample_mean(right)
@@ -90,9 +91,10 @@ def count_partition(data: Tensor, partition: SubspacePartition) -> Iterator[dict
 
 
 def reaches(squared: Tensor) -> tuple[Tensor, Tensor]:
-    """[S, Q, 1] the largest radius of the pairs of each subspace at the end, and [S, Q, K] before each tile."""
+    """[S, Q, 1] the largest radius of each subspace's pairs at the end, and [S, Q, K] before each tile."""
     subspaces, queries, keys = squared.shape
-    end, before = squared.new_zeros(subspaces, queries, 1), squared.new_zeros(subspaces, queries, keys // TILE)
+    end = squared.new_zeros(subspaces, queries, 1)
+    before = squared.new_zeros(subspaces, queries, keys // TILE)
     for a in range(subspaces):
         for b in range(a + 1, subspaces):
             least = torch.maximum(squared[a], squared[b]).unflatten(1, (-1, TILE)).amin(2).cummin(1).values
@@ -104,7 +106,7 @@ def reaches(squared: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def least_work(queries: Tensor, keys: Tensor, limit: Tensor, group: int) -> float:
-    """Columns that a key takes with the best h, where a group is left unless all its shadows are out of reach."""
+    """Columns that a key takes with the best h, where a group is left if one of its shadows is in reach."""
     width = queries.shape[1]
     slack = TOLERANCE * (queries.square().sum(1)[:, None] + keys.square().sum(1).mean())
     best = float(width)

@@ -26,12 +26,15 @@ _NARROWEST, _NARROWEST_HALF = 32, 96
 """Mean width, weighted by width, from which shadows pay; below the second, products in half precision, where
 a CPU has them and they will do, save more."""
 
-_QR_COST = 25.0
-"""Products of p^3 that a QR takes as long as."""
+_QR_COST, _AXES_COST = 25.0, 3.0
+"""Products of p^3 that a QR takes as long as, and the search's rate over that of finding axes."""
 
 _TURN_COST = 7.0
 """Operations of the search that turning an element of a copy takes as long as, for every column: its products
 are thin, and the copy goes through memory."""
+
+_LOOKING = 0.028
+"""Share of a search that may be spent to learn whether shadows save something, where keys come rotated."""
 
 _COPIED = 3 << 22
 """Elements of a turned copy of keys at most: 48 MB."""
@@ -119,26 +122,30 @@ def saved(rest: Sequence[float], widths: Sequence[int]) -> float:
     Fitted to measured searches of two language models and of noise (docs/kernels-cpu.md): what counts is how
     little of the variance the second half of the columns has. Comparisons weigh more in narrow subspaces.
     """
-    shares = [max(_LEAST_SAVED, 0.58 - 2.5 * r - 8 / p) for r, p in zip(rest, widths, strict=True)]
+    shares = [max(_LEAST_SAVED, 0.54 - 3 * r - 8 / p) for r, p in zip(rest, widths, strict=True)]
     return sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
 
 
-def turning_pays(queries: int, keys: int, width: int, half: bool, share: float = _MOST_SAVED) -> bool:
+def turning_pays(queries: int, keys: int, width: int, half: bool, share: float | None = None) -> bool:
     """As :func:`pays`, of one subspace whose keys come rotated: all of them are turned anew, into a copy.
 
     Args:
-        share: of the search's products, expected to be saved; the most by default.
+        share: of the search's products, expected to be saved. None before axes are known: whether to look.
     """
     if width < (_NARROWEST_HALF if half else _NARROWEST) or keys * width > _COPIED:
         return False
+    search, axes = 2.0 * queries * keys * width, _axes_cost([width])
+    if share is None and axes > _LOOKING * search:
+        return False
     turning = _TURN_COST * (queries + keys) * width**2
-    return share * 2.0 * queries * keys * width > _axes_cost([width]) + turning
+    return (_MOST_SAVED if share is None else share) * search > axes + turning
 
 
 def _axes_cost(widths: Sequence[int]) -> float:
     d, squares = sum(widths), sum(p**2 for p in widths)
     cubes = sum(p**3 for p in widths)
-    return 2.0 * _sample(widths) * (d**2 + squares) + 2.0 * d * squares + _TURNS * _QR_COST * cubes
+    products = 2.0 * _sample(widths) * (d**2 + squares) + 2.0 * d * squares + _TURNS * _QR_COST * cubes
+    return _AXES_COST * products
 
 
 def _sample(widths: Sequence[int]) -> int:

@@ -80,3 +80,49 @@ def test_shadows_are_for_searches_that_are_worth_it(
     queries: int, keys: int, widths: list[int], half: bool, expected: bool
 ) -> None:
     assert shadow.pays(queries, keys, widths, half) is expected
+
+
+def test_little_is_left_where_few_directions_say_all() -> None:
+    torch.manual_seed(0)
+    steep = torch.randn(2000, 96) * torch.logspace(0, -2, 96)
+    noise = torch.randn(2000, 96)
+    constant = torch.zeros(2000, 96)
+    keys = torch.cat([steep @ rotation_of(96), noise, constant], 1)
+    rest = shadow.axes_of(torch.eye(288), keys, keys.mean(0), [96, 96, 96]).rest
+    variances = steep.var(0).sort(descending=True).values
+    assert rest[0] == pytest.approx(float(variances[48:].sum() / variances.sum()), rel=0.2)
+    assert 0.3 < rest[1] <= 0.5
+    assert rest[2] == 1  # nothing is known to be saved
+    assert shadow.saved(rest[:1], [96]) > 0.3
+    assert shadow.saved(rest[1:2], [96]) < 0
+    assert shadow.saved(rest[2:], [96]) < 0
+    mean = (shadow.saved(rest[:1], [96]) * 96 + shadow.saved(rest[1:2], [32]) * 32) / 128
+    assert shadow.saved(rest[:2], [96, 32]) == pytest.approx(mean)
+
+
+def test_the_cosine_sees_no_lengths() -> None:
+    torch.manual_seed(0)
+    keys = torch.randn(1000, 16)
+    scaled = keys * torch.logspace(0, 4, 1000)[torch.randperm(1000)][:, None]
+    found = (shadow.axes_of(torch.eye(16), rows, None, [16]) for rows in (keys, scaled))
+    same, other = found
+    torch.testing.assert_close(same.turned, other.turned, rtol=0, atol=1e-4)
+    assert same.rest == pytest.approx(other.rest, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "half", "share", "expected"),
+    [
+        (4096, 32768, 96, False, None, True),
+        (1024, 32768, 96, False, None, False),  # to look would take too much of the search
+        (4096, 32768, 96, False, 0.4, True),
+        (4096, 32768, 96, False, 0.05, False),  # turning would take more than shadows save
+        (4096, 32768, 72, True, 0.4, False),  # half precision saves more
+        (4096, 32768, 24, False, 0.4, False),  # too narrow
+        (4096, 409600, 96, False, 0.4, False),  # too large a copy
+    ],
+)
+def test_rotated_keys_are_turned_where_it_pays(
+    queries: int, keys: int, width: int, half: bool, share: float | None, expected: bool
+) -> None:
+    assert shadow.turning_pays(queries, keys, width, half, share) is expected

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ndm_fast import ops
 from ndm_fast.errors import InputError
-from ndm_fast.geometry import reference
+from ndm_fast.geometry import reference, shadow
 from ndm_fast.ops.cpu import extension
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -261,6 +261,42 @@ def test_many_queries_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = Backend("cpu", "cpu", False)
     check(cpu, torch.randn(101, 16), torch.randn(333, 16), [11, 5])
     check(cpu, torch.randn(101, 16), torch.randn(333, 16), [11, 5], keys_rotated=True)
+
+
+@pytest.mark.parametrize("form", ["rotated keys", "rotated keys and queries"])
+@pytest.mark.parametrize("widths", [[40, 33, 6, 5], [6, 40, 5, 33], [5, 6], [40]], ids=str)
+@METRICS
+def test_turning_some_of_the_subspaces_changes_nothing(
+    isa: str, monkeypatch: pytest.MonkeyPatch, form: str, widths: list[int], metric: str
+) -> None:
+    from ndm_fast.ops.cpu import search
+
+    monkeypatch.setattr(search, "_QUERY_ELEMENTS", 900)
+    keys, queries = heavy_tailed(3000, sum(widths)), heavy_tailed(40, sum(widths))
+    keys[2000:2900] = keys[1000:1900]
+    queries[:10] = keys[1500:1510]
+    rows = (queries, keys, rotation_of(sum(widths)), widths)
+    given = {"metric": metric, "keys_rotated": True, "queries_rotated": form.endswith("queries")}
+    found = {}
+    for turned in (False, True):
+        monkeypatch.setattr(
+            shadow, "turning_pays", lambda queries, keys, width, *rest, yes=turned: yes and width > 30
+        )
+        found[turned] = ops.nearest_neighbors(*rows, backend="cpu", check_finite=False, **given)
+    assert torch.equal(found[True].index, found[False].index)
+    assert torch.equal(found[True].distance, found[False].distance)
+    oracle = reference.nearest_neighbors(*rows, **given)
+    torch.testing.assert_close(found[True].distance.double(), oracle.distance, rtol=1e-5, atol=1e-13)
+
+
+@pytest.mark.parametrize("saved", [-0.01, 0.01])
+def test_shadows_are_used_where_the_axes_say_so(monkeypatch: pytest.MonkeyPatch, saved: float) -> None:
+    from ndm_fast.ops.cpu import search
+
+    monkeypatch.setattr(shadow, "saved", lambda *given: saved)
+    keys = torch.randn(200, 16)
+    turn = search._worthwhile_turn(torch.eye(16), keys, None, [16])
+    assert (turn is not None) == (saved > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
