@@ -99,7 +99,10 @@ def time_saved(data: Tensor, partition: SubspacePartition) -> Iterator[dict[str,
             lambda call=call, given=given: search._search_rotated(call, *given),
             lambda over=over, given=given: search._search_rotated(over, *given),
         )
-        saved = {"foreseen": shadow.saved(axes.rest, [width]), "measured": 1 - statistics.median(ratios)}
+        saved = {
+            "foreseen": shadow.saved(axes.rest, [width], False),
+            "measured": 1 - statistics.median(ratios),
+        }
         yield {"width": width, "subspace": s, "variance in the second half": axes.rest[0], **saved}
 
 
@@ -126,7 +129,7 @@ def time_rotated(data: Tensor, kind: str, width: int, queries: int) -> dict[str,
     ratios = cpu_ratios(searching(True), searching(False))
     assert all(torch.equal(*both) for both in zip(found[True], found[False], strict=True))
     axes = shadow.axes_of(torch.eye(sum(widths)), given[1], sample_mean(given[1]), widths)
-    shares = [shadow.saved([rest], [width]) for rest in axes.rest]
+    shares = [shadow.saved([rest], [width], False) for rest in axes.rest]
     used = sum(decide(queries, KEYS, width, False, share) for share in shares)
     shape = {"width": width, "queries": queries, "keys": KEYS}
     spread = {"least": min(ratios), "greatest": max(ratios)}

@@ -40,7 +40,10 @@ _COPIED = 3 << 22
 """Elements of a turned copy of keys at most: 48 MB."""
 
 _MOST_SAVED, _LEAST_SAVED = 0.5, -0.04
-"""Shares of the search's products that shadows save; the least is what trying them on noise costs."""
+"""Shares of a full sweep's time that shadows save; the least is what trying them on noise costs."""
+
+_HALF_SAVED = 0.45
+"""What products in half precision save of it."""
 
 
 class Axes(NamedTuple):
@@ -116,21 +119,26 @@ def pays(queries: int, keys: int, widths: Sequence[int], half: bool) -> bool:
     return _MOST_SAVED / 2 * 2.0 * queries * keys * d > _axes_cost(widths)
 
 
-def saved(rest: Sequence[float], widths: Sequence[int]) -> float:
-    """Share of a search's products that shadows are expected to save; negative where they cost more.
+def saved(rest: Sequence[float], widths: Sequence[int], half: bool) -> float:
+    """Share of a full sweep's time that shadows are expected to save; negative where they cost more.
 
     Fitted to measured searches of two language models and of noise (docs/kernels-cpu.md): what counts is how
     little of the variance the second half of the columns has. Comparisons weigh more in narrow subspaces.
+
+    Args:
+        rest: S shares, as in :class:`Axes`.
+        half: the search would propose in half precision otherwise: what that saves is subtracted.
     """
     shares = [max(_LEAST_SAVED, 0.54 - 3 * r - 8 / p) for r, p in zip(rest, widths, strict=True)]
-    return sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
+    mean = sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
+    return mean - (_HALF_SAVED if half else 0)
 
 
 def turning_pays(queries: int, keys: int, width: int, half: bool, share: float | None = None) -> bool:
     """As :func:`pays`, of one subspace whose keys come rotated: all of them are turned anew, into a copy.
 
     Args:
-        share: of the search's products, expected to be saved. None before axes are known: whether to look.
+        share: as :func:`saved` has it. None before axes are known: whether to look.
     """
     if width < (_NARROWEST_HALF if half else _NARROWEST) or keys * width > _COPIED:
         return False
@@ -138,7 +146,8 @@ def turning_pays(queries: int, keys: int, width: int, half: bool, share: float |
     if share is None and axes > _LOOKING * search:
         return False
     turning = _TURN_COST * (queries + keys) * width**2
-    return (_MOST_SAVED if share is None else share) * search > axes + turning
+    most = _MOST_SAVED - (_HALF_SAVED if half else 0)
+    return (most if share is None else share) * search > axes + turning
 
 
 def _axes_cost(widths: Sequence[int]) -> float:

@@ -295,7 +295,8 @@ def test_shadows_are_used_where_the_axes_say_so(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(shadow, "saved", lambda *given: saved)
     keys = torch.randn(200, 16)
-    turn = search._worthwhile_turn(torch.eye(16), keys, None, [16])
+    call = search._Search(search.extension(), [0, 16], True, False, shadows=False)
+    turn = search._worthwhile_turn(call, torch.eye(16), keys, None, [16])
     assert (turn is not None) == (saved > 0)
 
 

@@ -70,7 +70,7 @@ def nearest_neighbors(
         return _search_given(call, queries, keys, None if queries_rotated else rotation, origin)
     turn = None
     if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-        turn = _worthwhile_turn(rotation, keys, origin, widths)
+        turn = _worthwhile_turn(call, rotation, keys, origin, widths)
         call = call._replace(shadows=turn is not None)
     prepared = _PreparedKeys(origin, turn, *_rotate_with_bound(keys, rotation, origin, turn))
     blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
@@ -88,7 +88,7 @@ def nearest_index(
     origin = sample_mean(keys)
     call = _Search(extension(), offsets_of(widths), False, precision == "bf16", shadows=False)
     if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-        turn = _worthwhile_turn(rotation, keys, origin, widths)
+        turn = _worthwhile_turn(call, rotation, keys, origin, widths)
         call, rotation = call._replace(shadows=turn is not None), rotation if turn is None else turn
     queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
     found = [
@@ -175,11 +175,11 @@ def _search_raw(
 
 
 def _worthwhile_turn(
-    rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]
+    call: _Search, rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]
 ) -> Tensor | None:
     """[d, d] the rotation with each subspace turned to its axes, or None where shadows would save nothing."""
     axes = shadow.axes_of(rotation, keys, origin, widths)
-    return axes.turned if shadow.saved(axes.rest, widths) > 0 else None
+    return axes.turned if shadow.saved(axes.rest, widths, _in_half(call)) > 0 else None
 
 
 def _search_given(
@@ -223,7 +223,7 @@ def _parts(
         axes = shadow.axes_of(
             torch.eye(width), keys[:, columns], None if origin is None else origin[columns], [width]
         )
-        if shadow.turning_pays(*sizes, shadow.saved(axes.rest, [width])):
+        if shadow.turning_pays(*sizes, shadow.saved(axes.rest, [width], half)):
             if begin < s:
                 yield begin, s, None
             yield s, s + 1, axes.turned
