@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python bench/runs/shadow_costs.py [--acts FOLDER SITE [PARTITION]] ... [--out FOLDER]
 
-Sources as in shadow_counts.py. Saved: both passes over rows in their axes, beside the same without shadows,
-and what was foreseen from the axes. Rotated rows: the op as it is beside the op without shadows; both have to
+Sources as in shadow_counts.py. Saved: share of both passes' time that shadows save over rows in their axes, as
+foreseen from the axes and as measured, and that bf16 saves instead. Rotated rows: the op as it is beside the op without shadows; both have to
 find the same, to the bit. Axes: their share of a search.
 """
 
@@ -94,14 +94,18 @@ def time_saved(data: Tensor, partition: SubspacePartition) -> Iterator[dict[str,
         turned = [rotate_centred(each, axes.turned, origin) for each in (queries, keys)]
         call = search._Search(search.extension(), [0, width], False, False, shadows=False)
         given = turned[0].double(), turned[1], None
-        over = call._replace(shadows=True)
-        ratios = cpu_ratios(
-            lambda call=call, given=given: search._search_rotated(call, *given),
-            lambda over=over, given=given: search._search_rotated(over, *given),
-        )
+        times = {}
+        for way, other in (("shadows", call._replace(shadows=True)), ("bf16", call._replace(bf16=True))):
+            times[way] = statistics.median(
+                cpu_ratios(
+                    lambda call=call, given=given: search._search_rotated(call, *given),
+                    lambda other=other, given=given: search._search_rotated(other, *given),
+                )
+            )
         saved = {
             "foreseen": shadow.saved(axes.rest, [width], False),
-            "measured": 1 - statistics.median(ratios),
+            "measured": 1 - times["shadows"],
+            "bf16": 1 - times["bf16"],
         }
         yield {"width": width, "subspace": s, "variance in the second half": axes.rest[0], **saved}
 
