@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python bench/runs/shadow_costs.py [--acts FOLDER SITE [PARTITION]] ... [--out FOLDER]
 
 Sources as in shadow_counts.py. Saved: share of both passes' time that shadows save over rows in their axes,
-as foreseen from the axes and as measured, and that bf16 saves instead. Rotated rows: the op as it is beside the
-op without shadows; both have to find the same, to the bit. Axes: their share of a search.
+as foreseen from the axes and as measured, and that bf16 saves instead. Rotated rows: the op as it is beside
+the op without shadows; both have to find the same, to the bit. Axes: their share of a search.
 """
 
 from __future__ import annotations
