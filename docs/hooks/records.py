@@ -81,6 +81,8 @@ COLUMNS: dict[str, dict[str, str]] = {
         "of_ceiling": "of the ceiling",
         "best_peer": "best peer",
         "times_best_peer": "times the best peer",
+        "times.torch cdist+topk": "times torch's cdist and topk",
+        "times.faiss": "times faiss",
         "extra_mb": "extra MB",
     },
     "patching": {
