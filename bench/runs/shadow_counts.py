@@ -3,11 +3,14 @@
     OMP_NUM_THREADS=1 python bench/runs/shadow_counts.py [--acts FOLDER SITE [PARTITION]] ... [--figure FILE]
 
 ``--acts`` is a harvest, a site of it and a trained partition there, once for each model; noise is always
-counted. Widths of the untrained partitions are ``WIDTHS``. Counts are machine-independent: no time is taken.
+counted. Counts are machine-independent: no time is taken.
 A key is left where its shadow is nearer than the query's nearest key is: no order of keys and no better start
 rules it out. A group, of keys as they come, is left where one of its keys is. "In order" is what the search
 has now: a group is left where its bound is below the best of the groups before it. "In stages" looks again
 after each eighth of the columns. Sources that --out holds and that are not named again stay in it.
+
+``--gpu`` counts what ``bench/gpu/shadow_sweep.py`` needs: tiles of 16, 32 and 64 columns, wide subspaces,
+large groups. A trained partition is also taken with neighboring subspaces put together, as if merged.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,40 +39,70 @@ from ndm_fast.partition import SubspacePartition
 from ndm_fast.table import text_table
 
 QUERIES = 128
-KEYS = (16384, 65536)
-WIDTHS = (32, 64, 96, 192)
 SUBSPACES = 4
 """Subspaces of a partition that are counted, spread evenly over it."""
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """h over the width, as the C++ search has them."""
-GROUPS = (16, 32)
-"""Keys that a query takes or leaves as one; a panel of AVX2 and of AVX-512."""
+TILES = (16, 32, 64)
+"""Columns of a tile of the GPU's sweep: h of them, and the length of the rest."""
 TOLERANCE = 1e-13
 """Of the squared lengths: what fp64 may get wrong is counted as ruled out, so counts are never too high."""
+
+
+class Plan(NamedTuple):
+    """What is counted."""
+
+    out: Path
+    keys: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Of the untrained partitions."""
+    groups: tuple[int, ...]
+    """Keys that a query takes or leaves as one."""
+    columns: Callable[[int], list[int]]
+    """Every h for a width, ascending."""
+    merged: bool = False
+    """Count trained partitions with neighbors put together too."""
+
+
+CPU = Plan(
+    RESULTS / "shadow-counts.json", (16384, 65536), (32, 64, 96, 192), (16, 32),
+    lambda width: [max(1, int(width * share)) for share in SHARES],
+)  # fmt: skip
+"""Groups are a panel of AVX2 and of AVX-512."""
+
+GPU = Plan(
+    RESULTS / "shadow-counts-gpu.json", (65536, 196_608), (32, 64, 72, 96, 192, 432), (32, 64, 128),
+    lambda width: [tile - 1 for tile in TILES if tile < width], merged=True,
+)  # fmt: skip
+"""128 keys are a tile of the sweep."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--acts", nargs="+", action="append", default=[], help="folder, site and partition")
     parser.add_argument("--width", type=int, default=576, help="of the noise")
-    parser.add_argument("--out", type=Path, default=RESULTS / "shadow-counts.json")
+    parser.add_argument("--gpu", action="store_true", help="tiles and groups of the GPU's sweep")
+    parser.add_argument("--out", type=Path, help="default: under bench/results, by --gpu")
     parser.add_argument("--figure", type=Path, help="drawn from --out; alone, nothing is counted")
     arguments = parser.parse_args()
-    old = json.loads(arguments.out.read_text())["rows"] if arguments.out.exists() else []
+    plan = GPU if arguments.gpu else CPU
+    out = arguments.out or plan.out
+    old = json.loads(out.read_text())["rows"] if out.exists() else []
     if arguments.acts or not old:
         rows = []
-        for source in sources(arguments.acts, arguments.width):
-            rows += count_source(*source)
+        for source in sources(arguments.acts, arguments.width, max(plan.keys) + QUERIES):
+            rows += count_source(*source, plan)
         counted = {row["rows"] for row in rows}
-        write_results(arguments.out, [row for row in old if row["rows"] not in counted] + rows)
+        write_results(out, [row for row in old if row["rows"] not in counted] + rows)
     if arguments.figure:
-        draw(json.loads(arguments.out.read_text())["rows"], arguments.figure)
+        draw(json.loads(out.read_text())["rows"], arguments.figure)
 
 
-def sources(acts: list[list[str]], width: int) -> Iterator[tuple[str, Tensor, SubspacePartition | None]]:
-    """Names, [N, d] fp32 rows in random order, and a trained partition or None."""
+def sources(
+    acts: list[list[str]], width: int, count: int = max(CPU.keys) + QUERIES
+) -> Iterator[tuple[str, Tensor, SubspacePartition | None]]:
+    """Names, at least [count, d] fp32 rows in random order, and a trained partition or None."""
     torch.manual_seed(0)
-    count = max(KEYS) + QUERIES
     for folder, site, *trained in acts:
         cache = ActivationCache(folder)
         found: list[Tensor] = []
@@ -86,33 +119,41 @@ def sources(acts: list[list[str]], width: int) -> Iterator[tuple[str, Tensor, Su
     yield "noise", torch.randn(count, width), None
 
 
-def count_source(name: str, data: Tensor, trained: SubspacePartition | None) -> Iterator[dict[str, Any]]:
+def count_source(
+    name: str, data: Tensor, trained: SubspacePartition | None, plan: Plan
+) -> Iterator[dict[str, Any]]:
     """Rows of the record for one source of activations."""
     d = data.shape[1]
     kinds = ("identity",) if name == "noise" else ("identity", "pca")
     cases = []
-    for kind, width in itertools.product(kinds, WIDTHS):
+    for kind, width in itertools.product(kinds, [width for width in plan.widths if width <= d]):
         whole = d // width * width
         cases.append((kind, baseline_partition(kind, [width] * (whole // width), data[:, :whole])))
     if trained is not None:
         cases.append(("trained", trained))
+        for width in plan.widths if plan.merged else ():
+            if max(trained.widths) < width <= d:
+                together = [width] * (d // width) + [d % width] * (d % width > 0)
+                cases.append(("trained, merged", SubspacePartition(trained.rotation.detach(), together)))
     for kind, partition in cases:
-        for keys in KEYS:
-            for row in count_partition(data, partition, keys):
+        for keys in plan.keys:
+            for row in count_partition(data, partition, keys, plan):
                 found = {"rows": name, "partition": kind, **row}
                 print(text_table([{k: v for k, v in found.items() if not k.startswith("by_")}]), flush=True)
                 yield found
 
 
 @torch.no_grad()
-def count_partition(data: Tensor, partition: SubspacePartition, keys: int) -> Iterator[dict[str, Any]]:
-    """One row for each width of the partition: means over its subspaces and queries."""
+def count_partition(
+    data: Tensor, partition: SubspacePartition, keys: int, plan: Plan
+) -> Iterator[dict[str, Any]]:
+    """One row for each width wider than the least h: means over its subspaces and queries."""
     widths, d = list(partition.widths), sum(partition.widths)
     left, right = data[:QUERIES, :d].contiguous(), data[QUERIES : QUERIES + keys, :d].contiguous()
     origin = sample_mean(right)
     turn = shadow.turned_to_axes(partition.rotation.detach(), right, origin, widths)
     turned = [rotate_centred(rows, turn, origin) for rows in (left, right)]
-    for width in sorted(set(widths)):
+    for width in sorted(each for each in set(widths) if plan.columns(each)):
         same = [s for s, each in enumerate(widths) if each == width]
         taken = (
             [same[i * len(same) // SUBSPACES] for i in range(SUBSPACES)] if len(same) > SUBSPACES else same
@@ -120,30 +161,28 @@ def count_partition(data: Tensor, partition: SubspacePartition, keys: int) -> It
         counts = []
         for s in taken:
             columns = slice(partition.offsets[s], partition.offsets[s] + width)
-            counts.append(count_subspace(*(rows[:, columns].double() for rows in turned)))
+            counts.append(count_subspace(*(rows[:, columns].double() for rows in turned), plan))
         by_columns = [{name: sum(each[i][name] for each in counts) / len(counts) for name in counts[0][i]}
-                      for i in range(len(SHARES))]  # fmt: skip
+                      for i in range(len(counts[0]))]  # fmt: skip
         yield {"width": width, "keys": keys, "subspaces": len(taken), **least_work(counts, width),
                "by_columns": by_columns}  # fmt: skip
 
 
-def count_subspace(queries: Tensor, keys: Tensor) -> list[dict[str, float]]:
+def count_subspace(queries: Tensor, keys: Tensor, plan: Plan) -> list[dict[str, float]]:
     """Shares left for every h, of fp64 [Q, p] and [K, p] rows in principal axes."""
-    width = queries.shape[1]
     slack = TOLERANCE * (queries.square().sum(1)[:, None] + keys.square().sum(1).mean())
     true = torch.cdist(queries, keys, compute_mode="use_mm_for_euclid_dist").square()
     best = true.amin(1, keepdim=True)
     before = {}
-    for group in GROUPS:
+    for group in plan.groups:
         least = true.unflatten(1, (-1, group)).amin(2).cummin(1).values
         before[group] = torch.cat([torch.full_like(best, torch.inf), least[:, :-1]], 1)
     found = []
-    for share in SHARES:
-        columns = max(1, int(width * share))
+    for columns in plan.columns(queries.shape[1]):
         cast = [shadow.shadow(rows, columns) for rows in (queries, keys)]
         bound = torch.cdist(*cast, compute_mode="use_mm_for_euclid_dist").square() + slack
         row = {"columns": columns, "keys_left": _share(bound < best)}
-        for group in GROUPS:
+        for group in plan.groups:
             least = bound.unflatten(1, (-1, group)).amin(2)
             row[f"groups_{group}_left"] = _share(least < best)
             row[f"groups_{group}_in_order"] = _share(least < before[group])
@@ -174,10 +213,10 @@ def least_work(counts: Sequence[list[dict[str, float]]], width: int) -> dict[str
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Groups of 32 keys left against h over the width; a panel for each source."""
-    kept = [row for row in rows if row["keys"] == max(KEYS)]
+    kept = [row for row in rows if row["keys"] == max(CPU.keys)]
     names = list(dict.fromkeys(row["rows"] for row in kept))
     colours = {"identity": BLUE, "pca": GREY, "trained": VERMILION}
-    dashes = {24: "-", 48: "--"} | dict(zip(WIDTHS, ["-", "--", "-.", ":"], strict=True))
+    dashes = {24: "-", 48: "--"} | dict(zip(CPU.widths, ["-", "--", "-.", ":"], strict=True))
     with style():
         figure = new_figure(3.4 * len(names), 3.6)
         for axes, name in zip(

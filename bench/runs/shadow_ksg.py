@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shadow_counts import GROUPS, SHARES, sources
+from shadow_counts import CPU, SHARES, sources
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `kernels` hides another
@@ -75,7 +75,7 @@ def count_partition(data: Tensor, partition: SubspacePartition) -> Iterator[dict
     variances = [part.var(0).sum() for part in keys]
     scaled = [_squared(q, k) / v for q, k, v in zip(queries, keys, variances, strict=True)]  # S of [Q, K]
     known, in_order = reaches(torch.stack(scaled))
-    for group in GROUPS:
+    for group in CPU.groups:
         found: dict[str, Any] = {"width": max(widths), "subspaces": len(widths), "keys": KEYS, "group": group}
         for name, reach in (("known", known), ("in order", in_order)):
             full, least = 0.0, 0.0

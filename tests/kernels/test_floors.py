@@ -99,3 +99,23 @@ def test_floors_by_hand(floors: ModuleType) -> None:
     )
     assert found.ms == max(found)
     assert floors.sweep(shape, 64).issue == 0
+
+
+def test_sweep_over_shadows(floors: ModuleType) -> None:
+    """Nothing is gained where all keys are left, in any way of deciding."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "bench" / "gpu"))
+        import shadow_sweep
+
+        patch.setattr(shadow_sweep, "element", lambda width: 2.05 * 2 * width / floors.TENSOR)
+        counts = [
+            {"columns": 31, **{f"groups_{group}_left": share for group in (32, 64, 128)}} for share in (0, 1)
+        ]
+        row = {"rows": "", "partition": "", "keys": 65_536, "width": 96, "by_columns": counts}
+        nothing, everything = shadow_sweep.predicted(row)
+        for way in ("tiles", "groups", "lists"):
+            assert nothing[way] == pytest.approx(32 / 96, abs=1e-3)
+            assert everything[way] >= 1 + 32 / 96 - 1e-9
+        assert everything["lists"] == pytest.approx(1 + 32 / 96)
+        assert everything["groups"] > 6
+        assert everything["tiles"] > 80
