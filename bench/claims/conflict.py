@@ -5,6 +5,9 @@
     python bench/claims/conflict.py --model gemma3-270m --attribute Continent --ravel FOLDER \\
         runs-gemma/seed?/blocks.6.hook_resid_post
 
+The same on other prompts, with seed0 alone: ``--prompts 48 --seed 1``, and ``--attribute Continent`` for
+SmolLM2, ``Language`` for Gemma, whose first entry has ``--prompts 48`` too.
+
 FOLDER holds RAVEL's files of cities. As `ndm-fast evaluate conflict`, for the runs of several seeds and the
 baselines of the same widths. Every partition is written down as soon as it is measured.
 """

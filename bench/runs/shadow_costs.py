@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shadow_counts import sources
+from shadow_counts import partitions, sources
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `kernels` hides another
@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {"saved": [], "rotated": [], "axes": []}
     for name, data, trained in sources(arguments.acts, arguments.width):
-        for kind, partition in partitions(name, data, trained):
+        for kind, partition in partitions(name, data, trained, WIDTHS):
             for row in time_saved(data, partition):
                 note(found["saved"], {"rows": name, "partition": kind, **row})
         for kind in ("identity",) if name == "noise" else ("identity", "pca"):
@@ -67,17 +67,6 @@ def main() -> None:
 def note(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
     rows.append(row)
     print(text_table([row]), flush=True)
-
-
-def partitions(
-    name: str, data: Tensor, trained: SubspacePartition | None
-) -> Iterator[tuple[str, SubspacePartition]]:
-    for kind in ("identity",) if name == "noise" else ("identity", "pca"):
-        for width in WIDTHS:
-            count = data.shape[1] // width
-            yield kind, baseline_partition(kind, [width] * count, data[:, : count * width])
-    if trained is not None:
-        yield "trained", trained
 
 
 @torch.no_grad()

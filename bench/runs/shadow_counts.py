@@ -119,18 +119,26 @@ def sources(
     yield "noise", torch.randn(count, width), None
 
 
+def partitions(
+    name: str, data: Tensor, trained: SubspacePartition | None, widths: Sequence[int]
+) -> Iterator[tuple[str, SubspacePartition]]:
+    """Kinds of partition with one width each, and the trained one."""
+    d = data.shape[1]
+    kinds = ("identity",) if name == "noise" else ("identity", "pca")
+    for kind, width in itertools.product(kinds, [width for width in widths if width <= d]):
+        whole = d // width * width
+        yield kind, baseline_partition(kind, [width] * (whole // width), data[:, :whole])
+    if trained is not None:
+        yield "trained", trained
+
+
 def count_source(
     name: str, data: Tensor, trained: SubspacePartition | None, plan: Plan
 ) -> Iterator[dict[str, Any]]:
     """Rows of the record for one source of activations."""
     d = data.shape[1]
-    kinds = ("identity",) if name == "noise" else ("identity", "pca")
-    cases = []
-    for kind, width in itertools.product(kinds, [width for width in plan.widths if width <= d]):
-        whole = d // width * width
-        cases.append((kind, baseline_partition(kind, [width] * (whole // width), data[:, :whole])))
+    cases = list(partitions(name, data, trained, plan.widths))
     if trained is not None:
-        cases.append(("trained", trained))
         for width in plan.widths if plan.merged else ():
             if max(trained.widths) < width <= d:
                 together = [width] * (d // width) + [d % width] * (d % width > 0)
@@ -153,7 +161,7 @@ def count_partition(
     widths, d = list(partition.widths), sum(partition.widths)
     left, right = data[:QUERIES, :d].contiguous(), data[QUERIES : QUERIES + keys, :d].contiguous()
     origin = sample_mean(right)
-    turn = shadow.turned_to_axes(partition.rotation.detach(), right, origin, widths)
+    turn = shadow.axes_of(partition.rotation.detach(), right, origin, widths).turned
     turned = [rotate_centred(rows, turn, origin) for rows in (left, right)]
     for width in sorted(each for each in set(widths) if plan.columns(each)):
         same = [s for s, each in enumerate(widths) if each == width]

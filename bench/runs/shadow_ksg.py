@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shadow_counts import CPU, SHARES, sources
+from shadow_counts import CPU, SHARES, partitions, sources
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # not the root: its `kernels` hides another
 
 from measuring import RESULTS, write_results
 
-from ndm_fast.evaluate.baselines import baseline_partition
 from ndm_fast.geometry import shadow
 from ndm_fast.geometry.centring import rotate_centred, sample_mean
 from ndm_fast.partition import SubspacePartition
@@ -45,23 +44,11 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for name, data, trained in sources(arguments.acts, arguments.width):
-        for kind, partition in partitions(name, data, trained):
+        for kind, partition in partitions(name, data, trained, WIDTHS):
             for row in count_partition(data, partition):
                 rows.append({"rows": name, "partition": kind, **row})
                 print(text_table([rows[-1]]), flush=True)
     write_results(arguments.out, rows)
-
-
-def partitions(
-    name: str, data: Tensor, trained: SubspacePartition | None
-) -> Iterator[tuple[str, SubspacePartition]]:
-    """Kinds of partition with one width each, and the trained one."""
-    for kind in ("identity",) if name == "noise" else ("identity", "pca"):
-        for width in WIDTHS:
-            count = data.shape[1] // width
-            yield kind, baseline_partition(kind, [width] * count, data[:, : count * width])
-    if trained is not None:
-        yield "trained", trained
 
 
 @torch.no_grad()
@@ -70,7 +57,7 @@ def count_partition(data: Tensor, partition: SubspacePartition) -> Iterator[dict
     widths, d = list(partition.widths), sum(partition.widths)
     left, right = data[:QUERIES, :d].contiguous(), data[QUERIES : QUERIES + KEYS, :d].contiguous()
     origin = sample_mean(right)
-    turn = shadow.turned_to_axes(partition.rotation.detach(), right, origin, widths)
+    turn = shadow.axes_of(partition.rotation.detach(), right, origin, widths).turned
     queries, keys = (rotate_centred(rows, turn, origin).double().split(widths, 1) for rows in (left, right))
     variances = [part.var(0).sum() for part in keys]
     scaled = [_squared(q, k) / v for q, k, v in zip(queries, keys, variances, strict=True)]  # S of [Q, K]

@@ -83,11 +83,6 @@ def axes_of(rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Seque
     return Axes(turned, rest)
 
 
-def turned_to_axes(rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]) -> Tensor:
-    """[d, d] fp32 as of :func:`axes_of`."""
-    return axes_of(rotation, keys, origin, widths).turned
-
-
 def _axes(moments: Tensor) -> Tensor:
     """[s, p, p] fp64 orthogonal, about the eigenvectors of [s, p, p] moments, those of the largest first."""
     size = moments.diagonal(dim1=1, dim2=2)

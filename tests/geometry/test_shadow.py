@@ -41,7 +41,7 @@ def test_a_shadow_is_no_farther(kind: str, width: int, part: float, seed: int) -
 def test_axes_turn_each_subspace_in_itself(kind: str, widths: list[int]) -> None:
     torch.manual_seed(0)
     keys, rotation = ROWS[kind](300, sum(widths)), rotation_of(sum(widths))
-    turned = shadow.turned_to_axes(rotation, keys, keys.mean(0), widths)
+    turned = shadow.axes_of(rotation, keys, keys.mean(0), widths).turned
     for before, after in zip(rotation.split(widths, 1), turned.split(widths, 1), strict=True):
         torch.testing.assert_close(after @ after.T, before @ before.T, rtol=0, atol=2e-6)
         torch.testing.assert_close(after.T @ after, torch.eye(after.shape[1]), rtol=0, atol=2e-6)
@@ -52,7 +52,7 @@ def test_the_first_columns_say_most() -> None:
     keys = torch.randn(2000, 32) * torch.logspace(0, -2, 32)
     rotation = torch.eye(32)
     mixed = keys @ rotation_of(32)
-    turned = shadow.turned_to_axes(rotation, mixed, None, [32])
+    turned = shadow.axes_of(rotation, mixed, None, [32]).turned
     spread = (mixed @ turned).var(0)
     assert float(spread[:8].sum() / spread.sum()) > 0.95 * float(keys.var(0)[:8].sum() / keys.var(0).sum())
 
@@ -61,7 +61,7 @@ def test_nan_in_the_sample_spoils_no_axis() -> None:
     torch.manual_seed(0)
     keys = torch.randn(200, 12)
     keys[3, 2], keys[7, 0] = torch.nan, torch.inf
-    turned = shadow.turned_to_axes(torch.eye(12), keys, torch.zeros(12), [8, 4])
+    turned = shadow.axes_of(torch.eye(12), keys, torch.zeros(12), [8, 4]).turned
     torch.testing.assert_close(turned.T @ turned, torch.eye(12), rtol=0, atol=2e-6)
 
 
