@@ -48,6 +48,7 @@ PLAIN_SOURCES = [
     "driver.cpp",
     "ksg_driver.cpp",
     "step_driver.cpp",
+    "product_driver.cpp",
     "dispatch.cpp",
     "parallel.cpp",
 ]

@@ -15,10 +15,12 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
 }
 bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amd() { return __builtin_cpu_is("amd"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512bf16() { return false; }
+bool has_amd() { return false; }
 #endif
 
 const Kernels* check(const Kernels* kernels, bool cpu_has, const std::string& name, std::string* why) {
@@ -28,6 +30,8 @@ const Kernels* check(const Kernels* kernels, bool cpu_has, const std::string& na
 }
 
 }  // namespace
+
+bool is_amd() { return has_amd(); }
 
 const Kernels* choose_kernels(const std::string& name, std::string* why) {
   std::string ignored;

@@ -25,7 +25,13 @@ void mean_distance_gradient(const Gradient& gradient, const Kernels& kernels, in
 // Moves the moments on and writes the update.
 void lie_update(const LieUpdate& update, const Kernels& kernels, int threads);
 
+// Fills `out`, and `norms` where they are wanted.
+void product(Product product, const Kernels& kernels, int threads);
+
 // Fastest set that this CPU runs, or null with `why` filled if the named one cannot run.
 const Kernels* choose_kernels(const std::string& name, std::string* why);
+
+// Whether the processor is AMD's.
+bool is_amd();
 
 }  // namespace ndm

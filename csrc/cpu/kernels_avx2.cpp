@@ -8,6 +8,7 @@
 #include "gradient_kernel.h"
 #include "ksg_kernel.h"
 #include "lie_kernel.h"
+#include "product_kernel.h"
 #include "search_rerank.h"
 #include "search_shadow.h"
 
@@ -17,7 +18,7 @@ namespace ndm {
 const Kernels* avx2_kernels() {
   static const Kernels kernels = {"avx2",   6,        {pack_queries<6, Fp32>, sweep_tile<Vec8, 6, Fp32>},
                                   {},       {pack_shadow_queries<6>, sweep_shadow_tile<Vec8, 6>}, rerank<Vec8>, ksg_kernels<Vec8, 6, 2>(),
-                                  gradient_kernels<Vec8, 6, 2>(), lie_update<Vec8>};
+                                  gradient_kernels<Vec8, 6, 2>(), lie_update<Vec8>, product_kernels<Vec8, 6>()};
   return &kernels;
 }
 

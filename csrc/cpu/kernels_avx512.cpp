@@ -9,6 +9,7 @@
 #include "gradient_kernel.h"
 #include "ksg_kernel.h"
 #include "lie_kernel.h"
+#include "product_kernel.h"
 #include "search_rerank.h"
 #include "search_shadow.h"
 
@@ -18,7 +19,7 @@ namespace ndm {
 const Kernels* avx512_kernels() {
   static const Kernels kernels = {"avx512", 12,       {pack_queries<12, Fp32>, sweep_tile<Vec16, 12, Fp32>},
                                   {},       {pack_shadow_queries<12>, sweep_shadow_tile<Vec16, 12>}, rerank<Vec16>, ksg_kernels<Vec16, 6, 4>(),
-                                  gradient_kernels<Vec16, 8, 3>(), lie_update<Vec16>};
+                                  gradient_kernels<Vec16, 8, 3>(), lie_update<Vec16>, product_kernels<Vec16, 12>()};
   return &kernels;
 }
 

@@ -6,6 +6,7 @@
 #include "gradient_kernel.h"
 #include "ksg_kernel.h"
 #include "lie_kernel.h"
+#include "product_kernel.h"
 #include "search_rerank.h"
 #include "search_shadow.h"
 
@@ -21,7 +22,7 @@ constexpr int kBlock = 2;
 const Kernels* portable_kernels() {
   static const Kernels kernels = {"portable", kBlock, {pack_queries<kBlock, Fp32>, sweep_tile<Vec8, kBlock, Fp32>},
                                   {},         {pack_shadow_queries<kBlock>, sweep_shadow_tile<Vec8, kBlock>}, rerank<Vec8>, ksg_kernels<Vec8, kBlock, 2>(),
-                                  gradient_kernels<Vec8, kBlock, 2>(), lie_update<Vec8>};
+                                  gradient_kernels<Vec8, kBlock, 2>(), lie_update<Vec8>, product_kernels<Vec8, kBlock>()};
   return &kernels;
 }
 

@@ -167,11 +167,42 @@ void lie_update(const std::string& isa, int threads, int64_t width, uintptr_t pr
   ndm::lie_update(a, kernels, threads);
 }
 
+void product(const std::string& isa, int threads, int64_t count, int64_t depth, int64_t columns, const RowsTuple& left,
+             bool transposed, uintptr_t origin, float scale, const RowsTuple& right, const RowsTuple& base, float factor,
+             const RowsTuple& out, uintptr_t norms) {
+  if (count < 0 || depth < 1 || columns < 1 || threads < 1) throw std::invalid_argument("sizes must be positive");
+  ndm::Product a;
+  a.rows = count;
+  a.depth = depth;
+  a.columns = columns;
+  a.left = rows(left);
+  a.transposed = transposed;
+  a.origin = at<const float>(origin);
+  a.scale = scale;
+  const ndm::Rows fp32[] = {rows(right), rows(base), rows(out)};
+  for (const ndm::Rows& each : fp32)
+    if (each.type != ndm::Type::float32) throw std::invalid_argument("only left may be in half precision");
+  if (transposed && (a.left.type != ndm::Type::float32 || origin || norms))
+    throw std::invalid_argument("a transposed left has to be fp32, without origin and norms");
+  a.right = static_cast<const float*>(fp32[0].data);
+  a.right_stride = fp32[0].stride;
+  a.base = static_cast<const float*>(fp32[1].data);
+  a.base_stride = fp32[1].stride;
+  a.factor = factor;
+  a.out = at<float>(std::get<0>(out));
+  a.out_stride = fp32[2].stride;
+  a.norms = at<float>(norms);
+  const ndm::Kernels& kernels = kernels_named(isa);
+  py::gil_scoped_release unlocked;
+  if (count) ndm::product(a, kernels, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled CPU ops of ndm_fast; use ndm_fast.ops instead.";
   m.def("isa", [](const std::string& name) { return std::string(kernels_named(name).name); });
+  m.def("is_amd", &ndm::is_amd);
   m.def("parallel_runtime", [] { return std::string(ndm::parallel_runtime()); });
   m.def("nearest_neighbors", &nearest_neighbors);
   m.def("ksg_radius", &ksg_radius);
@@ -179,4 +210,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("ksg_radius_and_counts", &ksg_radius_and_counts);
   m.def("mean_distance_gradient", &mean_distance_gradient);
   m.def("lie_update", &lie_update);
+  m.def("product", &product);
 }

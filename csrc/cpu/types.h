@@ -29,6 +29,8 @@ constexpr int kMaxPack = 128;
 constexpr int kGradientRows = 256, kGradientQueries = 128, kGradientDepth = 128;
 // Rows and columns of a tile of the update.
 constexpr int kLieTile = 64;
+// Depth that a product sums up at once: 24 KB of a panel of 32 columns.
+constexpr int64_t kProductDepth = 192;
 
 // One call of nearest_neighbors. Three forms of input:
 //   rotated: `rotated_keys` are the caller's, `exact_queries` are the rotated queries in fp64;
@@ -145,6 +147,30 @@ struct LieUpdate {
   uint16_t* half_update = nullptr;      // the same rounded to bf16, or null
 };
 
+// One call of product: out = factor * base + scale * (left - origin) right.
+struct Product {
+  int64_t rows = 0, depth = 0, columns = 0;
+  Rows left;                       // [rows, depth]; fp32 [depth, rows] where `transposed`, then without origin and norms
+  bool transposed = false;
+  const float* origin = nullptr;   // [depth], or null
+  float scale = 1;
+  const float* right = nullptr;    // [depth, columns]
+  int64_t right_stride = 0;
+  const float* base = nullptr;     // [rows, columns], or null; may be out
+  int64_t base_stride = 0;
+  float factor = 1;
+  float* out = nullptr;            // [rows, columns], none of left and right
+  int64_t out_stride = 0;
+  float* norms = nullptr;          // [rows] of left - origin, or null
+
+  int64_t slabs() const { return (depth + kProductDepth - 1) / kProductDepth; }
+
+  // Scratch, owned by the driver.
+  float* packed_right = nullptr;   // [panels][depth][panel]
+  float* packed_left = nullptr;    // of the row blocks from first_block on
+  int64_t first_block = 0;
+};
+
 // How rows enter the proposal pass: as they are, or rounded.
 struct Proposal {
   void (*pack_queries)(const Search&, int64_t subspace);
@@ -164,6 +190,13 @@ struct GradientKernels {
   void (*gradient)(const Gradient&, int64_t subspace, float* scratch);
 };
 
+struct ProductKernels {
+  int row_block, panel;  // rows and columns of a micro-kernel call
+  void (*pack_right)(const Product&, int64_t panel);
+  void (*pack_left)(const Product&, int64_t block);
+  void (*multiply)(const Product&, int64_t first_block, int64_t last_block, int64_t first_panel, int64_t last_panel);
+};
+
 // What one instruction set offers. `threads` share a call through the item index alone.
 struct Kernels {
   const char* name;
@@ -175,6 +208,7 @@ struct Kernels {
   KsgKernels ksg;
   GradientKernels gradient;
   void (*lie_update)(const LieUpdate&, int64_t first_row, float* scratch);
+  ProductKernels product;
 };
 
 const Kernels* portable_kernels();

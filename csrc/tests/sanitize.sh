@@ -11,7 +11,7 @@ avx512="$avx2 -mavx512f -mavx512bw -mavx512vl -mavx512dq"
 avx512bf16="$avx512 -mavx512bf16"
 case $(uname -m) in x86_64 | amd64) ;; *) avx2="" avx512="" avx512bf16="" ;; esac
 jobs=""
-for source in driver ksg_driver step_driver dispatch parallel kernels_portable kernels_avx2 kernels_avx512 kernels_avx512bf16 ../tests/test_kernels; do
+for source in driver ksg_driver step_driver product_driver dispatch parallel kernels_portable kernels_avx2 kernels_avx512 kernels_avx512bf16 ../tests/test_kernels; do
   case $source in
     kernels_avx2) extra=$avx2 ;;
     kernels_avx512) extra=$avx512 ;;

@@ -2,6 +2,7 @@
 // Built with address and undefined-behaviour sanitizers by csrc/tests/sanitize.sh; exact-sized heap blocks make
 // any read or write past an end of an input or a result an error; scratch of all threads is one block. Exit status 0: all passed.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -9,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/driver.h"
@@ -313,6 +315,53 @@ void check_not_finite(const ndm::Kernels& kernels) {
   for (int q = 0; q < 9; ++q) check(std::isnan(found[q]) && index[q] >= 0 && index[q] < 100, "NaN stays NaN");
 }
 
+// Half-precision rows about an origin, or a transposed left, on a base: strides and blocks cut off anywhere.
+void check_product(const ndm::Kernels& kernels, int64_t rows, int64_t depth, int64_t columns, bool transposed, bool half) {
+  std::vector<float> left = random_rows(transposed ? depth : rows, transposed ? rows : depth, false);
+  const std::vector<uint16_t> halved = in_bfloat16(left, half);
+  const std::vector<float> right = random_rows(depth, columns, false), base = random_rows(rows, columns, false),
+                           origin = random_rows(1, depth, false);
+  std::vector<float> out(static_cast<size_t>(rows * columns)), norms(static_cast<size_t>(rows));
+  ndm::Product a;
+  a.rows = rows;
+  a.depth = depth;
+  a.columns = columns;
+  a.transposed = transposed;
+  a.left = {left.data(), ndm::Type::float32, transposed ? rows : depth};
+  if (half) a.left = {halved.data(), ndm::Type::bfloat16, depth};
+  if (!transposed) {
+    a.origin = origin.data();
+    a.norms = norms.data();
+  }
+  a.scale = -0.5f;
+  a.right = right.data();
+  a.right_stride = a.base_stride = a.out_stride = columns;
+  a.base = base.data();
+  a.factor = 1.5f;
+  a.out = out.data();
+  ndm::product(a, kernels, 3);
+  bool good = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    double squared = 0;
+    for (int64_t j = 0; j < columns; ++j) {
+      double expected = 1.5 * base[static_cast<size_t>(i * columns + j)], size = std::abs(expected);
+      squared = 0;
+      for (int64_t k = 0; k < depth; ++k) {
+        const double shift = transposed ? 0.0 : static_cast<double>(origin[static_cast<size_t>(k)]);
+        const double x = left[static_cast<size_t>(transposed ? k * rows + i : i * depth + k)] - shift;
+        squared += x * x;
+        const double term = -0.5 * x * right[static_cast<size_t>(k * columns + j)];
+        expected += term;
+        size += std::abs(term);
+      }
+      good = good && std::abs(out[static_cast<size_t>(i * columns + j)] - expected) <= 1e-5 * size;
+    }
+    if (!transposed) good = good && std::abs(norms[static_cast<size_t>(i)] - std::sqrt(squared)) <= 1e-5 * std::sqrt(squared);
+  }
+  check(good, std::string(kernels.name) + " product " + std::to_string(rows) + "x" + std::to_string(depth) + "x" +
+                  std::to_string(columns) + (transposed ? " transposed" : half ? " half" : ""));
+}
+
 }  // namespace
 
 int main() {
@@ -333,6 +382,9 @@ int main() {
       if (shape.keys <= 1000) check_ksg(*kernels, shape);
       for (const bool half : {false, true}) check_step(*kernels, shape, half);
     }
+    for (const auto& [rows, depth, columns] : {std::array<int64_t, 3>{1, 1, 1}, {25, 193, 33}, {12, 400, 64}, {31, 5, 70}})
+      for (const auto& [transposed, half] : {std::pair{false, false}, {false, true}, {true, false}})
+        check_product(*kernels, rows, depth, columns, transposed, half);
     check_not_finite(*kernels);
     std::printf("ran %s\n", isa);
   }

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ndm_fast.geometry.centring import inverse_variances, rotate_centred, sample_mean
+from ndm_fast.geometry.centring import inverse_variances, sample_mean
 from ndm_fast.ops.cpu.extension import extension, isa, offsets_of
+from ndm_fast.ops.cpu.product import rotate_centred
 
 
 def ksg_radius(

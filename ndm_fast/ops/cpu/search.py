@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ndm_fast.geometry import shadow
-from ndm_fast.geometry.centring import rotate_centred, sample_mean
+from ndm_fast.geometry.centring import sample_mean
 from ndm_fast.geometry.columns import unit_columns
 from ndm_fast.geometry.reference import Neighbors
 from ndm_fast.ops.cpu.extension import extension, isa, offsets_of, rows_of
+from ndm_fast.ops.cpu.product import rotate_centred
 
 _UNIT = 2.0**-24
 """Unit roundoff of fp32."""

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ndm_fast.geometry.precision import full_fp32
 from ndm_fast.ops.backends import has_fast_bf16
+from ndm_fast.ops.product import product
 from ndm_fast.train.rotation.base import Turn
 from ndm_fast.train.rotation.lie import LieRotation
 
@@ -88,12 +88,15 @@ class LazyRotation(LieRotation):
     def turn(self, gradient: Tensor, turn: Turn) -> None:
         """The step's work on the device; no host sync."""
         matrix = self._matrix.bfloat16() if self._half else self._matrix
-        product = matrix.T @ gradient.to(matrix.dtype)
+        tangent = matrix.T @ gradient.bfloat16() if self._half else self._turned_back(gradient)
         half = self._half and not turn.second_order
-        update = self._update(product, turn.scale, turn.guard, half)
+        update = self._update(tangent, turn.scale, turn.guard, half)
         if turn.second_order:
             update.add_(self._product(update, update), alpha=0.5)
-        self._matrix = self._matrix + matrix @ update.to(matrix.dtype)
+        if self._half:
+            self._matrix = self._matrix + matrix @ update.bfloat16()
+        else:
+            self._matrix = product(matrix, update, base=matrix, exact=False)
         if turn.restore:
             for _ in range(2):
                 self._matrix = self._repaired(self._matrix, self._excess(self._matrix))
@@ -114,7 +117,7 @@ class LazyRotation(LieRotation):
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         if self._half:
             return (left.bfloat16() @ right.bfloat16()).float()
-        return left @ right
+        return product(left, right, exact=False)
 
     def _orthogonal(self, matrix: Tensor) -> Tensor:
         """The nearest orthogonal matrix; reads numbers back, so it belongs between blocks of steps."""
@@ -137,8 +140,7 @@ class LazyRotation(LieRotation):
     @staticmethod
     def _excess(matrix: Tensor) -> Tensor:
         """[d, d] fp32 ``R'R - I``."""
-        with full_fp32():
-            gram = matrix.T @ matrix
+        gram = product(matrix, matrix, transposed=True)
         gram.diagonal().sub_(1)
         return gram
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ndm_fast import ops
-from ndm_fast.geometry.precision import full_fp32
+from ndm_fast.ops.product import product
 from ndm_fast.train.rotation.base import EPSILON, Turn
 
 _RENORMALISE_EVERY = 8
@@ -86,7 +86,7 @@ class LieRotation:
     @torch.no_grad()
     def turn(self, gradient: Tensor, turn: Turn) -> None:
         """The step's work on the device; no host sync."""
-        update = self._update(self._matrix.T @ gradient, turn.scale, turn.guard)
+        update = self._update(self._turned_back(gradient), turn.scale, turn.guard)
         self._matrix = self._moved(update)
         if turn.restore:
             self._matrix = _newton_schulz(self._matrix)
@@ -118,10 +118,13 @@ class LieRotation:
         update = ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
         return update if self._pace is None else update.mul_(self._pace)
 
+    def _turned_back(self, gradient: Tensor) -> Tensor:
+        """[d, d] ``R'G``."""
+        return product(self._matrix, gradient, transposed=True, exact=False)
+
     def _moved(self, update: Tensor) -> Tensor:
-        with full_fp32():
-            turn = torch.addmm(update, update, update, alpha=0.5)
-            return torch.addmm(self.matrix, self.matrix, turn)
+        turn = product(update, update, base=update, scale=0.5)
+        return product(self.matrix, turn, base=self.matrix)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Matrix, moments and step count."""
@@ -157,5 +160,4 @@ def _turn_at_most(update: Tensor, largest: float) -> Tensor:
 
 def _newton_schulz(matrix: Tensor) -> Tensor:
     """The matrix, nearer to orthogonal: an error e becomes about 3/4 e^2."""
-    with full_fp32():
-        return torch.addmm(matrix, matrix, matrix.T @ matrix, beta=1.5, alpha=-0.5)
+    return product(matrix, product(matrix, matrix, transposed=True), base=matrix, factor=1.5, scale=-0.5)
