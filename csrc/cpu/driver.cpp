@@ -10,7 +10,6 @@ namespace ndm {
 namespace {
 
 constexpr int64_t kMinimaBytes = 16 << 20;   // group minima of one round
-constexpr int64_t kRerankBlock = 8;
 constexpr int64_t kFewCrowded = 32;  // 1 in so many queries
 
 // Floats that sweep_tile and rerank need for one thread (layouts are written there).
@@ -48,10 +47,10 @@ class SearchRun {
     share(a.tiles, [&](int64_t tile, float* scratch) { proposal(a).sweep(a, tile, scratch); });
   }
   void rerank(const Search& a) {
-    const int64_t blocks = ceil_div(a.queries, kRerankBlock);
+    const int64_t blocks = ceil_div(a.queries, kRerankQueries);
     share(blocks * (a.last - a.first), [&](int64_t item, float* scratch) {
-      const int64_t q = item % blocks * kRerankBlock;
-      kernels_.rerank(a, a.first + item / blocks, q, std::min(q + kRerankBlock, a.queries), scratch);
+      const int64_t q = item % blocks * kRerankQueries;
+      kernels_.rerank(a, a.first + item / blocks, q, std::min(q + kRerankQueries, a.queries), scratch);
     });
   }
   // Queries of a subspace that its bf16 sweep left open: a few are read in full, many are swept again in fp32.

@@ -195,21 +195,28 @@ void rerank(const Search& a, int64_t s, int64_t first, int64_t last, float* scra
   const float alpha = static_cast<float>(work.p + 5) * kUnit;
   int64_t tile[kRerankQueries];
   int group[kRerankQueries];
-  least_groups(minima, a.tiles, a.padded, count, tile, group);
+  least_groups<V>(minima, a.tiles, a.padded * kGroups, count, tile, group);
   Threshold limit[kRerankQueries];
-  const bool irregular = any_irregular(a, s);
+  const AllGroups groups(a, s);
   // All at once: the misses of one query are too many to hide behind the work of another.
   for (int i = 0; i < count; ++i) work.prefetch_group(tile[i], group[i]);
   for (int i = 0; i < count; ++i)
-    limit[i] = a.crowded_only && !crowded[i] ? kNothing : first_group(work, i, tile[i], group[i], irregular, alpha);
+    limit[i] = a.crowded_only && !crowded[i] ? kNothing : first_group(work, i, tile[i], group[i], groups.irregular, alpha);
   int64_t budget[kRerankQueries];
+  TileFilter<V> filter;
+  for (int i = 0; i < kRerankQueries; ++i) filter.set(i, i < count ? limit[i] : kNothing, groups);
   for (int i = 0; i < count; ++i)
     budget[i] = a.bf16 && !a.crowded_only ? kCrowded : std::numeric_limits<int64_t>::max();
   for (int64_t t = 0; t < a.tiles; ++t) {
     const float* norms = a.group_norm + (s * a.tiles + t) * kGroups;
     const float* errors = a.group_error + (s * a.tiles + t) * kGroups;
+    const float* here = minima + t * a.padded * kGroups;
     for (int i = 0; i < count; ++i) {
-      int bits = groups_within(limit[i], minima + (t * a.padded + i) * kGroups, norms, errors);
+      if (i % TileFilter<V>::each == 0 && !filter.passes(i, here)) {
+        i += TileFilter<V>::each - 1;
+        continue;
+      }
+      int bits = groups_within(limit[i], here + i * kGroups, norms, errors);
       if (t == tile[i]) bits &= ~(1 << group[i]);
       if ((budget[i] -= __builtin_popcount(static_cast<unsigned>(bits))) < 0) {
         crowded[i] = 1;

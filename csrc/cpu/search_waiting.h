@@ -14,7 +14,6 @@
 namespace ndm {
 namespace {
 
-constexpr int kRerankQueries = 8;  // queries handled together, so that minima are read in whole lines
 constexpr int kWaiting = 64;
 
 struct WaitingKey {

@@ -18,6 +18,8 @@ struct Rows {
 
 // Lanes of the stored minima; which keys of a tile are in a group is the same on every ISA (search_sweep.h).
 constexpr int kGroups = 8;
+// Queries that the exact pass handles together, so that minima are read in whole lines.
+constexpr int kRerankQueries = 8;
 // Choices of the columns of a shadow beside all of them, and the one to begin with (search_shadow.h).
 constexpr int kShadows = 7, kFirstShadow = 3;
 // Entries of a subspace in a KSG pass come in whole vectors of the widest instruction set.

@@ -28,6 +28,12 @@ struct Vec16 {
     _mm256_storeu_ps(p, _mm256_min_ps(low, high));
   }
 
+  // Keeps the lesser value and, beside it, where it was.
+  static void track_min(Vec16& least, Vec16& at, Vec16 now, Vec16 here) {
+    const __mmask16 less = _mm512_cmp_ps_mask(now.v, least.v, _CMP_LT_OQ);
+    least.v = _mm512_mask_mov_ps(least.v, less, now.v);
+    at.v = _mm512_mask_mov_ps(at.v, less, here.v);
+  }
   // Bit l is set where a[l] < b[l].
   static int bits_less(Vec16 a, Vec16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
   // Writes the lanes whose bits are set one after the other, and as many lanes in all; returns how many are set.
