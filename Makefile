@@ -88,7 +88,7 @@ docs: $(STAMP)
 # Give it an idle machine and about ten minutes: correctness first, then every ratio in one run, a table each.
 # Not `python -m pytest`, which puts this folder on the path: its `kernels` hides a package of Hugging Face's.
 BENCH_AVX2 := MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 NDM_FAST_CPU_ISA=avx2
-bench: $(STAMP)
+bench: $(STAMP) smollm2
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	isa=$$($(BIN)/python -c 'from ndm_fast.ops.cpu import extension; print(extension.isa())') && \
 	$(BIN)/pytest bench/ops --benchmark-json=bench/results/ops-$$isa.json && \

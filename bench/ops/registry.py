@@ -15,7 +15,9 @@ class Shape(NamedTuple):
 
     @property
     def widths(self) -> list[int]:
-        return [self.width] * (self.d // self.width)
+        """As many of the width as fit, and what is left."""
+        whole, rest = divmod(self.d, self.width)
+        return [self.width] * whole + [rest] * (rest > 0)
 
     def __str__(self) -> str:
         return f"d{self.d}-w{self.width}-Q{self.queries}-K{self.keys}"
@@ -31,7 +33,11 @@ class Plan(NamedTuple):
 _SEARCH = [(384, 32, 16384), (768, 32, 65536), (2304, 72, 16384)]
 _STEP = [(384, 32), (768, 32), (1536, 64), (2304, 72)]
 
+_ACTIVATIONS = [(384, 32), (384, 96), (576, 32), (576, 96), (576, 192), (576, 432)]
+"""MiniLM, SmolLM2: as trained, and as merged. The 4,096 queries of 32 steps are searched at once."""
+
 PLANS = {
+    "nearest_index": Plan([Shape(d, width, 4096, 16384) for d, width in _ACTIVATIONS], 3),
     "nearest": Plan([Shape(d, width, q, k) for q in (1024, 128) for d, width, k in _SEARCH], 5),
     "k_nearest": Plan([Shape(384, 32, 1024, 16384), Shape(768, 96, 256, 65536)], 3),
     "ksg": Plan([Shape(d, 32, 128, 16384) for d in (384, 768)], 3),

@@ -92,7 +92,7 @@ def time_saved(data: Tensor, partition: SubspacePartition) -> Iterator[dict[str,
                 )
             )
         saved = {
-            "foreseen": shadow.saved(axes.rest, [width], False),
+            "foreseen": shadow.saved(axes.rest, [width]),
             "measured": 1 - times["shadows"],
             "bf16": 1 - times["bf16"],
         }
@@ -122,7 +122,7 @@ def time_rotated(data: Tensor, kind: str, width: int, queries: int) -> dict[str,
     ratios = cpu_ratios(searching(True), searching(False))
     assert all(torch.equal(*both) for both in zip(found[True], found[False], strict=True))
     axes = shadow.axes_of(torch.eye(sum(widths)), given[1], sample_mean(given[1]), widths)
-    shares = [shadow.saved([rest], [width], False) for rest in axes.rest]
+    shares = [shadow.saved([rest], [width]) for rest in axes.rest]
     used = sum(decide(queries, KEYS, width, False, share) for share in shares)
     shape = {"width": width, "queries": queries, "keys": KEYS}
     spread = {"least": min(ratios), "greatest": max(ratios)}

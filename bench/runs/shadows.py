@@ -106,7 +106,7 @@ def time_shape(data: Tensor, width: int, queries: int, keys: int) -> dict[str, A
     row["times the full sweep"] = times_faster(times, "shadows", "full")
     row["times torch's products"] = times_faster(times, "shadows", "products")
     row["whole op, times without"] = times_faster(ops_times, "shadows", "full")
-    used = pays(queries, keys, widths, False) and shadow.saved(rest, widths, False) > 0
+    used = pays(queries, keys, widths) and shadow.saved(rest, widths) > 0
     return row | {"used by default": used}
 
 

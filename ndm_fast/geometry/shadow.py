@@ -22,11 +22,10 @@ _SAMPLE = 512
 _TURNS = 2
 """Steps of orthogonal iteration. Which axis is which matters little, only what comes first."""
 
-_NARROWEST, _NARROWEST_HALF = 32, 96
-"""Mean width, weighted by width, from which shadows pay; below the second, products in half precision, where
-a CPU has them and they will do, save more."""
+_NARROWEST = 32
+"""Mean width, weighted by width, from which shadows pay."""
 
-_QR_COST, _AXES_COST = 25.0, 3.0
+_QR_COST, _AXES_COST = 25.0, 5.0
 """Products of p^3 that a QR takes as long as, and the search's rate over that of finding axes."""
 
 _TURN_COST = 7.0
@@ -41,9 +40,6 @@ _COPIED = 3 << 22
 
 _MOST_SAVED, _LEAST_SAVED = 0.5, -0.04
 """Shares of a full sweep's time that shadows save; the least is what trying them on noise costs."""
-
-_HALF_SAVED = 0.45
-"""What products in half precision save of it."""
 
 
 class Axes(NamedTuple):
@@ -101,20 +97,16 @@ def shadow(rows: Tensor, columns: int) -> Tensor:
     return torch.cat([rows[:, :columns], rest], 1)
 
 
-def pays(queries: int, keys: int, widths: Sequence[int], half: bool) -> bool:
-    """Whether finding axes is expected to cost less than a search over good shadows then saves.
-
-    Args:
-        half: the search would propose in half precision otherwise.
-    """
+def pays(queries: int, keys: int, widths: Sequence[int]) -> bool:
+    """Whether finding axes is expected to cost less than a search in fp32 over good shadows then saves."""
     d = sum(widths)
     squares = sum(p**2 for p in widths)
-    if squares / d < (_NARROWEST_HALF if half else _NARROWEST):
+    if squares / d < _NARROWEST:
         return False
     return _MOST_SAVED / 2 * 2.0 * queries * keys * d > _axes_cost(widths)
 
 
-def saved(rest: Sequence[float], widths: Sequence[int], half: bool) -> float:
+def saved(rest: Sequence[float], widths: Sequence[int]) -> float:
     """Share of a full sweep's time that shadows are expected to save; negative where they cost more.
 
     Fitted to measured searches of two language models and of noise (docs/kernels-cpu.md): what counts is how
@@ -122,27 +114,24 @@ def saved(rest: Sequence[float], widths: Sequence[int], half: bool) -> float:
 
     Args:
         rest: S shares, as in :class:`Axes`.
-        half: the search would propose in half precision otherwise: what that saves is subtracted.
     """
     shares = [max(_LEAST_SAVED, 0.54 - 3 * r - 8 / p) for r, p in zip(rest, widths, strict=True)]
-    mean = sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
-    return mean - (_HALF_SAVED if half else 0)
+    return sum(share * p for share, p in zip(shares, widths, strict=True)) / sum(widths)
 
 
-def turning_pays(queries: int, keys: int, width: int, half: bool, share: float | None = None) -> bool:
+def turning_pays(queries: int, keys: int, width: int, share: float | None = None) -> bool:
     """As :func:`pays`, of one subspace whose keys come rotated: all of them are turned anew, into a copy.
 
     Args:
         share: as :func:`saved` has it. None before axes are known: whether to look.
     """
-    if width < (_NARROWEST_HALF if half else _NARROWEST) or keys * width > _COPIED:
+    if width < _NARROWEST or keys * width > _COPIED:
         return False
     search, axes = 2.0 * queries * keys * width, _axes_cost([width])
     if share is None and axes > _LOOKING * search:
         return False
     turning = _TURN_COST * (queries + keys) * width**2
-    most = _MOST_SAVED - (_HALF_SAVED if half else 0)
-    return (most if share is None else share) * search > axes + turning
+    return (_MOST_SAVED if share is None else share) * search > axes + turning
 
 
 def _axes_cost(widths: Sequence[int]) -> float:

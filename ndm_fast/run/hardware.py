@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ndm_fast.errors import InputError
 from ndm_fast.ops.backends import has_fast_bf16
+from ndm_fast.ops.product import product
 
 GB = 1e9
 
@@ -121,16 +123,16 @@ def machine_of(device: str) -> Machine:
 
 
 def _this_cpu() -> Machine:
-    single = _product_rate(torch.float32)
-    half = _product_rate(torch.bfloat16) if has_fast_bf16(torch.device("cpu")) else single
+    single = _product_rate(torch.float32, product)
+    half = _product_rate(torch.bfloat16, torch.mm) if has_fast_bf16(torch.device("cpu")) else single
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Machine("cpu", half, single, _copy_rate(), memory)
 
 
-def _product_rate(dtype: torch.dtype, size: int = 1536) -> float:
-    """FLOP/s of torch's matrix product."""
+def _product_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor], size: int = 1536) -> float:
+    """FLOP/s of a matrix product."""
     left = torch.ones(size, size, dtype=dtype)
-    return 2 * size**3 / _median_seconds(lambda: left @ left)
+    return 2 * size**3 / _median_seconds(lambda: product(left, left))
 
 
 def _copy_rate(elements: int = 1 << 24) -> float:

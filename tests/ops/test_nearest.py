@@ -295,9 +295,36 @@ def test_shadows_are_used_where_the_axes_say_so(monkeypatch: pytest.MonkeyPatch,
 
     monkeypatch.setattr(shadow, "saved", lambda *given: saved)
     keys = torch.randn(200, 16)
-    call = search._Search(search.extension(), [0, 16], True, False, shadows=False)
-    turn = search._worthwhile_turn(call, torch.eye(16), keys, None, [16])
+    turn = search._worthwhile_turn(torch.eye(16), keys, None, [16])
     assert (turn is not None) == (saved > 0)
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(
+    ("name", "metric", "looks"),
+    [("avx512bf16", "euclidean", False), ("avx512bf16", "cosine", True), ("avx512", "euclidean", True)],
+)
+def test_half_precision_looks_for_no_shadows(
+    monkeypatch: pytest.MonkeyPatch, name: str, metric: str, looks: bool, rotated: bool
+) -> None:
+    """Products in bf16 save as much; the cosine is never proposed by them."""
+    from ndm_fast.ops.cpu import search
+
+    looked = []
+    for decision in ("pays", "turning_pays"):
+        monkeypatch.setattr(shadow, decision, lambda *sizes: looked.append(sizes))
+    monkeypatch.setattr(search, "isa", lambda: name)
+    call = search._Search(search.extension(), [0, 16], metric == "cosine", True, shadows=False)
+    if rotated:
+        assert list(search._parts(call, 10, torch.randn(20, 16), None)) == [(0, 1, None)]
+    else:
+        monkeypatch.setattr(
+            search, "_search_raw", lambda *given: reference.Neighbors(torch.ones(1), torch.ones(1))
+        )
+        search.nearest_neighbors(
+            *torch.randn(2, 20, 16), torch.eye(16), [16], metric=metric, precision="bf16"
+        )
+    assert bool(looked) is looks
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -70,8 +70,8 @@ def nearest_neighbors(
     if keys_rotated:
         return _search_given(call, queries, keys, None if queries_rotated else rotation, origin)
     turn = None
-    if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-        turn = _worthwhile_turn(call, rotation, keys, origin, widths)
+    if not _in_half(call) and shadow.pays(len(queries), len(keys), widths):
+        turn = _worthwhile_turn(rotation, keys, origin, widths)
         call = call._replace(shadows=turn is not None)
     prepared = _PreparedKeys(origin, turn, *_rotate_with_bound(keys, rotation, origin, turn))
     blocks = [_search_raw(call, rows, keys, rotation, prepared) for rows in _query_blocks(queries)]
@@ -88,8 +88,8 @@ def nearest_index(
         return nearest_neighbors(queries, keys, rotation, widths, metric=metric, precision=precision).index
     origin = sample_mean(keys)
     call = _Search(extension(), offsets_of(widths), False, precision == "bf16", shadows=False)
-    if shadow.pays(len(queries), len(keys), widths, _in_half(call)):
-        turn = _worthwhile_turn(call, rotation, keys, origin, widths)
+    if not _in_half(call) and shadow.pays(len(queries), len(keys), widths):
+        turn = _worthwhile_turn(rotation, keys, origin, widths)
         call, rotation = call._replace(shadows=turn is not None), rotation if turn is None else turn
     queries, keys = (rotate_centred(rows, rotation, origin) for rows in (queries, keys))
     found = [
@@ -110,7 +110,7 @@ class _Search(NamedTuple):
 
 
 def _in_half(call: _Search) -> bool:
-    """Whether keys would be proposed by products in bf16."""
+    """Whether keys are proposed by products in bf16, which save what shadows do without looking for axes."""
     return call.bf16 and not call.cosine and isa() == "avx512bf16"
 
 
@@ -176,11 +176,11 @@ def _search_raw(
 
 
 def _worthwhile_turn(
-    call: _Search, rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]
+    rotation: Tensor, keys: Tensor, origin: Tensor | None, widths: Sequence[int]
 ) -> Tensor | None:
     """[d, d] the rotation with each subspace turned to its axes, or None where shadows would save nothing."""
     axes = shadow.axes_of(rotation, keys, origin, widths)
-    return axes.turned if shadow.saved(axes.rest, widths, _in_half(call)) > 0 else None
+    return axes.turned if shadow.saved(axes.rest, widths) > 0 else None
 
 
 def _search_given(
@@ -215,16 +215,16 @@ def _parts(
     call: _Search, queries: int, keys: Tensor, origin: Tensor | None
 ) -> Iterator[tuple[int, int, Tensor | None]]:
     """Runs of subspaces, from the first to before the last: with axes those to turn, one by one."""
-    offsets, half, begin = call.offsets, _in_half(call), 0
+    offsets, begin = call.offsets, 0
     for s, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        width, sizes = stop - start, (queries, len(keys), stop - start, half)
-        if not shadow.turning_pays(*sizes):
+        width, sizes = stop - start, (queries, len(keys), stop - start)
+        if _in_half(call) or not shadow.turning_pays(*sizes):
             continue
         columns = slice(start, stop)
         axes = shadow.axes_of(
             torch.eye(width), keys[:, columns], None if origin is None else origin[columns], [width]
         )
-        if shadow.turning_pays(*sizes, shadow.saved(axes.rest, [width], half)):
+        if shadow.turning_pays(*sizes, shadow.saved(axes.rest, [width])):
             if begin < s:
                 yield begin, s, None
             yield s, s + 1, axes.turned
