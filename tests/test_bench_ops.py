@@ -57,4 +57,5 @@ def test_every_op_has_its_rows(tmp_path: Path) -> None:
     code, output, record = run_tiny(tmp_path)
     assert code == 0, output
     ops = [row["op"] for row in record["rows"]]
-    assert ops == ["gradient", *["k_nearest"] * 3, "ksg", "ksg", "lie_update", "nearest", "nearest"]
+    assert ops == ["gradient", *["k_nearest"] * 3, "ksg", "ksg", "lie_update", "nearest", "nearest",
+                   *["nearest_index"] * 4, "product", "product"]  # fmt: skip

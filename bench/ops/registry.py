@@ -41,6 +41,7 @@ PLANS = {
     "nearest": Plan([Shape(d, width, q, k) for q in (1024, 128) for d, width, k in _SEARCH], 5),
     "k_nearest": Plan([Shape(384, 32, 1024, 16384), Shape(768, 96, 256, 65536)], 3),
     "ksg": Plan([Shape(d, 32, 128, 16384) for d in (384, 768)], 3),
+    "product": Plan([Shape(d, width, 128, 16384) for d, width in _STEP], 5),
     "gradient": Plan([Shape(d, width, 128, 16384) for d, width in _STEP], 9),
     "lie_update": Plan([Shape(d, width, 128, 16384) for d, width in _STEP], 9),
 }

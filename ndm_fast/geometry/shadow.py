@@ -33,13 +33,13 @@ _TURN_COST = 7.0
 are thin, and the copy goes through memory."""
 
 _LOOKING = 0.028
-"""Share of a search that may be spent to learn whether shadows save something, where keys come rotated."""
+"""Share of a search that may be spent to learn whether shadows save something."""
 
 _COPIED = 3 << 22
 """Elements of a turned copy of keys at most: 48 MB."""
 
 _MOST_SAVED, _LEAST_SAVED = 0.5, -0.04
-"""Shares of a full sweep's time that shadows save; the least is what trying them on noise costs."""
+"""Shares of a full sweep's time that shadows save; the least is what they cost on noise."""
 
 
 class Axes(NamedTuple):
@@ -98,12 +98,12 @@ def shadow(rows: Tensor, columns: int) -> Tensor:
 
 
 def pays(queries: int, keys: int, widths: Sequence[int]) -> bool:
-    """Whether finding axes is expected to cost less than a search in fp32 over good shadows then saves."""
+    """Whether a search in fp32 may look for axes: what that costs is known, what they save only then."""
     d = sum(widths)
     squares = sum(p**2 for p in widths)
     if squares / d < _NARROWEST:
         return False
-    return _MOST_SAVED / 2 * 2.0 * queries * keys * d > _axes_cost(widths)
+    return _axes_cost(widths) < _LOOKING * 2.0 * queries * keys * d
 
 
 def saved(rest: Sequence[float], widths: Sequence[int]) -> float:

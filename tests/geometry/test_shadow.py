@@ -68,9 +68,11 @@ def test_nan_in_the_sample_spoils_no_axis() -> None:
 @pytest.mark.parametrize(
     ("queries", "keys", "widths", "expected"),
     [
-        (1024, 32768, [96] * 8, True),
-        (4096, 16384, [72] * 32, True),
-        (4096, 65536, [384] * 6, True),
+        (4096, 32768, [96] * 8, True),
+        (1024, 16384, [96] * 8, False),  # to look would take too much of the search
+        (4096, 16384, [32] * 12, True),
+        (4096, 98304, [72] * 32, True),
+        (4096, 16384, [384] * 6, False),
         (1024, 65536, [24] * 32, False),  # too narrow
         (16, 16384, [96] * 8, False),  # axes would take longer than the search
     ],
