@@ -19,7 +19,7 @@ from ..geometry.precision import full_fp32
 from .launch import device_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["inverse_variances"])
 def distances_kernel(
     queries,  # [d, Q] fp32 rotated and centred, from the first row of these subspaces on
     query_stride,
@@ -29,7 +29,7 @@ def distances_kernel(
     key_count,
     inverse_variances,  # [S] fp32, 0 for a subspace without variance
     distances,  # [S, Q, K] fp32
-    WIDTH: tl.constexpr,
+    width,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
 ):
@@ -38,12 +38,15 @@ def distances_kernel(
     q = tl.program_id(1).to(tl.int64) * QUERY_BLOCK + tl.arange(0, QUERY_BLOCK)
     k = tl.program_id(0).to(tl.int64) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
     total = tl.zeros([QUERY_BLOCK, KEY_BLOCK], tl.float32)
-    for column in range(WIDTH):
-        at = s * WIDTH + column
-        query = tl.load(queries + at * query_stride + q, mask=q < query_count, other=0.0)
-        key = tl.load(keys + at * key_stride + k, mask=k < key_count, other=0.0)
+    queries += s * width * query_stride
+    keys += s * width * key_stride
+    for _ in range(width):
+        query = tl.load(queries + q, mask=q < query_count, other=0.0)
+        key = tl.load(keys + k, mask=k < key_count, other=0.0)
         delta = query[:, None] - key[None, :]
         total += delta * delta
+        queries += query_stride
+        keys += key_stride
     tl.store(
         distances + (s * query_count + q[:, None]) * key_count + k[None, :],
         tl.sqrt_rn(total * tl.load(inverse_variances + s)),
@@ -51,7 +54,7 @@ def distances_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_count"])
 def radius_kernel(
     distances,  # [S, Q, K] fp32
     query_count,
@@ -75,7 +78,7 @@ def radius_kernel(
     tl.store(radius + pair * query_count + q, tl.where(has_nan, float("nan"), tl.min(least, 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_count"])
 def counts_kernel(
     distances,  # [S, Q, K] fp32
     query_count,
@@ -220,7 +223,7 @@ def _scaled_distances(
                 blocks = (-(-len(keys) // shape["KEY_BLOCK"]), -(-count // shape["QUERY_BLOCK"]), run)
                 distances_kernel[blocks](
                     *(part, part.stride(0), count, other, other.stride(0), len(keys)),
-                    *(inverse[subspaces], distances[subspaces]),
-                    WIDTH=(columns.stop - columns.start) // run, **shape, **tuning.OPTIONS,
+                    *(inverse[subspaces], distances[subspaces], (columns.stop - columns.start) // run),
+                    **shape, **tuning.OPTIONS,
                 )  # fmt: skip
         yield group, distances

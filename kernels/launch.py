@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -118,6 +119,11 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def aligned(width: int) -> int:
+    """Power of two, up to the 8 fp16 numbers of one load, of which a width is a multiple."""
+    return math.gcd(8, width)
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device the current one, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
@@ -141,6 +147,16 @@ class Part(NamedTuple):
     def width(self) -> int:
         return (self.columns.stop - self.columns.start) // self.subspace_count
 
+    @property
+    def aligned(self) -> int:
+        """Columns that a kernel takes a width to be a multiple of; the fused form is compiled for it."""
+        return self.width if self.search.fused else aligned(self.width)
+
+    @property
+    def units(self) -> int:
+        """The width as kernels take it, in aligned columns."""
+        return self.width // self.aligned
+
     def keys(self) -> tuple[Tensor, int, int]:
         """Arguments of both kernels: rows, their stride and number."""
         rows = self.chunk.rows if self.search.fused else self.chunk.rows[:, self.columns]
@@ -160,7 +176,7 @@ class Part(NamedTuple):
     def options(self) -> dict[str, object]:
         """Compile-time choices that both kernels share."""
         return {
-            "WIDTH": self.width,
+            "ALIGNED": self.aligned,
             "CENTRE": self.chunk.origin is not None,
             "COSINE": self.search.cosine,
         }

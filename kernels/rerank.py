@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..geometry.columns import equal_width_runs
 from .keys import rounding_of, underflow_errors
-from .launch import NO_KEY, capability, power_of_two
+from .launch import NO_KEY, aligned, capability, power_of_two
 from .queries import Frame, Search
 from .tiles import NO_ROW, inverse_norm
 
@@ -59,7 +59,7 @@ def _query(listed, place, count, LISTED: tl.constexpr):
     return place
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["listed_counts"])
 def rerank_kernel(
     raw_queries,  # [Q, d]
     raw_query_stride,
@@ -76,8 +76,10 @@ def rerank_kernel(
     listed_counts,  # [S] int32 how many of them count
     best,  # [S, Q] fp64: squared distance, or 1 - cos
     index,  # [S, Q] int64
-    WIDTH: tl.constexpr,
+    width,  # in ALIGNED columns
+    ALIGNED: tl.constexpr,
     P: tl.constexpr,
+    ONE: tl.constexpr,  # the width is at most P
     QUERY_BLOCK: tl.constexpr,
     SLOT_COUNT: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
@@ -90,6 +92,7 @@ def rerank_kernel(
     Projects ``q - k``, so that what query and key share cancels before it is rounded. Sums over blocks of the
     depth are in fp64; with DOUBLE the products are too.
     """
+    width *= ALIGNED  # so triton knows how wide loads may be
     s = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * QUERY_BLOCK
     count = query_count
@@ -107,15 +110,15 @@ def rerank_kernel(
     found = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
     query_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
     key_norm = tl.zeros([QUERY_BLOCK * SLOT_COUNT], tl.float64)
-    for piece in range(0, WIDTH, P):
+    for piece in range(0, P if ONE else width, P):
         columns = piece + tl.arange(0, P)
-        inside = columns < WIDTH
+        inside = columns < width
         total = tl.zeros([QUERY_BLOCK * SLOT_COUNT, P], tl.float64)
         # Carried from one turn to the next: triton 3.6 fails to compile an fp64 product of what it sees was
         # narrower when it was loaded.
         part, basis = _operands(
             raw_queries, raw_query_stride, raw_keys, raw_key_stride, q, row, real, rotation, rotation_stride,
-            s * WIDTH + columns, inside, tl.arange(0, DEPTH_BLOCK), depth, DOUBLE, COSINE,
+            s * width + columns, inside, tl.arange(0, DEPTH_BLOCK), depth, DOUBLE, COSINE,
         )  # fmt: skip
         for start in range(0, depth, DEPTH_BLOCK):
             if DOUBLE:
@@ -124,12 +127,12 @@ def rerank_kernel(
                 total += tl.dot(part, basis, input_precision="ieee").to(tl.float64)
             part, basis = _operands(
                 raw_queries, raw_query_stride, raw_keys, raw_key_stride, q, row, real, rotation,
-                rotation_stride, s * WIDTH + columns, inside, start + DEPTH_BLOCK + tl.arange(0, DEPTH_BLOCK),
+                rotation_stride, s * width + columns, inside, start + DEPTH_BLOCK + tl.arange(0, DEPTH_BLOCK),
                 depth, DOUBLE, COSINE,
             )  # fmt: skip
         if COSINE:
             query = tl.load(
-                queries + q[:, None] * query_stride + (s * WIDTH + columns)[None, :],
+                queries + q[:, None] * query_stride + (s * width + columns)[None, :],
                 mask=real[:, None] & inside[None, :],
                 other=0.0,
             )
@@ -194,10 +197,10 @@ def rerank(
         rerank_kernel[(-(-len(frame.raw) // block), count)](
             *(frame.raw, frame.raw.stride(0), len(frame.raw), keys, keys.stride(0)),
             *(turn, turn.stride(0), len(turn), exact, exact.stride(0)),
-            *(candidates[subspaces], *listed, best[subspaces], index[subspaces]),
-            WIDTH=width, P=power_of_two(min(32, max(16, width))), QUERY_BLOCK=block,
-            SLOT_COUNT=slots, DEPTH_BLOCK=tuning.RERANK_DEPTH, LISTED=only is not None, DOUBLE=double,
-            COSINE=search.cosine, num_warps=4, **tuning.OPTIONS,
+            *(candidates[subspaces], *listed, best[subspaces], index[subspaces], width // aligned(width)),
+            ALIGNED=aligned(width), P=power_of_two(min(32, max(16, width))), ONE=width <= 32,
+            QUERY_BLOCK=block, SLOT_COUNT=slots, DEPTH_BLOCK=tuning.RERANK_DEPTH,
+            LISTED=only is not None, DOUBLE=double, COSINE=search.cosine, num_warps=4, **tuning.OPTIONS,
         )  # fmt: skip
     return best, index
 

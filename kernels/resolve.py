@@ -5,10 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import NO_ROW, ROTATED, SLOTS, exact_raw, inverse_norm, load_tile
+from .tiles import NO_ROW, RAW, ROTATED, SLOTS, exact_raw, inverse_norm, load_tile
 
-UNROLL = tl.constexpr(2)
-"""Pieces of a tile whose loads are under way together."""
+
+@triton.jit
+def _inside(columns, width, ALL: tl.constexpr):
+    """[D] which columns a subspace has; where that is all of them, the compiler sees it."""
+    if ALL:
+        return tl.full(columns.shape, 1, tl.int1)
+    else:  # noqa: RET505 - triton compiles what follows a return
+        return columns < width
 
 
 @triton.jit
@@ -17,19 +23,21 @@ def _distances(
     key_stride,
     rows,
     valid,
-    column,
     rotation,
     rotation_stride,
     depth,
     origin,
     scale,
     error,
-    query,  # [d] fp64, from column 0 of the query's row on
+    query,  # [D] fp64
     query_factor,  # makes the query comparable to a tile
     query_norm,  # squared, of the exact query
-    WIDTH: tl.constexpr,
+    width,
+    ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,
     MODE: tl.constexpr,
     CENTRE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -47,29 +55,34 @@ def _distances(
     dot = tl.zeros([CHUNK], TYPE)
     inverse = tl.zeros([CHUNK], TYPE)
     if COSINE:
-        for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
-            tile = load_tile(
-                keys, key_stride, rows, valid, column, piece + tl.arange(0, PIECE), rotation, rotation_stride,
-                depth, origin, scale, WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
-            )  # fmt: skip
-            squared += tl.sum(tile * tile, 1)
+        for start in range(0, width, PIECE * TOGETHER):
+            for piece in tl.static_range(TOGETHER):
+                columns = start + (piece * PIECE + tl.arange(0, PIECE))
+                inside = _inside(columns, width, WHOLE or (piece == 0 and ALIGNED % PIECE == 0))
+                tile = load_tile(
+                    keys, key_stride, rows, valid, columns, inside, rotation, rotation_stride, depth,
+                    origin, scale, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+                )  # fmt: skip
+                squared += tl.sum(tile * tile, 1)
         inverse = inverse_norm(squared)
         squared = tl.zeros([CHUNK], TYPE)
-    for piece in tl.range(0, WIDTH, PIECE, loop_unroll_factor=UNROLL):
-        columns = piece + tl.arange(0, PIECE)
-        tile = load_tile(
-            keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
-            WIDTH, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
-        )  # fmt: skip
-        wanted = tl.load(query + column + columns, mask=columns < WIDTH, other=0.0)
-        wanted = (wanted * query_factor).to(TYPE)[None, :]
-        if MODE == ROTATED and COSINE:
-            dot += tl.sum(tile * wanted, 1)
-        else:
-            if COSINE:
-                tile *= inverse[:, None]
-            delta = tile - wanted
-            squared += tl.sum(delta * delta, 1)
+    for start in range(0, width, PIECE * TOGETHER):
+        for piece in tl.static_range(TOGETHER):
+            columns = start + (piece * PIECE + tl.arange(0, PIECE))
+            inside = _inside(columns, width, WHOLE or (piece == 0 and ALIGNED % PIECE == 0))
+            tile = load_tile(
+                keys, key_stride, rows, valid, columns, inside, rotation, rotation_stride, depth,
+                origin, scale, MODE, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+            )  # fmt: skip
+            wanted = tl.load(query + columns, mask=inside, other=0.0)
+            wanted = (wanted * query_factor).to(TYPE)[None, :]
+            if MODE == ROTATED and COSINE:
+                dot += tl.sum(tile * wanted, 1)
+            else:
+                if COSINE:
+                    tile *= inverse[:, None]
+                delta = tile - wanted
+                squared += tl.sum(delta * delta, 1)
     slack = tl.zeros([CHUNK], tl.float32)
     if MODE == ROTATED:
         found = 1 - dot * inverse * inverse_norm(query_norm) if COSINE else squared
@@ -126,7 +139,7 @@ def _next_tile(minima, tiles, query_slots, last, last_number, SEGMENT: tl.conste
     return least, tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["scales", "errors"])
 def resolve_kernel(
     minima,  # [S, tiles, query_slots] fp32, of sweep_kernel
     tiles,
@@ -159,11 +172,14 @@ def resolve_kernel(
     rounding,  # u of the module's docstring
     absolute,  # error where fp16 underflows
     most_tiles,
-    WIDTH: tl.constexpr,
-    P: tl.constexpr,
+    width,  # in ALIGNED columns
+    ALIGNED: tl.constexpr,
+    P: tl.constexpr,  # not below the width: RAW or COSINE only
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECE: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    WHOLE: tl.constexpr,  # the width is a multiple of PIECE * TOGETHER
     SEGMENT: tl.constexpr,
     DEEP: tl.constexpr,
     SLOT_COUNT: tl.constexpr,
@@ -180,17 +196,26 @@ def resolve_kernel(
     Tiles are visited in the order of their least value: the first few as ``look.py`` found them, each further
     one by a look at all.
     """
+    # So triton knows how wide loads may be. Where it projects, masks would cost in the inner loop.
+    width = ALIGNED if PROJECT else width * ALIGNED
     q, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = s * tl.num_programs(0) + q
-    column = s * WIDTH
+    column = s * width
     columns = tl.arange(0, P)
     scale, error = tl.load(scales + s), tl.load(errors + s)
     size, half_norm = tl.load(sizes + at), tl.load(half_norms + at)
-    queries += q * query_stride
-    exact_queries += q * query_stride
-    exact_query = tl.load(exact_queries + column + columns, mask=columns < WIDTH, other=0.0)
+    queries += q * query_stride + column
+    exact_queries += q * query_stride + column
+    if not PROJECT:
+        keys += column
+    rotation += column
+    origin += column
+    exact_rotation += column
+    exact_query, centred = tl.zeros([P], tl.float64), tl.zeros([P], tl.float64)
+    if MODE == RAW or COSINE:
+        exact_query = tl.load(exact_queries + columns, mask=columns < width, other=0.0)
+        centred = tl.load(queries + columns, mask=columns < width, other=0.0) * scale
     exact_norm = tl.sum(exact_query * exact_query, 0)
-    centred = tl.load(queries + column + columns, mask=columns < WIDTH, other=0.0) * scale
     span = tl.sqrt(tl.sum(centred * centred, 0)).to(tl.float32)
     factor = scale.to(tl.float64)
     if MODE == ROTATED:
@@ -209,15 +234,15 @@ def resolve_kernel(
     low, number = tl.load(few), tl.load(few_tiles)
     visited = 0
     reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
-    limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+    limit = _threshold(reach, size, half_norm, error, rounding, absolute, width, COSINE)
     while (low < float("inf")) & (low <= limit) & (visited < most_tiles):
         visited += 1
         for chunk in range(0, TILE, CHUNK):
             rows = number.to(tl.int64) * TILE + chunk + tl.arange(0, CHUNK)
             found, slack = _distances(
-                keys, key_stride, rows, rows < key_count, column, rotation, rotation_stride, depth, origin,
-                scale, error, queries, factor, exact_norm, WIDTH, CHUNK, PIECE, MODE, CENTRE, PROJECT, COSINE,
-                DEPTH_BLOCK, DOT,
+                keys, key_stride, rows, rows < key_count, rotation, rotation_stride, depth, origin,
+                scale, error, queries, factor, exact_norm, width, ALIGNED, CHUNK, PIECE, TOGETHER, WHOLE,
+                MODE, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
             )  # fmt: skip
             if MODE == ROTATED:
                 held, held_index = _keep_nearest(found, rows, first_key, held, held_index)
@@ -231,7 +256,7 @@ def resolve_kernel(
                     near = tl.where(rows == row, float("inf"), near)
                     exact = exact_raw(
                         raw_queries + q * raw_query_stride, raw_keys + row * raw_key_stride, exact_rotation,
-                        exact_rotation_stride, depth, column, exact_query, WIDTH, P, DEEP, COSINE,
+                        exact_rotation_stride, depth, exact_query, width, P, DEEP, COSINE,
                     )  # fmt: skip
                     row += first_key
                     better = (exact < held) | ((exact == held) & (row < held_index))
@@ -240,7 +265,7 @@ def resolve_kernel(
                     reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
                     nearest = tl.min(near, 0)
         reach = _reach(tl.min(held, 0), scale, MODE, COSINE)
-        limit = _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH, COSINE)
+        limit = _threshold(reach, size, half_norm, error, rounding, absolute, width, COSINE)
         few += 1
         few_tiles += 1
         if visited < FEW:
@@ -269,12 +294,12 @@ def _reach(best, scale, MODE: tl.constexpr, COSINE: tl.constexpr):
 
 
 @triton.jit
-def _threshold(reach, size, half_norm, error, rounding, absolute, WIDTH: tl.constexpr, COSINE: tl.constexpr):
+def _threshold(reach, size, half_norm, error, rounding, absolute, width, COSINE: tl.constexpr):
     """Least value of the sweep above which a tile holds no key within reach."""
     around = 2 * size + reach
     far = reach + rounding * around + absolute
     if not COSINE:  # there the sweep has taken it off already, key by key
         far += error
     # fp32 accumulation in the tensor cores, which may truncate, and of the norms.
-    accumulation = (WIDTH / 8 + 8) * 1.2e-7
+    accumulation = (width * 0.125 + 8) * 1.2e-7
     return 0.5 * far * far - half_norm + accumulation * around * around

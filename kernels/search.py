@@ -183,6 +183,7 @@ def resolve_part(
         rounding_of(part.chunk.rows.dtype if search.in_half else torch.float32),
         underflow_of(part.width),
         _MOST_TILES if search.in_half else 1 << 30,
+        part.units,
         TILE=tiles.tile,
         SLOT_COUNT=state[0].shape[2],
         MODE=mode.value,

@@ -52,8 +52,8 @@ def launches(arch: int, *, every: bool = False) -> Iterator[Shipped]:
 
 def _kind(launch: replay.Launch) -> str:
     choices = launch.choices
-    if launch.name in ("resolve_kernel", "rerank_kernel"):  # where these are a mask and a loop's length
-        choices = {name: value for name, value in choices.items() if name not in ("WIDTH", "SEGMENT")}
+    if launch.name == "resolve_kernel":  # where it is a loop's length
+        choices = {name: value for name, value in choices.items() if name != "SEGMENT"}
     return repr((launch.name, choices, launch.signature))
 
 

@@ -18,16 +18,16 @@ from .tiles import FP16_MAX
 
 
 @triton.jit
-def _raw_tile(keys, key_stride, rows, key_count, column, columns, WIDTH: tl.constexpr):
+def _raw_tile(keys, key_stride, rows, key_count, columns, width):
     """[N, P] fp16 keys as they lie; 0 where there is none."""
     return tl.load(
-        keys + rows[:, None] * key_stride + (column + columns)[None, :],
-        mask=(rows < key_count)[:, None] & (columns < WIDTH)[None, :],
+        keys + rows[:, None] * key_stride + columns[None, :],
+        mask=(rows < key_count)[:, None] & (columns < width)[None, :],
         other=0.0,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["scales"])
 def stream_kernel(
     keys,  # [K, d] fp16, from the first column of these subspaces on
     key_stride,
@@ -37,15 +37,19 @@ def stream_kernel(
     packed_rest,  # [S, QUERIES, P2] fp16
     minima,  # [S, tiles, QUERIES] fp32
     tiles,
-    WIDTH: tl.constexpr,
+    width,  # in ALIGNED columns
+    ALIGNED: tl.constexpr,
     P1: tl.constexpr,
     P2: tl.constexpr,
+    WHOLE: tl.constexpr,  # the width is P1 + P2
     TILE: tl.constexpr,
     QUERIES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Grid (blocks, S). ``minima[s, t, q]``, where a key has overflowed -inf: its tile is to be visited."""
+    width *= ALIGNED  # so triton knows how wide loads may be
     s = tl.program_id(1).to(tl.int64)
+    keys += s * width
     scale = tl.load(scales + s)
     queries = s * QUERIES + tl.arange(0, QUERIES)
     main, rest = tl.arange(0, P1), tl.arange(0, P2 if P2 else 16)
@@ -56,12 +60,12 @@ def stream_kernel(
     minima += s * tiles * QUERIES + tl.arange(0, QUERIES)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         rows = tile * TILE + tl.arange(0, TILE).to(tl.int64)
-        key = _raw_tile(keys, key_stride, rows, key_count, s * WIDTH, main, WIDTH)
+        key = _raw_tile(keys, key_stride, rows, key_count, main, P1 if P2 or WHOLE else width)
         product = tl.dot(part, tl.trans(key))
         wide = key.to(tl.float32)
         squared, largest = tl.sum(wide * wide, 1), tl.max(tl.abs(wide), 1)
         if P2:
-            key_rest = _raw_tile(keys, key_stride, rows, key_count, s * WIDTH, P1 + rest, WIDTH)
+            key_rest = _raw_tile(keys, key_stride, rows, key_count, P1 + rest, P1 + P2 if WHOLE else width)
             product = tl.dot(part_rest, tl.trans(key_rest), product)
             wide_rest = key_rest.to(tl.float32)
             squared += tl.sum(wide_rest * wide_rest, 1)

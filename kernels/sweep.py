@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _key_tile(
-    keys, key_stride, key_count, rows, column, rotation, rotation_stride, depth, origin, scale, error,
-    WIDTH: tl.constexpr,
+    keys, key_stride, key_count, rows, rotation, rotation_stride, depth, origin, scale, error,
+    width,
     P1: tl.constexpr,
     P2: tl.constexpr,
+    WHOLE: tl.constexpr,
     CENTRE: tl.constexpr,
     PROJECT: tl.constexpr,
     COSINE: tl.constexpr,
@@ -49,15 +50,17 @@ def _key_tile(
     """
     valid = rows < key_count
     main, rest = tl.arange(0, P1), P1 + tl.arange(0, P2 if P2 else 16)
+    inside = main < (P1 if P2 or WHOLE else width)
     tile = coordinates(
-        keys, key_stride, rows, valid, column, main, rotation, rotation_stride, depth, origin, scale,
-        WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+        keys, key_stride, rows, valid, main, inside, rotation, rotation_stride, depth, origin, scale,
+        CENTRE, PROJECT, DEPTH_BLOCK, DOT,
     )  # fmt: skip
     squared = tl.sum(tile * tile, 1)
     if P2:
+        inside = rest < (P1 + P2 if WHOLE else width)
         tile_rest = coordinates(
-            keys, key_stride, rows, valid, column, rest, rotation, rotation_stride, depth, origin, scale,
-            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+            keys, key_stride, rows, valid, rest, inside, rotation, rotation_stride, depth, origin, scale,
+            CENTRE, PROJECT, DEPTH_BLOCK, DOT,
         )  # fmt: skip
         squared += tl.sum(tile_rest * tile_rest, 1)
     usable = valid & (squared == squared)
@@ -87,7 +90,7 @@ def _least(part, part_rest, keys, keys_rest, half_norm, P2: tl.constexpr):
     return tl.min(half_norm[None, :] - product, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["scales", "errors"])
 def sweep_kernel(
     keys,  # [K, d] from the first column of these subspaces on
     key_stride,
@@ -103,9 +106,11 @@ def sweep_kernel(
     query_slots,  # Q rounded up to whole blocks
     minima,  # [S, tiles, query_slots] fp32
     tiles,
-    WIDTH: tl.constexpr,
+    width,  # in ALIGNED columns
+    ALIGNED: tl.constexpr,
     P1: tl.constexpr,
     P2: tl.constexpr,
+    WHOLE: tl.constexpr,  # the width is P1 + P2
     TILE: tl.constexpr,
     TOGETHER: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
@@ -117,17 +122,23 @@ def sweep_kernel(
     DOT: tl.constexpr,
 ):
     """Grid (tiles / TOGETHER, S). ``minima[s, t, q] = min |x^|^2/2 - q^ x^`` over the keys of tile t."""
+    # So triton knows how wide loads may be. Where it projects, masks would cost in the inner loop.
+    width = ALIGNED if PROJECT else width * ALIGNED
     number, s = tl.program_id(0).to(tl.int64) * TOGETHER, tl.program_id(1).to(tl.int64)
     rows = number * TILE + tl.arange(0, TILE)
+    if not PROJECT:
+        keys += s * width
+    rotation += s * width
+    origin += s * width
     scale, error = tl.load(scales + s), tl.load(errors + s)
     first, first_rest, first_norm = _key_tile(
-        keys, key_stride, key_count, rows, s * WIDTH, rotation, rotation_stride, depth, origin, scale, error,
-        WIDTH, P1, P2, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
+        keys, key_stride, key_count, rows, rotation, rotation_stride, depth, origin, scale, error,
+        width, P1, P2, WHOLE, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
     )  # fmt: skip
     if TOGETHER == 2:
         second, second_rest, second_norm = _key_tile(
-            keys, key_stride, key_count, rows + TILE, s * WIDTH, rotation, rotation_stride, depth, origin,
-            scale, error, WIDTH, P1, P2, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
+            keys, key_stride, key_count, rows + TILE, rotation, rotation_stride, depth, origin,
+            scale, error, width, P1, P2, WHOLE, CENTRE, PROJECT, COSINE, DEPTH_BLOCK, DOT,
         )  # fmt: skip
     queries = tl.arange(0, QUERY_BLOCK)
     minima += (s * tiles + number) * query_slots
@@ -144,7 +155,7 @@ def sweep_kernel(
             tl.store(minima + query_slots + start + queries, least, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"], do_not_specialize_on_alignment=["scales", "errors"])
 def sweep_wide_kernel(
     keys,
     key_stride,
@@ -152,12 +163,12 @@ def sweep_wide_kernel(
     origin,
     scales,
     errors,
-    packed,  # [S, query_slots, padded] fp16, zero beyond the width
+    packed,  # [S, query_slots, whole pieces] fp16, zero beyond the width
     query_slots,
     minima,
     tiles,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
+    width,  # in ALIGNED columns
+    ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
     QUERY_BLOCK: tl.constexpr,
     PIECE: tl.constexpr,
@@ -168,17 +179,22 @@ def sweep_wide_kernel(
 
     A cosine is scaled after the product: keys are rounded as they are, not as unit vectors.
     """
+    width *= ALIGNED  # so triton knows how wide loads may be
+    padded = tl.cdiv(width, PIECE) * PIECE
     tile_number, s = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = tile_number.to(tl.int64) * TILE + tl.arange(0, TILE)
     valid = rows < key_count
+    keys += s * width
+    origin += s * width
     scale = tl.load(scales + s)
     squared = tl.zeros([TILE], tl.float32)
     clean = tl.zeros([TILE], tl.float32)
     largest = tl.zeros([TILE], tl.float32)
-    for start in range(0, WIDTH, PIECE):
+    for start in range(0, width, PIECE):
+        columns = start + tl.arange(0, PIECE)
         tile = coordinates(
-            keys, key_stride, rows, valid, s * WIDTH, start + tl.arange(0, PIECE), keys, key_stride, 0,
-            origin, scale, WIDTH, CENTRE, False, 16, "ieee",
+            keys, key_stride, rows, valid, columns, columns < width, keys, key_stride, 0, origin,
+            scale, CENTRE, False, 16, "ieee",
         )  # fmt: skip
         clean += tl.sum(tile, 1)
         largest = tl.maximum(largest, tl.max(tl.abs(tile), 1))
@@ -186,7 +202,7 @@ def sweep_wide_kernel(
         squared += tl.sum(rounded * rounded, 1)
     inverse = inverse_norm(squared)
     if COSINE:  # underflow moves a key before it is made a unit vector
-        half_norm = 0.5 - 2 * (tl.load(errors + s) + UNDERFLOW * WIDTH) * inverse
+        half_norm = 0.5 - 2 * (tl.load(errors + s) + UNDERFLOW * width) * inverse
         # A saturated key has another direction: its tile must be visited.
         half_norm = tl.where(largest > FP16_MAX, -float("inf"), half_norm)
     else:
@@ -196,13 +212,13 @@ def sweep_wide_kernel(
     for start in range(0, query_slots, QUERY_BLOCK):
         slots = s * query_slots + start + queries
         product = tl.zeros([QUERY_BLOCK, TILE], tl.float32)
-        for piece in range(0, WIDTH, PIECE):
+        for piece in range(0, width, PIECE):
             columns = piece + tl.arange(0, PIECE)
             tile = coordinates(
-                keys, key_stride, rows, valid, s * WIDTH, columns, keys, key_stride, 0, origin, scale,
-                WIDTH, CENTRE, False, 16, "ieee",
+                keys, key_stride, rows, valid, columns, columns < width, keys, key_stride, 0,
+                origin, scale, CENTRE, False, 16, "ieee",
             )  # fmt: skip
-            part = tl.load(packed + slots[:, None] * PADDED + columns[None, :])
+            part = tl.load(packed + slots[:, None] * padded + columns[None, :])
             product = tl.dot(part, tl.trans(to_fp16(tile)), product)
         if COSINE:
             product *= inverse[None, :]
@@ -227,21 +243,22 @@ def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
     tile_count = -(-len(part.chunk.rows) // tiles.tile)
     minima = torch.empty(part.subspace_count, tile_count, slots, device=rotated.device)
     options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
-    parts = {"P1": main, "P2": rest, "STAGES": tiles.stages, "TILE": tiles.tile}
+    parts = {"P1": main, "P2": rest, "WHOLE": part.width == main + rest}
+    parts |= {"STAGES": tiles.stages, "TILE": tiles.tile}
     if tiles.streams:
         blocks = max(1, tiles.streams * multiprocessors(rotated.device) // part.subspace_count)
         stream.stream_kernel[(min(tile_count, blocks), part.subspace_count)](
-            *(*part.keys(), part.scaling()[1], pack.main, pack.rest, minima, tile_count),
-            **{"WIDTH": part.width, "QUERIES": slots, **parts, **options},
+            *(*part.keys(), part.scaling()[1], pack.main, pack.rest, minima, tile_count, part.units),
+            **{"ALIGNED": part.aligned, "QUERIES": slots, **parts, **options},
         )
         return minima, pack
-    queries = (slots, minima, tile_count)
+    queries = (slots, minima, tile_count, part.units)
     options |= {"QUERY_BLOCK": tiles.query_block, **part.options()}
     grid = (-(-tile_count // tiles.together), part.subspace_count)
     if wide:
         sweep_wide_kernel[grid](
             *(*part.keys(), *part.scaling(), pack.main, *queries),
-            **{"PADDED": main, "PIECE": _PIECE, "TILE": tiles.tile, **options},
+            **{"PIECE": _PIECE, "TILE": tiles.tile, **options},
         )
     else:
         sweep_kernel[grid](

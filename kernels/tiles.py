@@ -14,19 +14,18 @@ fp64; or keep the nearest few for ``rerank.py``."""
 def exact_raw(
     raw_query,  # [d]
     raw_key,  # [d]
-    rotation,  # [d, d] fp32
+    rotation,  # [d, d] fp32, from the subspace's first column on
     rotation_stride,
     depth,
-    column,
     rotated_query,  # [P] fp64
-    WIDTH: tl.constexpr,
+    width,
     P: tl.constexpr,
     DEEP: tl.constexpr,
     COSINE: tl.constexpr,
 ):
     """Squared distance, or 1 - cos, of two raw rows in one subspace, in fp64."""
     columns = tl.arange(0, P)
-    inside = columns < WIDTH
+    inside = columns < width
     total = tl.zeros([P], tl.float64)
     for start in range(0, depth, DEEP):
         deep = start + tl.arange(0, DEEP)
@@ -34,7 +33,7 @@ def exact_raw(
         if not COSINE:
             row = tl.load(raw_query + deep, mask=deep < depth, other=0.0).to(tl.float64) - row
         basis = tl.load(
-            rotation + deep[:, None] * rotation_stride + (column + columns)[None, :],
+            rotation + deep[:, None] * rotation_stride + columns[None, :],
             mask=(deep < depth)[:, None] & inside[None, :],
             other=0.0,
         )
@@ -51,14 +50,13 @@ def load_tile(
     key_stride,
     rows,  # [N] int64
     valid,  # [N]
-    column,
     columns,  # [D] within the subspace
+    inside,  # [D] which of them it has
     rotation,
     rotation_stride,
     depth,
     origin,
     scale,
-    WIDTH: tl.constexpr,
     MODE: tl.constexpr,
     CENTRE: tl.constexpr,
     PROJECT: tl.constexpr,
@@ -68,14 +66,14 @@ def load_tile(
     """[N, D] coordinates that are compared: as given in fp64 (ROTATED), or centred and scaled in fp32."""
     if MODE == ROTATED:
         return tl.load(
-            keys + rows[:, None] * key_stride + (column + columns)[None, :],
-            mask=valid[:, None] & (columns < WIDTH)[None, :],
+            keys + rows[:, None] * key_stride + columns[None, :],
+            mask=valid[:, None] & inside[None, :],
             other=0.0,
         ).to(tl.float64)
     else:  # noqa: RET505 - triton compiles what follows a return
         tile = coordinates(
-            keys, key_stride, rows, valid, column, columns, rotation, rotation_stride, depth, origin, scale,
-            WIDTH, CENTRE, PROJECT, DEPTH_BLOCK, DOT,
+            keys, key_stride, rows, valid, columns, inside, rotation, rotation_stride, depth, origin, scale,
+            CENTRE, PROJECT, DEPTH_BLOCK, DOT,
         )  # fmt: skip
         if MODE == SLOTS and not PROJECT and keys.dtype.element_ty == tl.float16:
             # Where the copy has overflowed, it is as the sweep took it.
@@ -95,25 +93,23 @@ UNDERFLOW = tl.constexpr(2.0**-25)
 
 @triton.jit
 def coordinates(
-    keys,  # [K, d], rotated or (PROJECT) raw
+    keys,  # [K, d], rotated and from the subspace's first column on, or (PROJECT) raw
     key_stride,
     rows,  # [N] int64
     valid,  # [N]
-    column,  # first column of the subspace
     columns,  # [P] within the subspace
-    rotation,  # [d, d], PROJECT only
+    inside,  # [P] which of them it has
+    rotation,  # [d, d] from the subspace's first column on, PROJECT only
     rotation_stride,
     depth,
-    origin,  # [d] fp32 rotated, CENTRE only
+    origin,  # [d] fp32 rotated, likewise, CENTRE only
     scale,
-    WIDTH: tl.constexpr,
     CENTRE: tl.constexpr,
     PROJECT: tl.constexpr,
     DEPTH_BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
     """[N, P] fp32 keys in one subspace, centred and scaled; 0 outside of the subspace."""
-    inside = columns < WIDTH
     if PROJECT:
         tile = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
         for start in range(0, depth, DEPTH_BLOCK):
@@ -124,20 +120,23 @@ def coordinates(
                 other=0.0,
             )
             basis = tl.load(
-                rotation + deep[:, None] * rotation_stride + (column + columns)[None, :],
+                rotation + deep[:, None] * rotation_stride + columns[None, :],
                 mask=(deep < depth)[:, None] & inside[None, :],
                 other=0.0,
             )
             tile = tl.dot(part.to(basis.dtype), basis, tile, input_precision=DOT)
     else:
         tile = tl.load(
-            keys + rows[:, None] * key_stride + (column + columns)[None, :],
+            keys + rows[:, None] * key_stride + columns[None, :],
             mask=valid[:, None] & inside[None, :],
             other=0.0,
         ).to(tl.float32)
     if CENTRE:
-        tile -= tl.load(origin + column + columns, mask=inside, other=0.0)[None, :]
-    return tl.where(inside[None, :], tile * scale, 0.0)
+        tile -= tl.load(origin + columns, mask=inside, other=0.0)[None, :]
+    tile *= scale
+    if PROJECT:  # where NaN may have come from other columns
+        tile = tl.where(inside[None, :], tile, 0.0)
+    return tile
 
 
 @triton.jit

@@ -78,11 +78,15 @@ class Resolve(NamedTuple):
     """Shapes of ``resolve_kernel``, which runs one block for each query and subspace."""
 
     P: int
-    """Power of two that covers the width."""
+    """Power of two that covers the width, where the whole of a query is looked at."""
     CHUNK: int
     """Rows of a tile looked at together."""
     PIECE: int
     """Columns of them at once."""
+    TOGETHER: int
+    """Pieces whose loads are under way together."""
+    WHOLE: bool
+    """They leave no column over."""
     DEEP: int
     """Rows of the rotation that are multiplied together."""
     SEGMENT: int
@@ -123,6 +127,8 @@ def resolve_shape(
     key = Key(capability, sum(pieces(width)), "few" if few else "more", keys)
     found = _lookup("resolve", key, mode)
     assert found is not None
+    # What a kernel does not read must not make it another one.
+    whole, deep = padded if raw or cosine else 16, deep if raw else 1
     options = {"num_warps": found["warps"]}
     if "maxnreg" in found:
         options["maxnreg"] = found["maxnreg"]
@@ -130,10 +136,10 @@ def resolve_shape(
         options["maxnreg"] = 255
     if fused:
         chunk = max(16, min(tile, found["numbers"] // padded))
-        return Resolve(padded, chunk, padded, deep, found["segment"], options)
+        return Resolve(whole, chunk, padded, 1, width == padded, deep, found["segment"], options)
     chunk = min(tile, 128)
     piece = max(4, min(padded, found["numbers"] // chunk))
-    return Resolve(padded, chunk, piece, deep, found["segment"], options)
+    return Resolve(whole, chunk, piece, 2, width % (2 * piece) == 0, deep, found["segment"], options)
 
 
 LOOK = {"ROWS": 32, "QUERY_BLOCK": 32, "UNROLL": 2, "num_warps": 4}

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,23 @@ def test_hot_loops_are_as_they_were(arch: int, triton: str | None, tmp_path: Pat
     golden = golden[f"sm_{arch}"]
     assert {row["label"] for row in rows} == set(golden)
     assert {row["label"]: wrong for row in rows if (wrong := lint.worse(row, golden[row["label"]]))} == {}
+
+
+MOST_COMPILED = {"resolve_kernel": 3, "rerank_kernel": 2, "distances_kernel": 3, "units_kernel": 4}
+"""How often a run of merges may compile a kernel; others once. Distances differ by how many queries fit."""
+
+
+def test_merged_widths_share_what_is_compiled(tmp_path: Path) -> None:
+    """The sweep is compiled for each way to cover a width, the search in raw rows by powers of two."""
+    path = tmp_path / "found.json"
+    python(str(ROOT / "bench" / "gpu" / "widths.py"), "--json", str(path))
+    for rows in json.loads(path.read_text()).values():
+        for op in rows[0]["new"]:
+            found = Counter(each["kernel"] for row in rows for each in row["new"][op])
+            swept = sum(found.pop(name, 0) for name in ("sweep_kernel", "stream_kernel"))
+            assert swept <= len(rows)
+            most = MOST_COMPILED | ({"resolve_kernel": 9} if op == "search Q128 fp32" else {})
+            assert {name: times for name, times in found.items() if times > most.get(name, 1)} == {}, op
 
 
 @pytest.mark.slow

@@ -74,11 +74,11 @@ def test_few_queries_keep_their_place(width: int, queries: int, tiles: tuple[int
 @pytest.mark.parametrize(
     ("width", "tile", "options", "expected"),
     [
-        (32, 128, {}, (32, 128, 4, 64, 512, {"num_warps": 1})),
-        (72, 64, {}, (128, 64, 8, 16, 512, {"num_warps": 1})),
-        (72, 128, {"cosine": True}, (128, 128, 4, 16, 512, {"num_warps": 1, "maxnreg": 255})),
+        (32, 128, {}, (16, 128, 4, 1, 512, {"num_warps": 1})),
+        (72, 64, {}, (16, 64, 8, 1, 512, {"num_warps": 1})),
+        (72, 128, {"cosine": True}, (128, 128, 4, 1, 512, {"num_warps": 1, "maxnreg": 255})),
         (72, 128, {"raw": True}, (128, 128, 8, 16, 1024, {"num_warps": 4, "maxnreg": 168})),
-        (32, 128, {"fused": True, "cosine": True}, (32, 64, 32, 64, 4096, {"num_warps": 4, "maxnreg": 255})),
+        (32, 128, {"fused": True, "cosine": True}, (32, 64, 32, 1, 4096, {"num_warps": 4, "maxnreg": 255})),
         (432, 64, {"fused": True, "raw": True}, (512, 16, 512, 2, 4096, {"num_warps": 4})),
     ],
 )
@@ -86,6 +86,24 @@ def test_resolve_shapes(width: int, tile: int, options: dict[str, bool], expecte
     asked = {"fused": False, "raw": False, "cosine": False, **options}
     found = tuning.resolve_shape(width, tile, **asked)
     assert (found.P, found.CHUNK, found.PIECE, found.DEEP, found.SEGMENT, found.options) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "together", "whole"),
+    [
+        (72, {}, 2, True),
+        (100, {}, 2, False),
+        (72, {"raw": True}, 2, False),
+        (144, {"raw": True}, 2, True),
+        (64, {"fused": True}, 1, True),
+        (72, {"fused": True}, 1, False),
+    ],
+)
+def test_pieces_together(width: int, options: dict[str, bool], together: int, whole: bool) -> None:
+    asked = {"fused": False, "raw": False, "cosine": False, **options}
+    found = tuning.resolve_shape(width, 128, **asked)
+    chosen = found.TOGETHER, found.WHOLE
+    assert chosen == (together, whole)
 
 
 def test_measured_tiles_are_in_their_records() -> None:

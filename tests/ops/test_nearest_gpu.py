@@ -106,9 +106,10 @@ def test_sizes_around_a_tile(form: str, queries: int, keys: int) -> None:
     check(torch.randn(queries, 17), torch.randn(keys, 17), [17], form)
 
 
-@pytest.mark.parametrize("widths", [[1], [72], [3, 16, 16, 1], [96, 31]], ids=str)
-@only("rotated", "split-half", "cuda-rotated", "cuda-split-half")
+@pytest.mark.parametrize("widths", [[1], [72], [3, 16, 16, 1], [96, 31], [24, 100], [40, 104]], ids=str)
+@only("rotated", "split", "split-half", "fused-half", "cuda-rotated", "cuda-split-half")
 def test_odd_widths(form: str, widths: list[int]) -> None:
+    """Multiples of 1 to 8: loads of other widths, and pieces of which some are left over."""
     check(torch.randn(2, sum(widths)), torch.randn(150, sum(widths)), widths, form)
 
 
@@ -124,10 +125,11 @@ def test_every_width_that_is_compiled(form: str, width: int) -> None:
     check(torch.randn(65, width), torch.randn(130 if width > 32 else 260, width), [width], form)
 
 
+@pytest.mark.parametrize("width", [513, 530, 576])
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@only("rotated")
-def test_a_subspace_too_wide_to_keep_in_place(form: str, metric: str) -> None:
-    check(torch.randn(2, 530), torch.randn(70, 530), [530], form, metric)
+@only("rotated", "split-half")
+def test_a_subspace_too_wide_to_keep_in_place(form: str, metric: str, width: int) -> None:
+    check(torch.randn(2, width), torch.randn(70, width), [width], form, metric)
 
 
 @only("cuda-rotated")
