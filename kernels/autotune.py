@@ -20,7 +20,7 @@ from . import tuning
 from .launch import Part, capability, chunks, device_of
 from .queries import make_frame, make_search
 from .search import nearest_index, resolve_part
-from .sweep import sweep
+from .sweep import packed, sweep
 from .tuning import Key, Sweep
 
 SWEEP_CANDIDATES = [
@@ -118,7 +118,8 @@ class Timed(NamedTuple):
     def resolve(self) -> Callable[[], None]:
         """The search that decides, from the start, in the shape that is chosen when it is called."""
         tiles = self.tiles()
-        swept = sweep(self.part, tiles)
+        pack = packed(self.part, tiles)
+        minima = sweep(self.part, tiles, pack)
         shape = (self.part.subspace_count, self._queries, 4)
         best = torch.full(shape, torch.inf, dtype=torch.float64, device=self.part.chunk.rows.device)
         index = torch.full(shape, -1, device=best.device)
@@ -126,7 +127,7 @@ class Timed(NamedTuple):
         def run() -> None:
             best.fill_(torch.inf)
             index.fill_(-1)
-            resolve_part(self.part, tiles, *swept, (best, index))
+            resolve_part(self.part, tiles, minima, pack, (best, index))
 
         return run
 
@@ -172,7 +173,9 @@ def tune(
             return milliseconds_of(run)
 
         def sweep_time() -> float:
-            return checked(lambda: sweep(one.part, one.tiles()))
+            tiles = one.tiles()
+            pack = packed(one.part, tiles)
+            return checked(lambda: sweep(one.part, tiles, pack))
 
         found = {"sweep": fastest("sweep", one.sweep_key, one.sweeps, sweep_time, record)}
         resolve = one.resolve()

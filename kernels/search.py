@@ -18,7 +18,7 @@ from .keys import rounding_of, underflow_of
 from .launch import NO_KEY, Part, capability, chunks, device_of, portions, result
 from .queries import Frame, QueryPack, Search, make_frame, make_search
 from .rerank import rerank, settle
-from .sweep import sweep
+from .sweep import packed, sweep
 
 if TYPE_CHECKING:
     from .tuning import Sweep
@@ -133,13 +133,17 @@ def _search(
     best = torch.full(shape, torch.inf, dtype=torch.float64, device=keys.device)
     index = torch.full(shape, -1 if search.in_half else NO_KEY, device=keys.device)
     tiles_of = tile_choice(keys, search, len(queries))
+    packs: dict[tuple[int, ...], QueryPack] = {}  # the same for every chunk of keys
     for chunk in chunks(keys, frame, list(widths), search):
         parts = portions(widths, len(queries), len(chunk.rows), lambda width: tiles_of(width).tile)
         for subspaces, columns, group in parts:
             state = best[subspaces, group].contiguous(), index[subspaces, group].contiguous()
             part = Part(frame, chunk, search, subspaces, columns, group)
             tiles = tiles_of(part.width)
-            resolve_part(part, tiles, *sweep(part, tiles), state)
+            which = (subspaces.start, subspaces.stop, group.start, group.stop)
+            if which not in packs:
+                packs[which] = packed(part, tiles)
+            resolve_part(part, tiles, sweep(part, tiles, packs[which]), packs[which], state)
             best[subspaces, group], index[subspaces, group] = state
     return _Found(frame, search, keys, best, index)
 

@@ -230,32 +230,44 @@ _PIECE = 64
 """Columns of a wide subspace that are multiplied at once."""
 
 
-def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
-    """[s, tiles, slots] least value of every query over every tile of keys, and the queries as swept."""
-    from . import stream, tuning
-
+def packed(part: Part, tiles: Sweep) -> QueryPack:
+    """The queries of a part as :func:`sweep` takes them, for any keys."""
     rotated = part.frame.rotated[part.group][:, part.columns]
     slots = -(-len(rotated) // tiles.query_block) * tiles.query_block
-    wide = part.width > tuning.WIDEST_IN_PLACE
-    main, rest = (-(-part.width // _PIECE) * _PIECE, 0) if wide else tuning.pieces(part.width)
     scales = part.frame.keys.scales[part.subspaces]
-    pack = pack_queries(rotated, scales, part.width, part.search.cosine, main, rest, slots)
+    return pack_queries(rotated, scales, part.width, part.search.cosine, *_covered(part.width), slots)
+
+
+def _covered(width: int) -> tuple[int, int]:
+    """Columns of the two parts of packed queries."""
+    from . import tuning
+
+    wide = width > tuning.WIDEST_IN_PLACE
+    return (-(-width // _PIECE) * _PIECE, 0) if wide else tuning.pieces(width)
+
+
+def sweep(part: Part, tiles: Sweep, pack: QueryPack) -> Tensor:
+    """[s, tiles, slots] least value of every query over every tile of keys."""
+    from . import stream, tuning
+
+    slots, device = pack.main.shape[1], pack.main.device
+    main, rest = _covered(part.width)
     tile_count = -(-len(part.chunk.rows) // tiles.tile)
-    minima = torch.empty(part.subspace_count, tile_count, slots, device=rotated.device)
+    minima = torch.empty(part.subspace_count, tile_count, slots, device=device)
     options: dict[str, Any] = {"num_warps": tiles.warps, "num_stages": tiles.stages, **tuning.OPTIONS}
     parts = {"P1": main, "P2": rest, "WHOLE": part.width == main + rest}
     parts |= {"STAGES": tiles.stages, "TILE": tiles.tile}
     if tiles.streams:
-        blocks = max(1, tiles.streams * multiprocessors(rotated.device) // part.subspace_count)
+        blocks = max(1, tiles.streams * multiprocessors(device) // part.subspace_count)
         stream.stream_kernel[(min(tile_count, blocks), part.subspace_count)](
             *(*part.keys(), part.scaling()[1], pack.main, pack.rest, minima, tile_count, part.units),
             **{"ALIGNED": part.aligned, "QUERIES": slots, **parts, **options},
         )
-        return minima, pack
+        return minima
     queries = (slots, minima, tile_count, part.units)
     options |= {"QUERY_BLOCK": tiles.query_block, **part.options()}
     grid = (-(-tile_count // tiles.together), part.subspace_count)
-    if wide:
+    if part.width > tuning.WIDEST_IN_PLACE:
         sweep_wide_kernel[grid](
             *(*part.keys(), *part.scaling(), pack.main, *queries),
             **{"PIECE": _PIECE, "TILE": tiles.tile, **options},
@@ -265,4 +277,4 @@ def sweep(part: Part, tiles: Sweep) -> tuple[Tensor, QueryPack]:
             *(*part.keys(), *part.turn(), *part.scaling(), pack.main, pack.rest, *queries),
             **{"TOGETHER": tiles.together, **parts, **part.projection(), **options},
         )
-    return minima, pack
+    return minima

@@ -237,6 +237,17 @@ def test_keys_in_chunks_and_queries_in_groups(form: str, monkeypatch: pytest.Mon
     check(queries[: None if "rotated" in form else 3], keys, [8], form)
 
 
+@only("split", "split-half")
+def test_queries_are_packed_once_for_all_chunks(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ndm_fast.kernels import sweep
+
+    pack, packs = sweep.pack_queries, []
+    monkeypatch.setattr(sweep, "pack_queries", lambda *given: packs.append(pack(*given)) or packs[-1])
+    monkeypatch.setattr(launch, "KEY_BYTES", 4 * 8 * 50)
+    check(torch.randn(3, 12), torch.randn(170, 12), [4, 4, 3, 1], form)
+    assert len(packs) == 3  # a pack for each width
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @only("rotated", "split", "split-half")
 def test_minima_in_several_segments(form: str, metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
