@@ -40,6 +40,8 @@ def memory_line(rows: int, width: int, dtype: torch.dtype, device: torch.device 
 def choose_place(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Place:
     """The device itself where the pool fits; for a GPU else pinned host memory, which is logged.
 
+    Of pinned memory torch takes the next power of two.
+
     Raises:
         InputError: it fits nowhere; the message says how many rows would.
     """
@@ -47,22 +49,29 @@ def choose_place(rows: int, width: int, dtype: torch.dtype, device: torch.device
     free = int(free_memory(device) * _USABLE_SHARE)
     if size <= free:
         return Place(device, False, device.type == "cuda" and 2 * size <= free)
+    fitting, in_host = free, ""
     if device.type == "cuda":
         host = int(free_memory(torch.device("cpu")) * _USABLE_SHARE)
-        if size <= host:
+        pinned = _pinned_block(size)
+        if pinned <= host:
             logger.warning(
                 "a pool of %.2f GiB does not fit the %.2f GiB free on %s: it is kept in pinned host memory, "
-                "and keys are copied for every search",
-                size / 2**30,
-                free / 2**30,
-                device,
+                "of which torch takes %.2f GiB, a power of two, and keys are copied for every search",
+                *(size / 2**30, free / 2**30, device, pinned / 2**30),
             )
-            return Place(torch.device("cpu"), True, 2 * size <= host)
+            return Place(torch.device("cpu"), True, 2 * pinned <= host)
+        in_host = f" ({pinned / 2**30:.2f} GiB, a power of two, pinned in host memory)"
+        fitting = max(free, 1 << host.bit_length() >> 1)
         free = max(free, host)
     raise InputError(
-        f"a pool of {rows} rows takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB can be used: set "
-        f"--pool-rows to {free // (width * dtype.itemsize)} or less, or --pool-dtype bfloat16"
+        f"a pool of {rows} rows takes {size / 2**30:.2f} GiB{in_host}, and {free / 2**30:.2f} GiB can be "
+        f"used: set --pool-rows to {fitting // (width * dtype.itemsize)} or less, or --pool-dtype bfloat16"
     )
+
+
+def _pinned_block(size: int) -> int:
+    """Bytes that torch takes for pinned memory of this size."""
+    return 1 << (size - 1).bit_length()
 
 
 def allocate(rows: int, width: int, dtype: torch.dtype, place: Place) -> Tensor:

@@ -126,7 +126,7 @@ def add_plan(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from ndm_fast.run.hardware import machine_of
-    from ndm_fast.run.plan import describe, make_plan, model_shape
+    from ndm_fast.run.plan import compared, describe, make_plan, model_shape
     from ndm_fast.run.presets import TWINS
 
     config = run_settings(options)
@@ -137,13 +137,18 @@ def _plan(options: argparse.Namespace) -> None:
     shape = model_shape(config.harvest.model, config.harvest.site[0], **config.harvest.hub_options)
     machine = machine_of(options.device)
     plan = make_plan(config, shape, machine)
-    if options.json:
-        print(json.dumps(dataclasses.asdict(plan), indent=2))
-        return
-    print(describe(plan, machine))
+    plans = {options.preset: plan}
     twin = TWINS.get(options.preset)
     if twin:
         options.preset = twin
-        published = make_plan(run_settings(options), shape, machine)
-        times = published.seconds / plan.seconds
-        print(f"with --preset {twin}: {published.seconds:.1f} s, {times:.0f} times as long")
+        plans[twin] = make_plan(run_settings(options), shape, machine)
+    if options.json:
+        both = {"presets": compared(plans)} if twin else {}
+        print(json.dumps({**dataclasses.asdict(plan), **both}, indent=2))
+        return
+    print(describe(plan, machine))
+    if twin:
+        times = plans[twin].seconds / plan.seconds
+        for name, cost in compared(plans).items():
+            print(f"with --preset {name}: {cost['seconds']:.1f} s, {cost['memory'] / 1e9:.2f} GB")
+        print(f"so --preset {twin} takes {times:.1f} times as long")

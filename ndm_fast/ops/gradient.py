@@ -12,6 +12,13 @@ from ndm_fast.geometry.objective import Objective
 from ndm_fast.ops import backends, checks, library
 from ndm_fast.ops.arrays import Array
 
+_MODULES = {
+    "reference": "ops.plain",
+    "cpu": "ops.cpu.step",
+    "triton": "kernels.gradient",
+    "cuda": "ops.cuda",
+}
+
 
 def loss_and_gradient(
     queries: Array,
@@ -49,13 +56,35 @@ def loss_and_gradient(
         InputError (a ValueError): naming the argument, for a wrong shape, dtype, device or row, or a backend
             that cannot run.
     """
+    given = _checked(queries, keys, index, rotation, widths, metric, counted, log_floor)
+    chosen = backends.choose(given[0].device, backend).name
+    return Objective(*_loss_and_gradient(*given, bool(check_index), chosen))
+
+
+def direct_gradient() -> library.Direct:
+    """For a loop: :func:`loss_and_gradient` of tensors, all eight arguments by name; looks at no values."""
+
+    def check(**given: Any) -> str:
+        return backends.choose(_checked(**given)[0].device).name
+
+    return library.Direct(_MODULES, "loss_and_gradient", check)
+
+
+def _checked(
+    queries: Array,
+    keys: Array,
+    index: Array,
+    rotation: Array,
+    widths: Sequence[int],
+    metric: str,
+    counted: Array | None,
+    log_floor: Array | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], str, Tensor | None, Tensor | None]:
     rows = checks.check_rows(queries, keys, rotation, widths)
     checks.check_metric(metric)
     index, counted = checks.check_neighbors(index, counted, len(rows.widths), rows.queries)
     log_floor = checks.check_log_floor(log_floor, metric, len(rows.widths), rows.queries)
-    chosen = backends.choose(rows.queries.device, backend).name
-    given = (rows.queries, rows.keys, index, rows.rotation, rows.widths, metric, counted, log_floor)
-    return Objective(*_loss_and_gradient(*given, bool(check_index), chosen))
+    return rows.queries, rows.keys, index, rows.rotation, rows.widths, metric, counted, log_floor
 
 
 def _with_index(run: library.Run, given: dict[str, Any]) -> Any:
@@ -64,10 +93,7 @@ def _with_index(run: library.Run, given: dict[str, Any]) -> Any:
     return run(**given)
 
 
-@library.op(
-    {"reference": "ops.plain", "cpu": "ops.cpu.step", "triton": "kernels.gradient", "cuda": "ops.cuda"},
-    around=_with_index,
-)
+@library.op(_MODULES, around=_with_index)
 def _loss_and_gradient(
     queries: Tensor,
     keys: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,20 @@ def lie_update(
     if isinstance(scale, Tensor):  # no library op takes either kind
         return _lie_update_on_device(product, first, second, scale, guard, *rest)
     return _lie_update(product, first, second, float(scale), float(guard), *rest)
+
+
+def direct_update() -> library.Direct:
+    """For a loop: :func:`lie_update` of tensors, all seven arguments by name."""
+
+    def check(
+        product: Tensor | None, first: Tensor, second: Tensor, scale: Any, guard: Any, betas: Any, half: bool
+    ) -> str:
+        checks.check_moments(product, first, second)
+        checks.check_factors(scale, guard, first)
+        checks.check_betas(betas)
+        return backends.choose(first.device).name
+
+    return library.Direct(_MODULES, "lie_update", check)
 
 
 @library.op(_MODULES, mutates=("first", "second"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,11 +99,27 @@ def nearest_index(
     on a GPU. Arguments, errors and tolerances as there, up to the rounding of the rotation; nothing looks for
     NaN and Inf.
     """
+    rows = _checked_rows(queries, keys, rotation, widths, metric, precision)
+    chosen = backends.choose(rows.queries.device, backend).name
+    return _nearest_index(*rows, metric, precision, chosen)
+
+
+def direct_index() -> library.Direct:
+    """For a loop: :func:`nearest_index` of tensors, all six arguments by name."""
+
+    def check(**given: Any) -> str:
+        return backends.choose(_checked_rows(**given).queries.device).name
+
+    return library.Direct(_MODULES, "nearest_index", check)
+
+
+def _checked_rows(
+    queries: Array, keys: Array, rotation: Array, widths: Sequence[int], metric: str, precision: str
+) -> checks.Rows:
     rows = checks.check_rows(queries, keys, rotation, widths)
     checks.check_metric(metric)
     checks.check_precision(precision)
-    chosen = backends.choose(rows.queries.device, backend).name
-    return _nearest_index(*rows, metric, precision, chosen)
+    return rows
 
 
 @library.op(_MODULES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,6 +248,11 @@ def _advice(
     else:
         advice.append(f"--pool-rows {least} is the least for these keys: lower --keys too")
     return tuple(advice)
+
+
+def compared(plans: Mapping[str, Plan]) -> dict[str, dict[str, float]]:
+    """Seconds, and bytes of memory at the peak, of each plan by the name of its preset."""
+    return {name: {"seconds": plan.seconds, "memory": plan.peak} for name, plan in plans.items()}
 
 
 def describe(plan: Plan, machine: Machine) -> str:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
 from ndm_fast.config import TrainConfig
 from ndm_fast.geometry.objective import Objective, loss_weights
 from ndm_fast.geometry.reference import Neighbors
+from ndm_fast.ops.gradient import direct_gradient
+from ndm_fast.ops.nearest import direct_index
 from ndm_fast.ranks import Group
 from ndm_fast.train.cuda_graph import GraphedSearch, GraphedSteps
 from ndm_fast.train.over_ranks import nearest_neighbors
@@ -54,6 +55,7 @@ class Steps:
         by_width = self._logarithmic or config.metric == "cosine"
         self.weights = loss_weights(widths, by_width=by_width, device=rotation.working.device).float()
         """[S] what a mean over a subspace counts in the loss."""
+        self._gradient, self._index = direct_gradient(), direct_index()
         self._graph = GraphedSteps(self._take_each, rotation) if cuda_graph else None
         self._neighbors = GraphedSearch(self._find) if cuda_graph else self._find
 
@@ -73,7 +75,15 @@ class Steps:
         if self._group.keys.size > 1:
             return self.search(queries, keys, rotation).index
         config = self._config
-        return ops.nearest_index(queries, keys, rotation, self._widths, config.metric, config.precision)
+        found: Tensor = self._index(
+            queries=queries,
+            keys=keys,
+            rotation=rotation,
+            widths=self._widths,
+            metric=config.metric,
+            precision=config.precision,
+        )
+        return found
 
     def search(self, queries: Tensor, keys: Tensor, rotation: Tensor) -> Neighbors:
         """Neighbors of this rank's queries among the keys of all ranks, with exact distances."""
@@ -87,9 +97,17 @@ class Steps:
     ) -> Objective:
         """Loss and gradient over the queries and neighbors of all ranks; with a floor, of logarithms."""
         places, here = self._group.keys.owned(index)
-        given = (queries, keys, places, rotation, self._widths, self._config.metric, here)
         # The index comes from a search among these keys, and looking at it would make the host wait.
-        part = ops.loss_and_gradient(*given, log_floor=log_floor, check_index=False)
+        part = self._gradient(
+            queries=queries,
+            keys=keys,
+            index=places,
+            rotation=rotation,
+            widths=self._widths,
+            metric=self._config.metric,
+            counted=here,
+            log_floor=log_floor,
+        )
         return Objective(*(self._group.combine(each) for each in part))
 
     def mean_distance(self, distance: Tensor, count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -254,8 +255,9 @@ class Endless3:
     [
         (4000, 0, ("cuda", False, True)),
         (2000, 0, ("cuda", False, False)),
-        (1000, 2000, ("cpu", True, False)),
-        (1000, 4000, ("cpu", True, True)),
+        (1000, 2300, ("cpu", True, False)),  # 1600 bytes, for which torch takes 2048
+        (1000, 4500, ("cpu", True, False)),
+        (1000, 4600, ("cpu", True, True)),
     ],
 )
 def test_a_gpu_without_room_has_its_pool_in_host_memory(free, caplog, cuda, cpu, place):
@@ -264,6 +266,20 @@ def test_a_gpu_without_room_has_its_pool_in_host_memory(free, caplog, cuda, cpu,
     found = choose_place(100, 4, torch.float32, torch.device("cuda", 0))
     assert (found.device.type, found.pinned, found.spare) == place
     assert [("pinned host memory" in line) for line in caplog.messages] == [True] * found.pinned
+
+
+def test_what_torch_takes_for_pinned_memory_is_said(free, caplog):
+    """19.3 GiB would fit, the block that holds them does not."""
+    free |= {"cuda": 2**30, "cpu": 60 * 2**30}
+    choose_place(4_500_000, 2304, torch.float16, torch.device("cuda", 0))
+    assert "19.31 GiB" in caplog.text
+    assert "torch takes 32.00 GiB, a power of two" in caplog.text
+    free["cpu"] = 30 * 2**30
+    with pytest.raises(InputError, match=r"19.31 GiB \(32.00 GiB, a power of two") as refusal:
+        choose_place(4_500_000, 2304, torch.float16, torch.device("cuda", 0))
+    fitting = int(re.search(r"--pool-rows to (\d+)", str(refusal.value))[1])
+    assert fitting * 2304 * 2 <= 2**34 < (fitting + 1) * 2304 * 2
+    assert choose_place(fitting, 2304, torch.float16, torch.device("cuda", 0)).pinned
 
 
 def test_a_gpu_pool_that_fits_nowhere_is_refused(free):

@@ -79,6 +79,24 @@ def test_command_prints_a_plan(ndm, gpt2):
     assert {part["name"] for part in json.loads(found.out)["parts"]} >= {"harvest", "search", "update"}
 
 
+@pytest.mark.parametrize("device", ["H200", "a100"])
+def test_a_fast_preset_is_compared_with_the_published_one(ndm, gpt2, device):
+    """Seconds and memory of both, printed and as JSON; each as its own plan has them."""
+    names = ("gpt2", "gpt2-published")
+    given = {name: ("plan", "--preset", name, "--model", gpt2, "--site", "x4.post") for name in names}
+    lines = ndm(*given["gpt2"], "--device", device).out
+    plans = {name: json.loads(ndm(*given[name], "--device", device, "--json").out) for name in names}
+    found = plans["gpt2"]["presets"]
+    assert list(found) == list(names)
+    for name, plan in plans.items():
+        assert found[name]["seconds"] == pytest.approx(sum(part["seconds"] for part in plan["parts"]))
+        assert found[name]["memory"] == pytest.approx(sum(plan["memory"].values()))
+        seconds, memory = found[name]["seconds"], found[name]["memory"] / 1e9
+        assert f"with --preset {name}: {seconds:.1f} s, {memory:.2f} GB\n" in lines
+    assert found["gpt2-published"]["seconds"] > found["gpt2"]["seconds"]
+    assert "presets" not in plans["gpt2-published"]
+
+
 def test_the_cpu_is_measured():
     machine = machine_of("cpu")
     assert machine.memory > 1e8

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ndm_fast import ops
+from ndm_fast.ops.lie_update import direct_update
 from ndm_fast.ops.product import product
 from ndm_fast.train.rotation.base import EPSILON, Turn
 
@@ -52,6 +52,7 @@ class LieRotation:
         self._steps = 0
         self._betas = betas
         self._pace: Tensor | None = None
+        self._adam = direct_update()
 
     @property
     def matrix(self) -> Tensor:
@@ -115,7 +116,15 @@ class LieRotation:
         self, product: Tensor | None, scale: float | Tensor, guard: float | Tensor, half: bool = False
     ) -> Tensor:
         """[d, d] skew update, after moving the moments on by ``R'G`` where it is given."""
-        update = ops.lie_update(product, self._first, self._second, scale, guard, self._betas, half=half)
+        update: Tensor = self._adam(
+            product=product,
+            first=self._first,
+            second=self._second,
+            scale=scale,
+            guard=guard,
+            betas=self._betas,
+            half=half,
+        )
         return update if self._pace is None else update.mul_(self._pace)
 
     def _turned_back(self, gradient: Tensor) -> Tensor:
