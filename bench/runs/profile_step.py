@@ -24,6 +24,7 @@ from synthetic import clustered
 from ndm_fast.activations.rows import TensorStream
 from ndm_fast.config import TrainConfig
 from ndm_fast.ops.cpu import product as compiled
+from ndm_fast.ops.library import Direct
 from ndm_fast.table import text_table
 from ndm_fast.train.trainer import Observer, Trainer
 
@@ -40,15 +41,20 @@ def kind(operator: str) -> str:
     return "ours" if operator.startswith("ndm_fast::") else "elementwise"
 
 
-def record_products() -> None:
-    """Compiled products of a rotation with itself are no operators of torch: name them for its profiler."""
-    run = compiled.product
+def name_our_calls() -> None:
+    """In a step our functions are called without operators around them: name them for torch's profiler."""
+    product, direct = compiled.product, Direct.__call__
 
-    def recorded(*factors: Tensor, **options: Any) -> Tensor:
+    def named_product(*factors: Tensor, **options: Any) -> Tensor:
         with record_function("ndm_fast::product"):
-            return run(*factors, **options)
+            return product(*factors, **options)
 
-    compiled.product = recorded
+    def named(self: Direct, **given: Any) -> Any:
+        with record_function("ndm_fast::direct"):
+            return direct(self, **given)
+
+    compiled.product = named_product
+    Direct.__call__ = named  # type: ignore[method-assign]
 
 
 def shares(rotation: str, d: int, unit: int) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=result_file("profile-step"))
     options = parser.parse_args()
-    record_products()
+    name_our_calls()
     rows = []
     for case in CASES:
         rows.append(shares(*case))
