@@ -3,7 +3,8 @@
     python bench/gpu/check.py --out gpu.json
     python bench/gpu/check.py --interpret --out small.json    # tiny, on a CPU: its times mean nothing
     python bench/gpu/check.py --quick --out gpu.json          # the rows that matter most, in 190 seconds
-    python bench/gpu/check.py --only tune --out tiles.json    # jobs whose name has this word
+    python bench/gpu/check.py --tune --out tiles.json         # only what is tried for kernels/tuning.json
+    python bench/gpu/check.py --only steps --out steps.json   # jobs whose name has this word
 
 Builds ``ndm_fast._cuda`` where nvcc is. Each path is checked against the fp64 oracle on fresh random data
 (the seed is recorded) in a process of its own, all beside each other; meanwhile what is timed later is
@@ -17,8 +18,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,14 +33,15 @@ if "--interpret" in sys.argv:
 sys.path.insert(0, str(ROOT))
 
 import jobs
-from jobs import Item, Job, Row
+from building import build
+from jobs import Item, Job
 from record import Record, machine
 
 BUDGET = 460.0
 """Seconds after which nothing is begun and what still runs is ended."""
 QUICK = 190.0
-SANITIZER_BUDGET = 150.0
-"""Seconds from the start at which compute-sanitizer is ended: nothing waits longer for it."""
+SANITIZER_BUDGET = 110.0
+"""Seconds from the start at which compute-sanitizer and the build are ended: timings do not wait for them."""
 SEARCHES = {
     **{f"triton split {kind}": ("triton", "split", kind) for kind in ("fp32", "bf16")},
     **{f"triton fused {kind}": ("triton", "fused", kind) for kind in ("fp32", "bf16")},
@@ -63,20 +63,6 @@ def import_package() -> None:
         folder = Path(tempfile.mkdtemp())
         (folder / "kernels").symlink_to(ROOT / "kernels")
         ndm_fast.__path__.append(str(folder))
-
-
-def build() -> Row:
-    """Build the extensions for this card."""
-    import torch
-
-    major, minor = torch.cuda.get_device_capability()
-    wanted = "1" if shutil.which("nvcc") or os.environ.get("CUDA_HOME") else "0"
-    environment = {**os.environ, "NDM_FAST_CUDA": wanted, "NDM_FAST_CUDA_ARCHS": f"{major}{minor}"}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    began = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    said = done.stdout[-2000:] + done.stderr[-2000:]
-    return {"name": "build", "seconds": time.monotonic() - began, "status": done.returncode, "said": said}
 
 
 def search_of(name: str) -> Callable:
@@ -172,10 +158,18 @@ def plan(small: bool) -> tuple[list[Job], list[Job]]:
     counts = (128,) if small else (4096, 128)
     alone = ["ceilings", *(f"time {model} steps" for model in models)]
     alone += [f"time {model} Q{count}" for model in models for count in counts]
-    # Of 72 columns the first two cards have told; 32 and 64 are from before minima coalesced.
-    alone += [f"tune {model} Q{count}" for model in (*models[1:], models[0]) for count in counts]
-    alone += ["time activations", *(f"tune {model} gradient" for model in models), f"counters {models[0]}"]
+    # Of 72 columns the first two runs have told: last. 32 and 64 are from before minima coalesced.
+    narrow, known = (models[1:], models[:1]) if len(models) > 1 else (models, [])
+    alone += [f"tune {model} Q{count}" for model in narrow for count in counts]
+    alone += ["time activations", f"tune {models[0]} gradient", f"counters {models[0]}"]
+    alone += [f"tune {model} gradient" for model in models[1:]]
+    alone += [f"tune {model} Q{count}" for model in known for count in counts]
     return [Job(name, 120) for name in checks] + slow, [Job(name, 45) for name in alone]
+
+
+def needs_build(name: str) -> bool:
+    """Whether a job calls the CUDA C++ extension."""
+    return "cuda" in name or (name.startswith("time") and " Q" in name)
 
 
 def environment_of(name: str) -> dict[str, str] | None:
@@ -211,28 +205,30 @@ def run_all(arguments: argparse.Namespace, record: Record, small: bool) -> None:
     ready = threading.Event()
 
     def check(job: Job) -> None:
-        if "cuda" in job.name:
+        if needs_build(job.name):
             ready.wait()
         limit = together if job.name.startswith("check") else beside
         jobs.run(job, [*command, "--job", job.name], record.add, limit, environment_of(job.name))
 
     def compile_all(job: Job) -> None:
-        if " Q" in job.name:
+        if needs_build(job.name):
             ready.wait()
         jobs.run(job, [*command, "--job", job.name, "--once"], lambda *_: None, together)
 
     together = record.began + 0.45 * arguments.budget
     beside = min(together, record.began + SANITIZER_BUDGET)
     with ThreadPoolExecutor(arguments.beside) as pool:
-        first = [] if small or arguments.quick else [pool.submit(lambda: record.add("build", build()))]
-        if first:
+        first = []
+        if not small and any(needs_build(job.name) for job in (*checks, *timings)):
+            first = [pool.submit(lambda: record.add("build", build(beside - time.monotonic())))]
             first[0].add_done_callback(lambda _: ready.set())
         else:
             ready.set()
-        running = [pool.submit(check, job) for job in checks if "cuda" not in job.name]
+        running = [pool.submit(check, job) for job in checks if not needs_build(job.name)]
         once = [job for job in timings[1:] if not job.name.startswith(("counters", "time activations"))]
+        once.sort(key=lambda job: needs_build(job.name))  # or they would keep the others from a place
         running += [pool.submit(compile_all, job) for job in once if not small]
-        running += [pool.submit(check, job) for job in checks if "cuda" in job.name]
+        running += [pool.submit(check, job) for job in checks if needs_build(job.name)]
         for each in first + running:
             each.result()
     for job in timings:
@@ -246,6 +242,10 @@ def main() -> int:
     parser.add_argument(
         "--only", help="only jobs with one of these words, with commas between, in their name"
     )
+    parser.add_argument(
+        "--tune", dest="only", action="store_const", const="tune",
+        help="only what is tried for kernels/tuning.json: as --only tune",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="within 190 seconds: what matters most")
     parser.add_argument("--no-checks", action="store_true", help="time only: they have passed before")
     parser.add_argument(

@@ -120,33 +120,44 @@ def check_flash_kmeans(device: str, small: bool, config: dict[str, int] | None =
 def _of_one_subspace(
     queries: torch.Tensor, keys: torch.Tensor, rotation: torch.Tensor, width: int
 ) -> dict[str, Contender]:
-    """faiss-gpu, cuVS and KeOps where they are, over contiguous rotated rows of one subspace only."""
-    found: dict[str, Run] = {}
+    """faiss-gpu, cuVS and KeOps where they are, over contiguous rotated rows of one subspace only.
+
+    Each is imported by its own call: what cannot be imported costs its own row.
+    """
     rows = [(x @ rotation[:, :width].to(x.dtype)).float().contiguous() for x in (queries, keys)]
-    if importlib.util.find_spec("faiss"):
-        import faiss
-
-        if hasattr(faiss, "StandardGpuResources"):
-            found["faiss-gpu, one subspace"] = partial(_faiss, rows)
-    if importlib.util.find_spec("cuvs"):
-        found["cuVS, one subspace"] = partial(_cuvs, rows)
-    if importlib.util.find_spec("pykeops"):
-        from pykeops.torch import LazyTensor
-
-        left, right = LazyTensor(rows[0][:, None]), LazyTensor(rows[1][None])
-        found["KeOps, one subspace"] = lambda: ((left - right) ** 2).sum(2).argmin(1)
-    return {name: Contender(run, 1, rotates=False) for name, run in found.items()}
+    return {
+        f"{name}, one subspace": Contender(partial(run, *rows), 1, rotates=False)
+        for name, (package, run) in OTHERS.items()
+        if importlib.util.find_spec(package)
+    }
 
 
-def _faiss(rows: list[torch.Tensor]) -> object:
+def _faiss(queries: torch.Tensor, keys: torch.Tensor) -> object:
     import faiss
+
+    if not hasattr(faiss, "StandardGpuResources"):
+        raise RuntimeError("not timed: this faiss is built without GPUs")
     import faiss.contrib.torch_utils
 
-    resources = faiss.StandardGpuResources()
-    return faiss.knn_gpu(resources, rows[0], rows[1], 1)
+    return faiss.knn_gpu(faiss.StandardGpuResources(), queries, keys, 1)
 
 
-def _cuvs(rows: list[torch.Tensor]) -> object:
+def _cuvs(queries: torch.Tensor, keys: torch.Tensor) -> object:
     from cuvs.neighbors import brute_force
 
-    return brute_force.search(brute_force.build(rows[1]), rows[0], 1)
+    return brute_force.search(brute_force.build(keys), queries, 1)
+
+
+def _keops(queries: torch.Tensor, keys: torch.Tensor) -> object:
+    from pykeops.torch import LazyTensor
+
+    left, right = LazyTensor(queries[:, None]), LazyTensor(keys[None])
+    return ((left - right) ** 2).sum(2).argmin(1)
+
+
+OTHERS: dict[str, tuple[str, Callable]] = {
+    "faiss-gpu": ("faiss", _faiss),
+    "cuVS": ("cuvs", _cuvs),
+    "KeOps": ("pykeops", _keops),
+}
+"""Name -> package, and nearest neighbors of fp32 rows by it."""

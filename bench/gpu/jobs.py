@@ -147,7 +147,10 @@ def _attempt(
         if not line.startswith(MARK):
             last = line.strip() or last
             continue
-        word = json.loads(line.removeprefix(MARK))
+        try:
+            word = json.loads(line.removeprefix(MARK))
+        except ValueError:  # half a line: the process ended while it wrote
+            continue
         limit = job.limit
         if "begin" in word:
             begun = word["begin"]

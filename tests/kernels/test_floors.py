@@ -75,6 +75,25 @@ def test_predictions_of_the_page(floors: ModuleType) -> None:
         assert number[products] >= 1e3 * 4 * d**3 / floors.TENSOR
 
 
+def test_predicted_searches_of_the_page(floors: ModuleType) -> None:
+    """Milliseconds of a search: rotation, sweep, first look and their sum, of many queries and of few."""
+    page = (ROOT / "docs" / "kernels-gpu.md").read_text()
+    (table,) = [part.splitlines() for part in page.split("\n\n") if "| rotate | sweep | first look |" in part]
+    columns = [cell.strip() for cell in table[0].strip("|").split("|")]
+    seen = set()
+    for line in table[2:]:
+        cells = dict(zip(columns, (cell.strip(" *") for cell in line.strip("|").split("|")), strict=True))
+        name, queries = cells[""].split(", Q ")
+        d, width = SHAPES[MODELS[name]]
+        shape = floors.Shape(MODELS[name], int(queries), KEYS, d, width)
+        assert float(cells["rotate"]) >= floors.rotate(shape).ms, line
+        assert float(cells["sweep"]) >= floors.sweep(shape).ms, line
+        assert float(cells["first look"]) >= floors.look(shape).ms, line
+        assert float(cells["search"]) >= floors.search(shape), line
+        seen.add((name, int(queries)))
+    assert seen == {(name, queries) for name in MODELS for queries in (128, 4096)}
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.stem)
 def test_measurements(floors: ModuleType, record: Path) -> None:
     wrong, known = too_fast(floors, json.loads(record.read_text())["rows"])
