@@ -132,7 +132,9 @@ def visited(rows: Rows) -> torch.Tensor:
     from ndm_fast.kernels.keys import rounding_of, underflow_of
 
     part = autotune.timed(*rows).part
-    minima, pack = search.sweep(part, tuning.Sweep(TILE, 64, 4, 2, 1, 0))
+    tiles = tuning.Sweep(TILE, 64, 4, 2, 1, 0)
+    pack = search.packed(part, tiles)
+    minima = search.sweep(part, tiles, pack)
     count, width = len(rows.queries), part.width
     lows, order = minima[..., :count].transpose(1, 2).float().sort(dim=2, stable=True)  # [S, Q, tiles]
     near = _nearest_of_tiles(part, minima.shape[1]).gather(2, order)

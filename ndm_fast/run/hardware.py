@@ -31,6 +31,8 @@ class Machine:
     """bytes/s."""
     memory: float
     """bytes."""
+    library: float | None = None
+    """FLOP/s in fp32 of torch's own products, which the model runs on; None where they are all there are."""
 
     @property
     def is_gpu(self) -> bool:
@@ -80,16 +82,16 @@ class Efficiencies:
 
 CPU_EFFICIENCY = Efficiencies(
     forward=0.70,
-    rotate=0.88,
-    sweep=0.86,
-    sweep_half=1.45,
+    rotate=0.95,
+    sweep=0.95,
+    sweep_half=1.65,
     exact=0.11,
-    gradient=0.80,
+    gradient=0.55,
     product=0.95,
     elementwise=0.6,
     pair=31.0,
     step=3e-4,
-    source="a Zen 4, bench/results/plan-avx512bf16.json and train-avx512bf16.json",
+    source="a Zen 5, bench/results/plan-avx512bf16.json and train-avx512bf16.json",
 )
 
 
@@ -126,7 +128,7 @@ def _this_cpu() -> Machine:
     single = _product_rate(torch.float32, product)
     half = _product_rate(torch.bfloat16, torch.mm) if has_fast_bf16(torch.device("cpu")) else single
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return Machine("cpu", half, single, _copy_rate(), memory)
+    return Machine("cpu", half, single, _copy_rate(), memory, _product_rate(torch.float32, torch.mm))
 
 
 def _product_rate(dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor], size: int = 1536) -> float:

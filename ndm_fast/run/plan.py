@@ -145,7 +145,7 @@ def _harvest(
     config: RunConfig, shape: ModelShape, machine: Machine, efficiency: Efficiencies, rows: int
 ) -> Part:
     flops = 2.0 * shape.run_parameters * rows
-    peak = machine.single if config.harvest.dtype == "float32" else machine.half
+    peak = (machine.library or machine.single) if config.harvest.dtype == "float32" else machine.half
     text = rows * _TOKEN_SECONDS
     if config.harvest.data == DOCSTRINGS:
         text += _DOCSTRINGS_SECONDS

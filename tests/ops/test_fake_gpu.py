@@ -56,7 +56,7 @@ DTYPES = {
     "pieces": torch.int32,
 }
 """What kernels read and write without being told."""
-MODULES = ("sweep", "resolve", "rerank", "ksg", "gradient", "lie_update")
+MODULES = ("sweep", "stream", "look", "resolve", "rerank", "ksg", "gradient", "lie_update")
 
 
 class Kernel:
