@@ -1,7 +1,8 @@
-"""Products in fp32 as training makes them: ours beside those of torch (MKL) and numpy (OpenBLAS).
+"""Products in fp32 as training makes them: ours beside those of torch.
 
-"keys": raw fp16 rows, centred, times the rotation; torch converts and centres a block at a time, numpy is
-given fp32 rows. "update": ``R'G``. Ours are taken in training where ``ops.cpu.product.pays`` says so.
+"keys": raw fp16 rows, centred, times the rotation; torch converts and centres a block at a time. "update":
+``R'G``. Ours are taken in training where ``ops.cpu.product.pays`` says so. numpy is left out: its idle threads
+keep a core busy for some 20 ms after each product, and the next contender waits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ CHECKED = 64
 
 
 class Product:
-    """Factors of one product, by three libraries."""
+    """Factors of one product, by both."""
 
     def __init__(self, shape: Shape, kind: str) -> None:
         torch.manual_seed(0)
@@ -39,10 +40,6 @@ class Product:
             return centring.rotate_centred(self.rows, self.right, self.origin)
         return self.left.T @ self.right
 
-    def numpys(self) -> object:
-        left = self.left if self.keys else self.left.T
-        return left.numpy() @ self.right.numpy()
-
     def check(self) -> None:
         """Some rows against fp64."""
         left = self.rows.double() - self.origin.double() if self.keys else self.left.double().T
@@ -56,7 +53,7 @@ class Product:
 def bench_product(contest, shape: Shape, kind: str) -> None:
     case = Product(shape, kind)
     case.check()
-    peers = {"torch": Contender(case.torchs, case.work), "numpy": Contender(case.numpys, case.work)}
+    peers = {"torch": Contender(case.torchs, case.work)}
     contest(
         {"kind": kind, **shape._asdict()}, Contender(case.ours, case.work), ceiling=product(2048), peers=peers
     )
