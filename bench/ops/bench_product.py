@@ -1,7 +1,7 @@
 """Products in fp32 as training makes them: ours beside those of torch.
 
 "keys": raw fp16 rows, centred, times the rotation; torch converts and centres a block at a time. "update":
-``R'G``. Ours are taken in training where ``ops.cpu.product.pays`` says so. numpy is left out: its idle threads
+``R'G``. Ours are taken where ``ops.cpu.product.pays`` says so. numpy is left out: its idle threads
 keep a core busy for some 20 ms after each product, and the next contender waits.
 """
 
