@@ -66,6 +66,9 @@ COLUMNS: dict[str, dict[str, str]] = {
         "goal": "goal",
     },
     "ops": {
+        "model": "activations",
+        "partition": "partition",
+        "kind": "product",
         "d": "d",
         "width": "p",
         "queries": "Q",
@@ -81,6 +84,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "of_ceiling": "of the ceiling",
         "best_peer": "best peer",
         "times_best_peer": "times the best peer",
+        "times.torch baddbmm+argmin": "times torch's baddbmm and argmin",
         "times.torch cdist+topk": "times torch's cdist and topk",
         "times.faiss": "times faiss",
         "extra_mb": "extra MB",
@@ -207,7 +211,7 @@ def table(path: Path) -> str:
     """A record as Markdown: what it was measured on, then a row for each of its rows, a table for each op."""
     record = json.loads(path.read_text(encoding="utf-8"))
     rows = [flat(row) for row in rows_of(record)]
-    base = re.sub(r"(-full|-2304)?(-(avx2|avx512|avx512bf16))?$", "", path.stem)
+    base = re.sub(r"(-full)?(-(avx2|avx512|avx512bf16))?$", "", path.stem)
     parts = [f"`bench/results/{path.name}`: {measured_on(record)}"]
     for op in dict.fromkeys(row.get("op") for row in rows):
         if op:
