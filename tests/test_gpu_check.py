@@ -121,15 +121,6 @@ def test_the_record_is_written_row_by_row(tmp_path: Path) -> None:
     assert "FAILED check others / ksg: RuntimeError: injected" in done.stdout
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of ``bench/gpu`` by name."""
-    monkeypatch.syspath_prepend(str(GPU))
-    for path in GPU.glob("*.py"):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    return importlib.import_module
-
-
 def _tool(folder: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for one of NVIDIA's tools, under CUDA_HOME."""
     path = folder / "bin" / name

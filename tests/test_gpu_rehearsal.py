@@ -6,7 +6,6 @@ nothing; processes, the pool of them, limits, restarts and the record are real.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -72,15 +71,6 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return path
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The modules of ``bench/gpu`` by name."""
-    monkeypatch.syspath_prepend(str(GPU))
-    for path in GPU.glob("*.py"):
-        monkeypatch.delitem(sys.modules, path.stem, raising=False)
-    return importlib.import_module
 
 
 def test_every_path_has_items(gpu: Any, names: Path) -> None:

@@ -139,7 +139,7 @@ def _variance(rows: Tensor, ranks: Ranks) -> Tensor:
 
 
 def _squares_around(mean: Tensor, rows: Tensor) -> Tensor:
-    """[d] fp64 sums of squares, block by block: torch's ``var`` over rows takes a CPU ten times as long."""
+    """[d] fp64 sums of squares, block by block: torch's ``var`` over rows is slow on a CPU."""
     size = max(1, _BLOCK_ELEMENTS // rows.shape[1])
     buffer = torch.empty(min(size, len(rows)), rows.shape[1], device=rows.device)
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
